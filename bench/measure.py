@@ -1,0 +1,85 @@
+"""How all benches measure: alternating repeats, so that a disturbance or a change of clock hits every case alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median, lowest and highest of the repeats of one case; seconds unless said otherwise."""
+
+    median: float
+    minimum: float
+    maximum: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    def scaled(self, factor: float) -> Spread:
+        return Spread(self.median * factor, self.minimum * factor, self.maximum * factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What one repeat runs: `prepare`, not timed, then `calls` calls of `run`, of which the time per call counts."""
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] | None = None
+    calls: int = 1
+
+    def seconds(self) -> float:
+        if self.prepare is not None:
+            self.prepare()
+        start = perf_counter()
+        for _ in range(self.calls):
+            self.run()
+        return (perf_counter() - start) / self.calls
+
+
+def alternate(cases: Mapping[str, Case], repeats: int) -> dict[str, Spread]:
+    """Seconds per call of each case over `repeats` rounds; a first round warms up and does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for round_ in range(repeats + 1):
+        for name, case in cases.items():
+            taken = case.seconds()
+            if round_:
+                seconds[name].append(taken)
+    return {name: Spread.of(values) for name, values in seconds.items()}
+
+
+def environment() -> dict[str, str | int]:
+    """What a figure depends on besides the code: stands at the head of every result file."""
+    revision = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    ).stdout.strip()
+    return {
+        "revision": revision or "unknown",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "kernel": platform.release(),
+        "cpus": os.cpu_count() or 0,
+    }
+
+
+def write_json(path: Path, result: Mapping[str, object]) -> None:
+    """Write one bench's result with its environment."""
+    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")

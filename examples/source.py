@@ -1,0 +1,55 @@
+"""Migrate a running guest to another host from your own trio program.
+
+python examples/source.py --to 192.0.2.7:4455 --psk-file psk
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import trio
+
+import pagexfer
+from pagexfer.guests.checked import boot_guest, start
+
+
+async def migrate(options: argparse.Namespace) -> int:
+    """Run a guest and send it away; returns the exit code."""
+    host, _, port = options.to.rpartition(":")
+    psk = pagexfer.PskAttestor.from_file(options.psk_file)
+    with boot_guest(options.guest, options.ram << 20, options.vcpus, options.write_rate << 20) as guest:
+        await start(guest)
+        try:
+            report = await pagexfer.send_guest(
+                guest, host.strip("[]"), int(port), psk, channels=options.channels
+            )
+        except pagexfer.TransferAborted as aborted:
+            print(f"{aborted} ({aborted.outcome.name.lower()})", file=sys.stderr)
+            return aborted.outcome
+    print(f"the guest runs at {options.to}; it stood still for {report.info.downtime:.0f} ms")
+    return pagexfer.Outcome.COMPLETED
+
+
+def main() -> int:
+    """Read the command line and migrate."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--to", required=True, metavar="HOST:PORT")
+    parser.add_argument("--psk-file", required=True, type=Path)
+    parser.add_argument("--guest", choices=["auto", "kvm", "simulated"], default="simulated")
+    parser.add_argument("--ram", type=int, default=512, metavar="MIB")
+    parser.add_argument("--vcpus", type=int, default=2)
+    parser.add_argument("--channels", type=int, default=4)
+    parser.add_argument("--write-rate", type=int, default=50, metavar="MIB_PER_SECOND")
+    try:
+        return trio.run(migrate, parser.parse_args())
+    except pagexfer.PagexferError as error:
+        print(error, file=sys.stderr)
+        return pagexfer.Outcome.USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

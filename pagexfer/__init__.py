@@ -1,0 +1,25 @@
+"""Multi-channel, parallel page-transfer engine for live-migrating confidential guests."""
+
+from .attestation import Attestor, Claims, PskAttestor
+from .engine.progress import ChannelInfo, MigrationInfo, RamInfo, Status
+from .errors import Outcome, PagexferError, TransferAborted, UsageError
+from .guests.guest import Guest
+from .migration import MigrationReport, receive_guest, send_guest
+
+__all__ = [
+    "Attestor",
+    "ChannelInfo",
+    "Claims",
+    "Guest",
+    "MigrationInfo",
+    "MigrationReport",
+    "Outcome",
+    "PagexferError",
+    "PskAttestor",
+    "RamInfo",
+    "Status",
+    "TransferAborted",
+    "UsageError",
+    "receive_guest",
+    "send_guest",
+]

@@ -1,0 +1,240 @@
+"""The chain from a signing key to AMD's root: VCEK <- ASK <- ARK, or VLEK <- ASVK <- ARK, with CRL and dates.
+
+Why not a general verifier: AMD's leaf certificates have serial 0 and no key identifiers, and its signatures are RSASSA-PSS,
+which `cryptography.x509.verification` does not take. So each rule stands here. The signature scheme is ours to fix, not
+the certificate's to state: PSS with SHA-384, MGF1 with SHA-384 and 48 bytes of salt, or nothing.
+"""
+
+from __future__ import annotations
+
+import hmac
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.padding import MGF1, PSS
+from cryptography.hazmat.primitives.hashes import SHA256, SHA384
+from cryptography.utils import CryptographyDeprecationWarning
+from cryptography.x509.oid import ExtensionOID, NameOID, SignatureAlgorithmOID
+
+from ...errors import AttestationError, MalformedData
+from .report import SigningKey
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from .roots import Root
+
+MAX_FILE_BYTES: Final = 1 << 16
+
+_PEM_MARK: Final = b"-----BEGIN"
+_SALT_BYTES: Final = 48
+_UNDERSTOOD_CRITICAL: Final = (ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE)
+# What the library raises for bytes that it cannot read; not all of it is a ValueError.
+_UNREADABLE: Final = (
+    ValueError,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+    UnsupportedAlgorithm,
+)
+
+_Extension = TypeVar("_Extension", x509.BasicConstraints, x509.KeyUsage)
+
+
+@dataclass(frozen=True, slots=True)
+class Endorsements:
+    """What speaks for a report: the leaf of its key, the intermediate, the root, and the root's CRL if there is one."""
+
+    leaf: x509.Certificate
+    intermediate: x509.Certificate
+    root: x509.Certificate
+    crl: x509.CertificateRevocationList | None
+
+
+def parse_endorsements_untrusted(
+    leaf: bytes, chain: bytes | Sequence[bytes], crl: bytes | None
+) -> Endorsements:
+    """Certificates from bytes, each PEM or DER; `chain` is one PEM text or the two of them, in any order.
+
+    Raises MalformedData where they cannot be read or are not two, one of which names itself as issuer.
+    """
+    chain_parts = (chain,) if isinstance(chain, bytes) else chain
+    pair = [certificate for part in chain_parts for certificate in _load_untrusted(part)]
+    roots = [certificate for certificate in pair if certificate.subject == certificate.issuer]
+    if len(pair) != 2 or len(roots) != 1:
+        raise MalformedData("the chain is not two certificates, ASK or ASVK and ARK")
+    leaves = _load_untrusted(leaf)
+    if len(leaves) != 1:
+        raise MalformedData(f"{len(leaves)} leaf certificates, expected one")
+    intermediate = pair[1] if pair[0] is roots[0] else pair[0]
+    return Endorsements(leaves[0], intermediate, roots[0], None if crl is None else _load_crl_untrusted(crl))
+
+
+def check_chain(
+    endorsements: Endorsements, key: SigningKey, *, at: datetime, roots: Sequence[Root]
+) -> tuple[Root, ec.EllipticCurvePublicKey]:
+    """Check root, intermediate, CRL and leaf, in this order, for a key of kind `key` at the time `at`.
+
+    Returns the pinned root and the leaf's public key. Raises AttestationError.
+    """
+    root = _pinned(endorsements.root, roots)
+    product = root.product.value
+    _check_ca(endorsements.root, f"ARK-{product}", endorsements.root, at)
+    name = f"SEV-VLEK-{product}" if key is SigningKey.VLEK else f"SEV-{product}"
+    _check_ca(endorsements.intermediate, name, endorsements.root, at)
+    _check_revocation(endorsements, root, at)
+    return root, _check_leaf(endorsements.leaf, f"SEV-{key.name}", endorsements.intermediate, at)
+
+
+def _load_untrusted(data: bytes) -> list[x509.Certificate]:
+    if len(data) > MAX_FILE_BYTES:
+        raise MalformedData(f"certificate file of {len(data)} bytes, at most {MAX_FILE_BYTES}")
+    with warnings.catch_warnings():
+        # The leaf's serial is 0: the library warns, and will one day refuse.
+        warnings.filterwarnings("ignore", "Parsed a serial number", CryptographyDeprecationWarning)
+        try:
+            if _PEM_MARK in data:
+                certificates = x509.load_pem_x509_certificates(data)
+            else:
+                certificates = [x509.load_der_x509_certificate(data)]
+            for certificate in certificates:
+                _read_fields(certificate)
+        except _UNREADABLE as error:
+            raise MalformedData(f"not a certificate: {_one_line(error)}") from None
+    return certificates
+
+
+def _read_fields(certificate: x509.Certificate) -> None:
+    """Read each field that the checks use: the library parses some only when asked, and raises then."""
+    _ = certificate.subject, certificate.issuer, certificate.version, certificate.extensions
+    _ = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    _ = certificate.signature_algorithm_oid, certificate.public_key()
+
+
+def _load_crl_untrusted(data: bytes) -> x509.CertificateRevocationList:
+    if len(data) > MAX_FILE_BYTES:
+        raise MalformedData(f"CRL of {len(data)} bytes, at most {MAX_FILE_BYTES}")
+    try:
+        crl = x509.load_pem_x509_crl(data) if _PEM_MARK in data else x509.load_der_x509_crl(data)
+        _ = crl.issuer, crl.extensions, crl.last_update_utc, crl.next_update_utc, crl.signature_algorithm_oid
+    except _UNREADABLE as error:
+        raise MalformedData(f"not a CRL: {_one_line(error)}") from None
+    return crl
+
+
+def _pinned(certificate: x509.Certificate, roots: Sequence[Root]) -> Root:
+    fingerprint = certificate.fingerprint(SHA256())
+    for root in roots:
+        if hmac.compare_digest(fingerprint, root.sha256):
+            return root
+    raise AttestationError(f"the root certificate {fingerprint.hex()} is not one of the pinned roots")
+
+
+def _check_ca(certificate: x509.Certificate, name: str, issuer: x509.Certificate, at: datetime) -> None:
+    _check_common(certificate, name, issuer, at)
+    basic = _extension(certificate, x509.BasicConstraints)
+    usage = _extension(certificate, x509.KeyUsage)
+    if basic is None or not basic.ca or usage is None or not usage.key_cert_sign:
+        raise AttestationError(f"the certificate {name} may not sign certificates")
+
+
+def _check_leaf(
+    certificate: x509.Certificate, name: str, issuer: x509.Certificate, at: datetime
+) -> ec.EllipticCurvePublicKey:
+    _check_common(certificate, name, issuer, at)
+    basic = _extension(certificate, x509.BasicConstraints)
+    if basic is not None and basic.ca:
+        raise AttestationError(f"the certificate {name} is one of a CA")
+    public_key = certificate.public_key()
+    if not isinstance(public_key, ec.EllipticCurvePublicKey) or not isinstance(
+        public_key.curve, ec.SECP384R1
+    ):
+        raise AttestationError(f"the key of the certificate {name} is not on P-384")
+    return public_key
+
+
+def _check_common(certificate: x509.Certificate, name: str, issuer: x509.Certificate, at: datetime) -> None:
+    """What holds for every certificate of a chain: its name, its issuer's name and signature, its dates."""
+    names = [attribute.value for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
+    if names != [name]:
+        shown = ", ".join(map(repr, names)) or "none"
+        raise AttestationError(f"a certificate has the common name {shown}, expected {name!r}")
+    if certificate.version is not x509.Version.v3 or certificate.issuer != issuer.subject:
+        raise AttestationError(f"the certificate {name} names another issuer, or is not of X.509 version 3")
+    _check_signature(
+        certificate.signature,
+        certificate.tbs_certificate_bytes,
+        certificate.signature_algorithm_oid,
+        issuer,
+        name,
+    )
+    try:
+        certificate.verify_directly_issued_by(issuer)
+    except (
+        ValueError,
+        TypeError,
+        InvalidSignature,
+    ):  # the scheme is right: only a second one stated can be wrong
+        raise AttestationError(f"the certificate {name} states two signature algorithms") from None
+    for extension in certificate.extensions:
+        if extension.critical and extension.oid not in _UNDERSTOOD_CRITICAL:
+            raise AttestationError(
+                f"the certificate {name} has the unknown critical extension {extension.oid}"
+            )
+    first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if not first <= at <= last:
+        raise AttestationError(f"the certificate {name} is valid from {first} to {last}, not at {at}")
+
+
+def _check_revocation(endorsements: Endorsements, root: Root, at: datetime) -> None:
+    serial = endorsements.intermediate.serial_number
+    crl = endorsements.crl
+    if serial in root.revoked:
+        raise AttestationError(f"the intermediate certificate with serial {serial:#x} is revoked")
+    if crl is None:
+        return
+    if crl.issuer != endorsements.root.subject:
+        raise AttestationError("the CRL is of another issuer than the root certificate")
+    _check_signature(
+        crl.signature, crl.tbs_certlist_bytes, crl.signature_algorithm_oid, endorsements.root, "CRL"
+    )
+    usage = _extension(endorsements.root, x509.KeyUsage)
+    if usage is None or not usage.crl_sign:
+        raise AttestationError("the root certificate may not sign CRLs")
+    critical = [extension.oid for extension in crl.extensions if extension.critical]
+    if critical:
+        raise AttestationError(f"the CRL has the unknown critical extension {critical[0]}")
+    first, last = crl.last_update_utc, crl.next_update_utc
+    if last is None or not first <= at <= last:
+        raise AttestationError(f"the CRL is valid from {first} to {last}, not at {at}: fetch a new one")
+    for number in (serial, endorsements.root.serial_number):
+        if crl.get_revoked_certificate_by_serial_number(number) is not None:
+            raise AttestationError(
+                f"the certificate with serial {number:#x} is revoked by the CRL of {first}"
+            )
+
+
+def _check_signature(
+    signature: bytes, signed: bytes, algorithm: x509.ObjectIdentifier, issuer: x509.Certificate, name: str
+) -> None:
+    public_key = issuer.public_key()
+    if algorithm != SignatureAlgorithmOID.RSASSA_PSS or not isinstance(public_key, rsa.RSAPublicKey):
+        raise AttestationError(f"the signature of {name} is not RSASSA-PSS")
+    try:
+        public_key.verify(signature, signed, PSS(MGF1(SHA384()), _SALT_BYTES), SHA384())
+    except InvalidSignature:
+        raise AttestationError(f"the signature of {name} does not verify under its issuer's key") from None
+
+
+def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> _Extension | None:
+    values = (extension.value for extension in certificate.extensions)
+    return next((value for value in values if isinstance(value, kind)), None)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

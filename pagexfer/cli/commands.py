@@ -1,0 +1,298 @@
+"""`pagexfer send`, `pagexfer receive` and `pagexfer demo`.
+
+Exit codes: 0 completed; 1 ended, the guest goes on at the source; 2 bad usage; 3 refused (authentication, policy);
+4 undecided after the start token.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+import trio
+
+from ..attestation import PskAttestor
+from ..attestation.psk import readable_by_others
+from ..engine.progress import MigrationInfo, Status
+from ..errors import GuestError, Outcome, TransferAborted, UsageError
+from ..guests.checked import boot_guest, empty_guest, prove, start
+from ..guests.pattern import Layout
+from ..migration import receive_guest, send_guest
+from ..wire.constants import MAX_CHANNELS
+from .attest import attest
+from .demo import run_demo
+from .output import ProgressLine, note, print_json, print_table
+from .values import Address, Seconds, Size
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from typing import Any
+
+    from ..guests.checked import CheckedGuest, GuestKind, Proof
+from ..migration import MigrationReport
+
+# How long a guest that goes on at the source after a failure is watched before it is checked.
+_AFTERMATH_S: Final = 0.2
+
+
+def main() -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.Abort:
+        note("interrupted")
+        return Outcome.ENDED
+    except click.ClickException as error:
+        note(error.format_message())
+        return Outcome.USAGE
+    except (UsageError, GuestError) as error:
+        note(str(error))
+        return Outcome.USAGE
+    return code if isinstance(code, int) else Outcome.COMPLETED
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="pagexfer")
+def cli() -> None:
+    """Live-migrate confidential guests over many sealed TCP channels."""
+
+
+cli.add_command(attest)
+
+
+def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output."),
+        click.option("--vcpus", type=click.IntRange(1, 32), default=2, show_default=True),
+        click.option("--ram", type=Size(), default="512MiB", show_default=True, help="Guest RAM."),
+        click.option(
+            "--guest",
+            "kind",
+            type=click.Choice(["auto", "kvm", "simulated"]),
+            default="auto",
+            show_default=True,
+            help="What is migrated; auto is kvm where /dev/kvm can be used.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "--downtime-limit", type=Seconds(), default="300ms", show_default=True, help="Longest black-out."
+        ),
+        click.option(
+            "--write-rate",
+            type=Size(),
+            default="50MiB",
+            show_default=True,
+            help="What the guest writes a second; 0 for an idle one.",
+        ),
+        click.option(
+            "--channels",
+            type=click.IntRange(1, MAX_CHANNELS),
+            default=4,
+            show_default=True,
+            help="TCP channels.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+_psk_option = click.option(
+    "--psk-file",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File with the pre-shared key; the same on both sides.",
+)
+
+
+@cli.command()
+@click.option("--to", "address", type=Address(), required=True, help="Where the destination listens.")
+@_psk_option
+@_source_options
+@_guest_options
+def send(
+    address: tuple[str, int],
+    psk_file: Path,
+    channels: int,
+    write_rate: int,
+    downtime_limit: float,
+    kind: GuestKind,
+    ram: int,
+    vcpus: int,
+    *,
+    as_json: bool,
+) -> int:
+    """Boot a test guest and migrate it to a destination."""
+    attestor = _attestor(psk_file)
+    with boot_guest(kind, ram, vcpus, write_rate) as guest:
+        return trio.run(_send, guest, address, attestor, channels, downtime_limit, as_json)
+
+
+@cli.command()
+@click.option("--listen", "address", type=Address(), required=True, help="Port 0 lets the kernel choose.")
+@_psk_option
+@click.option(
+    "--run-for",
+    type=Seconds(),
+    default="1s",
+    show_default=True,
+    help="Let the guest run this long, then check it.",
+)
+@_guest_options
+def receive(
+    address: tuple[str, int],
+    psk_file: Path,
+    run_for: float,
+    kind: GuestKind,
+    ram: int,
+    vcpus: int,
+    *,
+    as_json: bool,
+) -> int:
+    """Receive one test guest, let it run on, and check its whole RAM."""
+    attestor = _attestor(psk_file)
+    Layout.plan(ram, vcpus)
+    with empty_guest(kind, ram, vcpus) as guest:
+        return trio.run(_receive, guest, address, attestor, run_for, as_json)
+
+
+@cli.command()
+@_source_options
+@_guest_options
+def demo(
+    channels: int,
+    write_rate: int,
+    downtime_limit: float,
+    kind: GuestKind,
+    ram: int,
+    vcpus: int,
+    *,
+    as_json: bool,
+) -> int:
+    """Migrate a busy guest between two processes on this machine, and check that it goes on."""
+    options = {
+        "--channels": str(channels),
+        "--write-rate": str(write_rate),
+        "--downtime-limit": f"{downtime_limit}s",
+    }
+    Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
+    return run_demo(options, kind, ram, vcpus, as_json=as_json)
+
+
+async def _send(
+    guest: CheckedGuest,
+    address: tuple[str, int],
+    attestor: PskAttestor,
+    channels: int,
+    downtime_limit: float,
+    as_json: bool,
+) -> int:
+    async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
+        return await send_guest(
+            guest, *address, attestor, channels=channels, downtime_limit_s=downtime_limit, on_progress=show
+        )
+
+    async def aftermath(outcome: Outcome) -> Proof | None:
+        # Here the guest goes on only where the migration failed before the start token.
+        return await prove(guest, _AFTERMATH_S) if outcome in (Outcome.ENDED, Outcome.REFUSED) else None
+
+    await start(guest)
+    return await _run(guest, work, aftermath, line=ProgressLine(), as_json=as_json)
+
+
+async def _receive(
+    guest: CheckedGuest,
+    address: tuple[str, int],
+    attestor: PskAttestor,
+    run_for: float,
+    as_json: bool,
+) -> int:
+    async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
+        return await receive_guest(
+            guest,
+            *address,
+            attestor,
+            on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
+            on_progress=show,
+            on_stranger=note,
+        )
+
+    async def aftermath(outcome: Outcome) -> Proof | None:
+        return await prove(guest, run_for) if outcome is Outcome.COMPLETED else None
+
+    # The source tells how an epoch goes; a destination does so only to somebody who watches.
+    return await _run(guest, work, aftermath, line=ProgressLine(terminal_only=True), as_json=as_json)
+
+
+async def _run(
+    guest: CheckedGuest,
+    work: Callable[[Callable[[MigrationInfo], None]], Awaitable[MigrationReport]],
+    aftermath: Callable[[Outcome], Awaitable[Proof | None]],
+    *,
+    line: ProgressLine,
+    as_json: bool,
+) -> int:
+    """One side's migration from start to report; returns the exit code."""
+    latest: list[MigrationInfo] = []
+
+    def show(info: MigrationInfo) -> None:
+        latest[:] = [info]
+        line.show(info)
+
+    outcome = Outcome.COMPLETED
+    report: dict[str, object] = {}
+    unusable: UsageError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+        try:
+            done = await work(show)
+            report = {"freshness": done.freshness.label}
+        except TransferAborted as aborted:
+            outcome = aborted.outcome
+            report = {"error": {"reason": aborted.reason, "message": str(aborted)}}
+        except UsageError as error:
+            unusable = error  # raised outside of the nursery, which would wrap it into a group
+        nursery.cancel_scope.cancel()
+    if unusable is not None:
+        raise unusable
+    if not report:
+        outcome = Outcome.ENDED
+        report = {"error": {"reason": "cancelled", "message": "cancelled by a signal"}}
+    proof = await aftermath(outcome)
+    if proof is not None and not (proof.consistent and proof.progressed) and outcome is Outcome.COMPLETED:
+        outcome = Outcome.UNDECIDED
+        report["error"] = {"reason": "guest", "message": "the guest does not go on as it should"}
+    figures = latest[0].as_dict() if latest else {"status": Status.FAILED.value}
+    guest_report = proof.as_dict() if proof is not None else {"kind": guest.kind}
+    _print_report({**figures, **report, "guest": guest_report}, as_json=as_json)
+    return outcome
+
+
+def _print_report(report: dict[str, object], *, as_json: bool) -> None:
+    if as_json:
+        print_json(report)
+    else:
+        print_table(report)
+    error = report.get("error")
+    if isinstance(error, dict):
+        note(str(error["message"]))
+
+
+async def _cancel_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            scope.cancel()
+
+
+def _attestor(psk_file: Path) -> PskAttestor:
+    attestor = PskAttestor.from_file(psk_file)
+    if readable_by_others(psk_file):
+        note(f"warning: others can read the pre-shared key in {psk_file}: run 'chmod 600 {psk_file}'")
+    return attestor

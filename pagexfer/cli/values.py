@@ -1,0 +1,63 @@
+"""Values as people write them on a command line: sizes, times, addresses."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import click
+
+_SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(|B|[KMGT]i?B?)(?:/s)?", re.IGNORECASE)
+_TIME: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(|s|ms)", re.IGNORECASE)
+_UNITS: Final = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
+_MAX_SECONDS: Final = 1000
+_MAX_BYTES: Final = 2**52  # all that x86-64 can address
+
+
+class Size(click.ParamType[int]):
+    """A size in bytes: 512MiB, 2GiB, 4096. Units are powers of two, with or without the i."""
+
+    name = "size"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _SIZE.fullmatch(str(value).strip())
+        size = float(match[1]) * _UNITS[match[2].lower()[:1]] if match else -1
+        if size < 0 or size != int(size) or size > _MAX_BYTES:
+            self.fail(f"{value!r} is not a size: write it like 512MiB or 2GiB", param, ctx)
+        return int(size)
+
+
+class Seconds(click.ParamType[float]):
+    """A time above zero, in seconds: 300ms, 1.5s, 2."""
+
+    name = "time"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        if isinstance(value, float):
+            return value
+        match = _TIME.fullmatch(str(value).strip())
+        seconds = float(match[1]) / (1000 if match[2].lower() == "ms" else 1) if match else 0
+        if not 0 < seconds <= _MAX_SECONDS:
+            self.fail(f"{value!r} is not a time above zero: write it like 300ms or 2s", param, ctx)
+        return seconds
+
+
+class Address(click.ParamType[tuple[str, int]]):
+    """HOST:PORT, an IPv6 host in brackets."""
+
+    name = "host:port"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, int]:
+        if isinstance(value, tuple):
+            return value
+        host, colon, port = str(value).rpartition(":")
+        bare = host.removeprefix("[").removesuffix("]")
+        if not colon or not bare or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+            self.fail(
+                f"{value!r} is not HOST:PORT: write it like 192.0.2.7:4455 or [2001:db8::7]:4455", param, ctx
+            )
+        return bare, int(port)

@@ -1,0 +1,332 @@
+"""The dirty bitmap: one bit per guest page, and every question that a migration asks of it.
+
+Both sides use it; it does no I/O and imports only errors. Bit g % 64 of word g // 64 is gfn g, which is the
+layout of KVM_GET_DIRTY_LOG on x86-64, so that a raw log is united without conversion. A guest of 1 TiB has
+2^28 pages, hence 32 MiB of words: operations on the whole go over them at memory speed, in steps that fit a
+core's cache, and what is called once per bundle touches only the words between its first and its last gfn.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, Self
+
+import numpy as np
+
+from ..errors import LocalProtocolError
+from .bits import (
+    ALL_ONES,
+    BIT_OF,
+    BLOCK_WORDS,
+    WORD_BITS,
+    blocks,
+    dirty_words,
+    edges,
+    expand,
+    run_edges,
+    spread,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+__all__ = ["WORD_BITS", "DirtyBitmap"]
+
+# Up to this many pages it is cheaper to spread a span of the bitmap to one byte per page than to look for its
+# dirty words first; a chunk of this size is answered in one step.
+_SPREAD_PAGES: Final = 4096
+
+
+class DirtyBitmap:
+    """A set of gfns of a guest with `pages` pages. Bits at and above `pages` are always zero.
+
+    Two bitmaps are equal where pages and marks are. Not safe for use by several threads at once.
+    """
+
+    __slots__ = ("_octets", "_pages", "_words")
+
+    def __init__(self, pages: int) -> None:
+        """No page marked. Raises LocalProtocolError where `pages` is not positive."""
+        if pages <= 0:
+            raise LocalProtocolError(f"a bitmap needs at least one page, not {pages}")
+        self._pages = pages
+        self._adopt(np.zeros(-(-pages // WORD_BITS), dtype=np.uint64))
+
+    @classmethod
+    def full(cls, pages: int) -> Self:
+        """Every page marked. Raises LocalProtocolError where `pages` is not positive."""
+        bitmap = cls(pages)
+        bitmap._set(0, pages)
+        return bitmap
+
+    @classmethod
+    def from_words(cls, words: NDArray[np.uint64] | bytes | bytearray | memoryview, pages: int) -> Self:
+        """A bitmap with the marks of a raw log, which is copied. Raises as `union_words` does."""
+        bitmap = cls(pages)
+        bitmap.union_words(words)
+        return bitmap
+
+    @property
+    def pages(self) -> int:
+        """Number of pages of the guest, marked or not."""
+        return self._pages
+
+    @property
+    def words(self) -> NDArray[np.uint64]:
+        """The words themselves, uint64 of shape (ceil(pages / 64),). After `take` they are another array."""
+        return self._words
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, DirtyBitmap):
+            return NotImplemented
+        return self._pages == other._pages and bool(np.array_equal(self._words, other._words))
+
+    __hash__ = None  # type: ignore[assignment]  # its content changes
+
+    # Single pages and ranges. A contiguous run of gfns, the common case, becomes a range.
+
+    def set_gfns(self, gfns: NDArray[np.int64]) -> None:
+        """Mark `gfns` (any order, repeats allowed). Raises LocalProtocolError where one is out of range."""
+        if not gfns.size:
+            return
+        first, last, contiguous = self._extent(gfns)
+        if contiguous:
+            self._set(first, last + 1)
+        else:
+            np.bitwise_or.at(self._words, gfns >> 6, BIT_OF[gfns & 63])
+
+    def clear_gfns(self, gfns: NDArray[np.int64]) -> None:
+        """Unmark `gfns` (any order, repeats allowed). Raises LocalProtocolError where one is out of range."""
+        if not gfns.size:
+            return
+        first, last, contiguous = self._extent(gfns)
+        if contiguous:
+            self._clear(first, last + 1)
+        else:
+            np.bitwise_and.at(self._words, gfns >> 6, ~BIT_OF[gfns & 63])
+
+    def test(self, gfns: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of `gfns` are marked, in their order. Raises LocalProtocolError where one is out of range."""
+        if not gfns.size:
+            return np.zeros(0, dtype=np.bool_)
+        first, last, contiguous = self._extent(gfns)
+        if contiguous:
+            return spread(self._octets, first, last + 1)
+        marked: NDArray[np.bool_] = (self._words[gfns >> 6] & BIT_OF[gfns & 63]) != 0
+        return marked
+
+    def set_range(self, start: int, stop: int) -> None:
+        """Mark start <= gfn < stop. Raises LocalProtocolError where that is not a range of this guest."""
+        self._check_range(start, stop)
+        if start < stop:
+            self._set(start, stop)
+
+    def clear_range(self, start: int, stop: int) -> None:
+        """Unmark start <= gfn < stop. Raises LocalProtocolError where that is not a range of this guest."""
+        self._check_range(start, stop)
+        if start < stop:
+            self._clear(start, stop)
+
+    # Whole bitmaps
+
+    def union(self, other: DirtyBitmap) -> None:
+        """Mark what `other` marks. Raises LocalProtocolError where it has another number of pages."""
+        if other._pages != self._pages:
+            raise LocalProtocolError(f"a bitmap of {other._pages} pages does not fit one of {self._pages}")
+        np.bitwise_or(self._words, other._words, out=self._words)
+
+    def union_words(self, words: NDArray[np.uint64] | bytes | bytearray | memoryview) -> None:
+        """Mark what a raw log marks: little-endian words in contiguous memory, as many as `self.words`.
+
+        The log is private memory: checked first, then united (R10). Raises LocalProtocolError, changing nothing,
+        where it has another size or marks gfns that are none.
+        """
+        raw = np.frombuffer(words, dtype=np.uint8)
+        if raw.size != self._octets.size:
+            raise LocalProtocolError(
+                f"{self._pages} pages have a log of {self._octets.size} bytes, not {raw.size}"
+            )
+        log = raw.view(np.uint64)
+        used_bits = (self._pages - 1) % WORD_BITS + 1
+        if int(log[-1]) >> used_bits:
+            raise LocalProtocolError(f"the log marks a page behind the last of {self._pages}")
+        np.bitwise_or(self._words, log, out=self._words)
+
+    def take(self) -> Self:
+        """What is marked now, as a bitmap of its own; nothing stays marked here.
+
+        The words change hands and zeroed ones take their place, so nothing is copied.
+        """
+        taken = self._like(self._words)
+        # zeros, not zeros_like: these come zeroed from the system and cost nothing until they are written.
+        self._adopt(np.zeros(self._words.shape, dtype=np.uint64))
+        return taken
+
+    def copy(self) -> Self:
+        """A bitmap of its own with the same marks."""
+        return self._like(self._words.copy())
+
+    def clear(self) -> None:
+        """Unmark every page."""
+        self._words.fill(0)
+
+    def count(self) -> int:
+        """How many pages are marked."""
+        return _count(self._words)
+
+    def any(self) -> bool:
+        """Whether a page is marked; looks no further than the first step that finds one."""
+        return any(bool(self._words[block].any()) for block in blocks(self._words))
+
+    # Where the marks are
+
+    def gfns(self, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """Marked gfns of start <= gfn < stop (default: all), sorted.
+
+        Costs one look at each word and then by the marks. Raises LocalProtocolError for a bad range.
+        """
+        stop = self._pages if stop is None else stop
+        self._check_range(start, stop)
+        numbers = dirty_words(self._words, start // WORD_BITS, -(-stop // WORD_BITS))
+        gfns = np.empty(sum(_count(self._words[numbers[block]]) for block in blocks(numbers)), dtype=np.int64)
+        filled = 0
+        for block in blocks(numbers):
+            found = expand(self._words[numbers[block]], numbers[block])
+            gfns[filled : filled + len(found)] = found
+            filled += len(found)
+        return gfns[np.searchsorted(gfns, start) : np.searchsorted(gfns, stop)]
+
+    def first(self, start: int, stop: int, limit: int) -> NDArray[np.int64]:
+        """The first at most `limit` marked gfns of start <= gfn < stop, sorted.
+
+        Costs by the pages from `start` to the last gfn it returns, and little more. Raises LocalProtocolError
+        for a bad range or a negative limit.
+        """
+        self._check_range(start, stop)
+        if limit < 0:
+            raise LocalProtocolError(f"cannot give the first {limit} marked pages")
+        near = stop if stop - start <= _SPREAD_PAGES else (start + _SPREAD_PAGES) // WORD_BITS * WORD_BITS
+        gfns = np.flatnonzero(spread(self._octets, start, near))[:limit]
+        gfns += start
+        if near == stop or len(gfns) == limit:
+            return gfns
+        return np.concatenate([gfns, self._first_far(near, stop, limit - len(gfns))])
+
+    def _first_far(self, start: int, stop: int, limit: int) -> NDArray[np.int64]:
+        """As `first`, from a `start` at a word on: spans grow, so that an empty stretch costs few steps."""
+        word, end = start // WORD_BITS, -(-stop // WORD_BITS)
+        span = _SPREAD_PAGES // WORD_BITS
+        found = [np.zeros(0, dtype=np.int64)]
+        while word < end and limit:
+            span = min(span * 8, BLOCK_WORDS)
+            numbers = dirty_words(self._words, word, min(end, word + span))
+            word += span
+            if not numbers.size:
+                continue
+            sums = np.cumsum(np.bitwise_count(self._words[numbers]), dtype=np.int64)
+            numbers = numbers[: int(np.searchsorted(sums, limit)) + 1]
+            found.append(expand(self._words[numbers], numbers)[:limit])
+            limit -= len(found[-1])
+        gfns = np.concatenate(found)
+        return gfns[: np.searchsorted(gfns, stop)]
+
+    def runs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Maximal runs of consecutive marked gfns, sorted: first gfn of each, and length of each in pages."""
+        numbers = dirty_words(self._words, 0, len(self._words))
+        starts = [np.zeros(0, dtype=np.int64)]
+        ends = [np.zeros(0, dtype=np.int64)]
+        for block in blocks(numbers):
+            begin, end = run_edges(self._words, numbers[block])
+            starts.append(expand(begin, numbers[block]))
+            ends.append(expand(end, numbers[block]))
+        first, lengths = np.concatenate(starts), np.concatenate(ends)
+        lengths -= first
+        lengths += 1
+        return first, lengths
+
+    def region_counts(self, region_pages: int) -> NDArray[np.uint32]:
+        """Marked pages of each region of `region_pages`: uint32 of shape (ceil(pages / region_pages),).
+
+        Raises LocalProtocolError where `region_pages` is not a power of two of at least 64.
+        """
+        if region_pages < WORD_BITS or region_pages & (region_pages - 1):
+            raise LocalProtocolError(f"a region has a power of two of at least 64 pages, not {region_pages}")
+        counts = np.bitwise_count(self._words)
+        return np.add.reduceat(counts, np.arange(0, len(counts), region_pages // WORD_BITS), dtype=np.uint32)
+
+    def chunks(self, chunk_pages: int) -> Iterator[tuple[int, int]]:
+        """(start, stop) of every chunk that has a marked page, in order; a chunk begins at a multiple of its size.
+
+        Raises LocalProtocolError where `chunk_pages` is not a positive multiple of 64.
+        """
+        if chunk_pages <= 0 or chunk_pages % WORD_BITS:
+            raise LocalProtocolError(f"a chunk has a positive multiple of 64 pages, not {chunk_pages}")
+        firsts = np.arange(0, len(self._words), chunk_pages // WORD_BITS)
+        marked = np.flatnonzero(np.bitwise_or.reduceat(self._words, firsts))
+        starts: list[int] = (marked * chunk_pages).tolist()
+        return ((start, min(start + chunk_pages, self._pages)) for start in starts)
+
+    def split(self, parts: int) -> list[tuple[int, int]]:
+        """`parts` consecutive (start, stop) that cover all pages, with nearly equal numbers of marked ones.
+
+        Cuts are at multiples of 64 pages, each fewer than 64 marked pages behind where it should be; a part may
+        be empty. Raises LocalProtocolError where `parts` is not positive.
+        """
+        if parts <= 0:
+            raise LocalProtocolError(f"a bitmap is split into at least one part, not {parts}")
+        sums = np.cumsum(self.region_counts(_SPREAD_PAGES), dtype=np.int64)
+        edges_of_parts = [0]
+        for part in range(1, parts):
+            goal = int(sums[-1]) * part // parts
+            region = int(np.searchsorted(sums, goal))
+            word = region * _SPREAD_PAGES // WORD_BITS
+            counts = np.bitwise_count(self._words[word : word + _SPREAD_PAGES // WORD_BITS])
+            before = int(sums[region - 1]) if region else 0
+            word += int(np.searchsorted(np.cumsum(counts, dtype=np.int64), goal - before)) + 1
+            edges_of_parts.append(min(word * WORD_BITS, self._pages))
+        return list(zip(edges_of_parts, [*edges_of_parts[1:], self._pages], strict=True))
+
+    # Private
+
+    def _adopt(self, words: NDArray[np.uint64]) -> None:
+        self._words = words
+        self._octets = words.view(np.uint8)
+
+    def _like(self, words: NDArray[np.uint64]) -> Self:
+        bitmap = object.__new__(type(self))
+        bitmap._pages = self._pages
+        bitmap._adopt(words)
+        return bitmap
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self._pages:
+            raise LocalProtocolError(
+                f"gfns {start} to {stop} are not a range of a guest of {self._pages} pages"
+            )
+
+    def _extent(self, gfns: NDArray[np.int64]) -> tuple[int, int, bool]:
+        """Lowest and highest of `gfns`, and whether they are exactly these and all between, in order."""
+        first, last = int(gfns[0]), int(gfns[-1])
+        ascending = np.count_nonzero(gfns[1:] > gfns[:-1]) == gfns.size - 1
+        if not ascending:
+            first, last = int(gfns.min()), int(gfns.max())
+        if first < 0 or last >= self._pages:
+            raise LocalProtocolError(f"gfns from {first} to {last} do not fit a guest of {self._pages} pages")
+        return first, last, ascending and last - first + 1 == gfns.size
+
+    def _set(self, start: int, stop: int) -> None:
+        first, last, head, tail = edges(start, stop)
+        self._words[first] |= np.uint64(head)
+        self._words[first + 1 : last] = ALL_ONES
+        self._words[last] |= np.uint64(tail)
+
+    def _clear(self, start: int, stop: int) -> None:
+        first, last, head, tail = edges(start, stop)
+        self._words[first] &= np.uint64(ALL_ONES ^ head)
+        self._words[first + 1 : last] = 0
+        self._words[last] &= np.uint64(ALL_ONES ^ tail)
+
+
+def _count(words: NDArray[np.uint64]) -> int:
+    return sum(int(np.bitwise_count(words[block]).sum(dtype=np.uint32)) for block in blocks(words))

@@ -1,0 +1,335 @@
+"""The destination's engine: receives N channels into the SVSM's slots, and lets the guest run when the SVSM says so.
+
+One nursery holds the front door and, once the SVSMs have agreed on keys, one worker for each channel. The workers meet at a
+barrier at the end of each epoch, because the epoch token counts over all of them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import trio
+
+from ..errors import (
+    ChannelBroken,
+    ChannelClosed,
+    GuestError,
+    LocalProtocolError,
+    MalformedData,
+    Outcome,
+    PagexferError,
+    RefusalCode,
+    SvsmRefused,
+    TransferAborted,
+)
+from ..wire.bundle import BundleKind
+from ..wire.constants import PAGE_SIZE
+from ..wire.control import (
+    Accept,
+    ChannelsOpen,
+    Confirm,
+    EpochClosed,
+    Established,
+    Prepare,
+)
+from ..wire.framing import FrameType, parse_barrier_untrusted
+from ..wire.slot import Command
+from .channel import DestinationChannel
+from .control import Control
+from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, unfit
+from .progress import ChannelTally, Progress, Status
+from .reception import INTRODUCTION_TIMEOUT_S, Reception
+from .streams import STALL_TIMEOUT_S
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..wire.framing import ConnectionHello
+    from .hypervisor import Hypervisor
+    from .progress import MigrationInfo
+    from .slots import Slot
+    from .streams import Connection, Listener
+
+# Within an epoch every channel has work or meets the others at the barrier; a source that lets a channel be idle for
+# longer than this many stall timeouts, each of which would have ended its own side, is gone.
+IDLE_STALLS: Final = 4
+PROGRESS_PERIOD_S: Final = 0.2
+_CANCELLED: Final = TransferAborted(
+    Outcome.ENDED, "cancelled", "the destination's operator cancelled the migration"
+)
+_BUSY: Final = TransferAborted(
+    Outcome.ENDED, "busy", "the destination receives another guest already: choose another port"
+)
+
+
+class Barrier:
+    """Where all channel workers meet at the end of an epoch until channel 0 has closed it."""
+
+    def __init__(self, channels: int) -> None:
+        self._channels = channels
+        self._arrived = 0
+        self._all_here = trio.Event()
+        self._open = trio.Event()
+        self.epoch = 1
+
+    def arrive(self, epoch: int) -> None:
+        """A channel has no more bundles of `epoch`. Raises MalformedData for any other than the current one."""
+        if epoch != self.epoch:
+            raise MalformedData(f"a channel ended epoch {epoch} in epoch {self.epoch}")
+        self._arrived += 1
+        if self._arrived == self._channels:
+            self._all_here.set()
+
+    async def wait_for_all(self) -> None:
+        """Until every channel has arrived."""
+        await self._all_here.wait()
+
+    async def wait_open(self) -> None:
+        """Until the epoch is closed."""
+        await self._open.wait()
+
+    def open(self) -> None:
+        """The epoch is closed: all go on to the next."""
+        self._open.set()
+        self._arrived = 0
+        self._all_here, self._open = trio.Event(), trio.Event()
+        self.epoch += 1
+
+
+class DestinationEngine:
+    """One incoming migration; `run` once. `make_slot` gives the slot of a channel once their number is known."""
+
+    def __init__(
+        self,
+        control_slot: Slot,
+        make_slot: Callable[[int], Slot],
+        hypervisor: Hypervisor,
+        ram_pages: int,
+        on_progress: Callable[[MigrationInfo], None],
+        on_stranger: Callable[[str], None],
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+    ) -> None:
+        self._control_slot = control_slot
+        self._make_slot = make_slot
+        self._hypervisor = hypervisor
+        self._on_progress = on_progress
+        self._on_stranger = on_stranger
+        self._stall_timeout_s = stall_timeout_s
+        self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
+        self._attempts = 0
+        self._session = b""
+        self._slots: list[Slot] = []
+        self._channels: dict[int, DestinationChannel] = {}
+        self._control: Control | None = None
+        self._established = trio.Event()
+        self._refused: TransferAborted | None = None
+        self._all_open = trio.Event()
+        self._running = False
+
+    async def run(self, listener: Listener) -> MigrationInfo:
+        """Receive one migration at `listener`; returns when the guest runs here.
+
+        Raises TransferAborted where it does not: the guest then never runs here. Strangers before and meanwhile are
+        dropped, each with one line to `on_stranger`.
+        """
+        patience = min(INTRODUCTION_TIMEOUT_S, self._stall_timeout_s)
+        reception = Reception(listener, self._greet, self._attach, self._on_stranger, patience)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reception.serve)
+                control = await self._agree()
+                nursery.start_soon(control.listen)
+                await self._wait_for_channels(control)
+                await self._receive(control)
+                nursery.cancel_scope.cancel()
+        except BaseException as error:
+            if not self._running:
+                with trio.CancelScope(shield=True):
+                    await self._give_up(error)
+        finally:
+            listener.close()
+            for channel in self._channels.values():
+                channel.connection.close()
+            if self._control is not None:
+                self._control.connection.close()
+        return self._finish(Status.COMPLETED)
+
+    # Front door
+
+    async def _greet(self, connection: Connection) -> bool:
+        """Handshake with whoever opened a control connection; True once it is this migration's source."""
+        control = Control(connection)
+        attempt = self._attempts = self._attempts + 1
+        hello = (await control.receive_first(Prepare)).handshake
+        try:
+            _, reply = await self._control_slot.exchange(Command.PREPARE, attempt, hello)
+            await control.send(Accept(reply))
+            evidence = (await control.receive_first(Confirm)).handshake
+            answer, session = await self._control_slot.exchange(Command.SETUP, attempt, evidence)
+        except SvsmRefused as refused:
+            aborted = _BUSY if self._established.is_set() else as_aborted(refused)
+            if refused.code is RefusalCode.GEOMETRY:
+                aborted = unfit(hello, reply)
+            await say_farewell(control, aborted)
+            if refused.code is not RefusalCode.GEOMETRY:
+                raise
+            self._refused = aborted
+            self._established.set()
+            return False
+        self._session = session
+        self._slots = [self._make_slot(channel) for channel in range(answer.result)]
+        self._progress.channels = [ChannelTally(channel) for channel in range(answer.result)]
+        self._control = control
+        self._established.set()
+        return True
+
+    async def _attach(self, connection: Connection, hello: ConnectionHello) -> bool:
+        """Make a connection the session's channel if it proves that it is."""
+        if hello.session != self._session or hello.channel >= len(self._slots):
+            raise MalformedData("it names no channel of this migration")
+        opening = await connection.receive_frame(FrameType.BUNDLE)
+        if hello.channel in self._channels:  # its slot is in use: nothing of a stranger goes there
+            raise MalformedData(f"channel {hello.channel} of this migration is open already")
+        slot = self._slots[hello.channel]
+        await slot.exchange(Command.SETUP, package=opening)
+        tally = self._progress.channels[hello.channel]
+        self._channels[hello.channel] = DestinationChannel(slot, connection, tally)
+        if len(self._channels) == len(self._slots):
+            self._all_open.set()
+        return True
+
+    # Phases
+
+    async def _agree(self) -> Control:
+        """Until both SVSMs have keys; from here on the source's end is this migration's end."""
+        await self._established.wait()
+        if self._refused is not None:
+            raise self._refused
+        if self._control is None:
+            raise LocalProtocolError("established without a control connection")
+        await self._control.send(Established(self._session))
+        return self._control
+
+    async def _wait_for_channels(self, control: Control) -> None:
+        """Until every channel is open."""
+        with trio.move_on_after(self._stall_timeout_s):
+            await self._all_open.wait()
+        if not self._all_open.is_set():
+            raise TransferAborted(
+                Outcome.ENDED,
+                "connection",
+                f"only {len(self._channels)} of {len(self._slots)} channels came within {self._stall_timeout_s:g} s",
+            )
+        await control.send(ChannelsOpen(len(self._slots)))
+        self._progress.set_up(trio.current_time())
+
+    async def _receive(self, control: Control) -> None:
+        """Import everything until the guest runs."""
+        barrier = Barrier(len(self._channels))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._report)
+            for channel, link in self._channels.items():
+                if channel != 0:
+                    nursery.start_soon(self._work, link, barrier)
+            await self._lead(self._channels[0], barrier, control)
+            nursery.cancel_scope.cancel()
+
+    async def _work(self, link: DestinationChannel, barrier: Barrier) -> None:
+        """A channel that carries pages only."""
+        while True:
+            header = await link.connection.receive_header(IDLE_STALLS * self._stall_timeout_s)
+            if header.type is FrameType.BARRIER:
+                barrier.arrive(parse_barrier_untrusted(await link.connection.receive_payload(header)))
+                await barrier.wait_open()
+            else:
+                await link.import_bundle(header)
+
+    async def _lead(self, link: DestinationChannel, barrier: Barrier, control: Control) -> None:
+        """Channel 0, which also carries vCPU states and tokens; returns when the guest runs."""
+        while True:
+            header = await link.connection.receive_header(IDLE_STALLS * self._stall_timeout_s)
+            if header.type is FrameType.BARRIER:
+                epoch = parse_barrier_untrusted(await link.connection.receive_payload(header))
+                barrier.arrive(epoch)
+                await barrier.wait_for_all()
+                continue
+            match await link.import_bundle(header):
+                case BundleKind.EPOCH_TOKEN:
+                    closed = barrier.epoch
+                    barrier.open()
+                    self._progress.begin_epoch(0)
+                    await control.send(EpochClosed(closed))
+                case BundleKind.MANIFEST:
+                    await self._get_ready(link, control)
+                case BundleKind.START_TOKEN:
+                    await self._start(link)
+                    return
+
+    async def _get_ready(self, link: DestinationChannel, control: Control) -> None:
+        """The SVSM found everything complete; READY once the hypervisor has taken its own state over."""
+        state = await control.receive_device_state(self._stall_timeout_s)
+        try:
+            with hypervisor_call("load the devices"):
+                await self._hypervisor.load_device_state(state)
+        except GuestError as error:
+            raise TransferAborted(Outcome.ENDED, "device-state", str(error)) from error
+        await link.answer(BundleKind.READY)
+
+    async def _start(self, link: DestinationChannel) -> None:
+        """The SVSM has released the vCPUs: from here on the guest is this side's, whatever becomes of the source."""
+        with trio.CancelScope(shield=True):
+            with hypervisor_call("continue the guest"):
+                await self._hypervisor.resume()
+            self._running = True
+            try:
+                await link.answer(BundleKind.RUNNING)
+            except (ChannelBroken, ChannelClosed) as error:
+                # The source stays parked and says that it is undecided; this side's answer is clear.
+                self._on_stranger(f"the guest runs here, but the source may not know: {error}")
+            await self._control_slot.command(Command.FINISH)
+
+    async def _report(self) -> None:
+        while True:
+            self._on_progress(self._progress.info(trio.current_time()))
+            await trio.sleep(PROGRESS_PERIOD_S)
+
+    # Ends
+
+    async def _give_up(self, error: BaseException) -> NoReturn:
+        """End the session for good, tell the source, and raise what the caller should see."""
+        decided = await self._fail_session()
+        failure = first_failure(error)
+        aborted = _CANCELLED if failure is None else as_aborted(failure)
+        if self._control is not None and aborted.reason == "connection":
+            aborted = await self._control.last_words() or aborted
+        elif self._control is not None:
+            await say_farewell(self._control, aborted)
+        if not decided:
+            aborted = TransferAborted(
+                Outcome.UNDECIDED, "undecided", f"the guest was released here but does not run: {aborted}"
+            )
+        self._finish(Status.CANCELLED if aborted is _CANCELLED else Status.FAILED)
+        if aborted is _CANCELLED:
+            raise error
+        raise aborted from error
+
+    async def _fail_session(self) -> bool:
+        """FAILED for good, and if the source may have released the start token, the word that lets it go on."""
+        try:
+            if 0 in self._channels:
+                with trio.move_on_after(self._stall_timeout_s):
+                    await self._channels[0].answer(BundleKind.ABORT_TOKEN)
+                return True
+        except PagexferError:
+            pass  # not verified yet, or the source is gone: then the plain end below
+        try:
+            await self._control_slot.command(Command.ABORT)
+        except PagexferError:
+            return False
+        return True
+
+    def _finish(self, status: Status) -> MigrationInfo:
+        self._progress.end(status, trio.current_time())
+        info = self._progress.info(trio.current_time())
+        self._on_progress(info)
+        return info

@@ -1,0 +1,142 @@
+"""From whatever went wrong in a nursery to the one error that the user sees."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from ..errors import (
+    ChannelBroken,
+    ChannelClosed,
+    GuestError,
+    MalformedData,
+    Outcome,
+    PagexferError,
+    RefusalCode,
+    SvsmRefused,
+    TransferAborted,
+)
+from ..wire.constants import PAGE_SIZE
+from ..wire.control import Failed
+from ..wire.handshake import parse_hello_untrusted, split_reply_untrusted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .control import Control
+
+_FAREWELL_TIMEOUT_S: Final = 2.0
+# As long as a monitor takes to stop a machine or to save its devices on a busy host.
+HYPERVISOR_TIMEOUT_S: Final = 30.0
+
+# For each coarse code: the machine-readable reason and what to tell a person.
+_REFUSALS: Final = {
+    RefusalCode.COMMAND: ("internal", "the SVSM does not know a command of this engine"),
+    RefusalCode.STATE: ("internal", "a command came in the wrong state"),
+    RefusalCode.NOT_READY: ("not-ready", "a token was asked for while pages or vCPUs were pending"),
+    RefusalCode.INTEGRITY: ("integrity", "received data was forged, damaged, replayed or incomplete"),
+    RefusalCode.AUTHENTICATION: (
+        "authentication",
+        "the peer did not prove that it has the same pre-shared key",
+    ),
+    RefusalCode.GEOMETRY: ("geometry", "source and destination guests differ in RAM size or number of vCPUs"),
+    RefusalCode.EXHAUSTED: ("key-exhausted", "a channel's key reached its limit: use more channels"),
+    RefusalCode.GUEST: ("guest", "the guest's vCPU or page state was refused"),
+    RefusalCode.INTERNAL: ("internal", "internal fault of the SVSM"),
+}
+
+
+def first_failure(error: BaseException) -> PagexferError | None:
+    """The error of ours that explains `error`, or None where it only says that we were cancelled.
+
+    A nursery reports all that failed at once; what was only a consequence of closing is not the reason. Anything that is
+    not ours is a defect and is raised again.
+    """
+    failures = list(_leaves(error))
+    ours = [failure for failure in failures if isinstance(failure, PagexferError)]
+    foreign = [failure for failure in failures if not isinstance(failure, PagexferError | trio.Cancelled)]
+    if foreign:
+        raise foreign[0]
+    return min(ours, key=_rank, default=None)
+
+
+def as_aborted(failure: PagexferError) -> TransferAborted:
+    """The failure with its outcome, reason and one clear line."""
+    match failure:
+        case TransferAborted():
+            return failure
+        case SvsmRefused():
+            reason, message = _REFUSALS[failure.code]
+            refused = failure.code is RefusalCode.AUTHENTICATION
+            return TransferAborted(Outcome.REFUSED if refused else Outcome.ENDED, reason, message)
+        case ChannelBroken() | ChannelClosed():
+            return TransferAborted(Outcome.ENDED, "connection", str(failure))
+        case MalformedData():
+            return TransferAborted(Outcome.ENDED, "protocol", f"the peer broke the protocol: {failure}")
+        case GuestError():
+            return TransferAborted(Outcome.ENDED, "guest", str(failure))
+        case _:
+            return TransferAborted(Outcome.ENDED, "internal", str(failure))
+
+
+def undecided(cause: TransferAborted) -> TransferAborted:
+    """What a source says that lost its destination after the start token left."""
+    return TransferAborted(
+        Outcome.UNDECIDED,
+        "undecided",
+        "the start token left and the destination did not confirm that the guest runs there: the guest stays parked here; "
+        f"ask the destination before you do anything with it ({cause})",
+    )
+
+
+@contextmanager
+def hypervisor_call(what: str) -> Iterator[None]:
+    """Around a call of the hypervisor, which a guest may wait for. Raises GuestError where it takes too long."""
+    try:
+        with trio.fail_after(HYPERVISOR_TIMEOUT_S):
+            yield
+    except trio.TooSlowError:
+        raise GuestError(f"the hypervisor did not {what} within {HYPERVISOR_TIMEOUT_S:g} s") from None
+
+
+def unfit(source_hello: bytes, reply: bytes) -> TransferAborted:
+    """What differs between two guests that cannot be one; both hellos were accepted before."""
+    source, (packed, _) = parse_hello_untrusted(source_hello), split_reply_untrusted(reply)
+    destination = parse_hello_untrusted(packed)
+    if source.ram_pages != destination.ram_pages:
+        sizes = [f"{hello.ram_pages * PAGE_SIZE / 2**20:g} MiB" for hello in (source, destination)]
+        difference = f"the source's guest has {sizes[0]} of RAM, the destination's {sizes[1]}"
+    else:
+        difference = f"the source's guest has {source.vcpus} vCPUs, the destination's {destination.vcpus}"
+    return TransferAborted(Outcome.ENDED, "geometry", f"{difference}: give both sides the same")
+
+
+async def say_farewell(control: Control, failure: TransferAborted) -> None:
+    """Tell the peer why this side ends, as far as the connection still carries it."""
+    with trio.move_on_after(_FAREWELL_TIMEOUT_S):
+        try:
+            await control.send(Failed(failure.reason, _one_line(str(failure))))
+        except (ChannelBroken, ChannelClosed):
+            return
+
+
+def _one_line(text: str) -> str:
+    return "".join(character if character.isprintable() else " " for character in text)[:500]
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for child in error.exceptions for leaf in _leaves(child)]
+    return [error]
+
+
+def _rank(failure: PagexferError) -> int:
+    """Lower explains more: what a side said, then what was refused, then what only broke."""
+    order: tuple[type[PagexferError], ...] = (TransferAborted, SvsmRefused, PagexferError)
+    if isinstance(failure, ChannelBroken):
+        return len(order)
+    if isinstance(failure, ChannelClosed):
+        return len(order) + 1
+    return next(index for index, kind in enumerate(order) if isinstance(failure, kind))

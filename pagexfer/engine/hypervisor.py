@@ -1,0 +1,37 @@
+"""Port of the engine to the hypervisor: what runs, stops and describes the virtual machine from outside.
+
+Nothing that a hypervisor says is believed by the SVSM: its stop comes after the SVSM's own park, its device state is an
+opaque blob, its dirty log is a hint.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from ..dirty import DirtyTracker
+
+
+class Hypervisor(Protocol):
+    """One virtual machine, as its monitor sees it."""
+
+    @property
+    def dirty_log(self) -> DirtyTracker | None:
+        """The hypervisor's own dirty log, or None where it keeps none and the SVSM tracks every write itself."""
+        ...
+
+    async def stop(self) -> None:
+        """Stop every vCPU (QMP `stop`). Calling it again changes nothing."""
+        ...
+
+    async def resume(self) -> None:
+        """Let vCPUs run (QMP `cont`). Calling it again changes nothing."""
+        ...
+
+    async def save_device_state(self) -> bytes:
+        """State of all that is not RAM or vCPU, opaque to the engine. The machine is stopped."""
+        ...
+
+    async def load_device_state(self, state: bytes) -> None:
+        """Take over the state that the source's hypervisor saved. Raises GuestError where it does not fit."""
+        ...

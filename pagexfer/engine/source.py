@@ -1,0 +1,313 @@
+"""The source's engine: connects, lets the SVSM's bundles flow over N channels epoch by epoch, parks, and hands over.
+
+One nursery holds it all: a worker for each channel while an epoch runs, and a listener on the control connection. Whatever
+goes wrong, the SVSM is asked to abort: before the start token it does and the guest goes on here, after it it refuses, and
+the answer is undecided unless the destination's word came.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import numpy as np
+import trio
+
+from ..errors import (
+    ChannelBroken,
+    GuestError,
+    MalformedData,
+    Outcome,
+    PagexferError,
+    TransferAborted,
+)
+from ..wire.bundle import BundleKind
+from ..wire.constants import FIRST_EPOCH, PAGE_SIZE, SESSION_ID_BYTES
+from ..wire.control import (
+    Accept,
+    ChannelsOpen,
+    Confirm,
+    EpochClosed,
+    Established,
+    Prepare,
+)
+from ..wire.framing import ConnectionHello, FrameType, Purpose
+from ..wire.slot import Command, SlotStatus
+from .channel import SourceChannel
+from .control import Control
+from .convergence import Decision, EpochSample, decide
+from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, undecided
+from .plan import Chunk, plan_chunks
+from .progress import ChannelTally, Progress, Status
+from .streams import STALL_TIMEOUT_S, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .hypervisor import Hypervisor
+    from .progress import MigrationInfo
+    from .slots import Slot
+
+PARK_TIMEOUT_S: Final = 5.0
+# The guest stands still while the destination checks the manifest: rather give up than wait for long.
+READY_TIMEOUT_S: Final = 10.0
+PROGRESS_PERIOD_S: Final = 0.2
+_PARK_POLL_S: Final = 0.0002
+# Bytes of dirty log in one HINT command: 2 GiB of RAM.
+_HINT_BYTES: Final = 1 << 16
+_CANCELLED: Final = TransferAborted(
+    Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
+)
+# What this side saw itself says less than the words that the peer may have left on the control connection.
+_SECOND_HAND: Final = ("connection", "destination-failed")
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """What a source's operator may choose."""
+
+    channels: int = 4
+    downtime_limit_s: float = 0.3
+    stall_timeout_s: float = STALL_TIMEOUT_S
+
+
+class SourceEngine:
+    """One outgoing migration; `run` once. `slots` are the channels' slots, `control_slot` the session's."""
+
+    def __init__(
+        self,
+        control_slot: Slot,
+        slots: list[Slot],
+        hypervisor: Hypervisor,
+        ram_pages: int,
+        vcpus: int,
+        options: SourceOptions,
+        on_progress: Callable[[MigrationInfo], None],
+    ) -> None:
+        self._control_slot = control_slot
+        self._slots = slots
+        self._hypervisor = hypervisor
+        self._ram_pages = ram_pages
+        self._vcpus = vcpus
+        self._options = options
+        self._on_progress = on_progress
+        self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
+        self._channels: list[SourceChannel] = []
+        self._samples: list[EpochSample] = []
+        self._epoch = FIRST_EPOCH
+        self._completed = False
+
+    async def run(self, host: str, port: int) -> MigrationInfo:
+        """Migrate to the destination at `host`:`port`; returns the final figures.
+
+        Raises TransferAborted with the outcome: ENDED or REFUSED with the guest running here again, UNDECIDED after the
+        start token. Cancelling it before the start token lets the guest go on here.
+        """
+        control: Control | None = None
+        try:
+            control = Control(await connect(host, port, self._options.stall_timeout_s))
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._migrate, control, host, port, nursery.cancel_scope)
+                nursery.start_soon(self._report)
+        except BaseException as error:
+            if not self._completed:
+                with trio.CancelScope(shield=True):
+                    await self._give_up(error, control)
+        finally:
+            self._close(control)
+        return self._finish(Status.COMPLETED)
+
+    # Phases
+
+    async def _migrate(self, control: Control, host: str, port: int, done: trio.CancelScope) -> None:
+        session = await self._handshake(control)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(control.listen)
+            await self._open_channels(control, session, host, port)
+            self._progress.set_up(trio.current_time())
+            await self._precopy(control)
+            await self._blackout(control)
+            nursery.cancel_scope.cancel()
+        done.cancel()
+
+    async def _handshake(self, control: Control) -> bytes:
+        await control.connection.send_frame(
+            FrameType.HELLO, ConnectionHello(Purpose.CONTROL, 0, bytes(SESSION_ID_BYTES)).pack()
+        )
+        _, hello = await self._control_slot.exchange(Command.PREPARE, self._options.channels)
+        await control.send(Prepare(hello))
+        reply = (await control.receive_first(Accept)).handshake
+        _, evidence = await self._control_slot.exchange(Command.SETUP, package=reply)
+        await control.send(Confirm(evidence))
+        return (await control.receive_first(Established)).session
+
+    async def _open_channels(self, control: Control, session: bytes, host: str, port: int) -> None:
+        for channel, slot in enumerate(self._slots):
+            tally = ChannelTally(channel)
+            connection = await connect(host, port, self._options.stall_timeout_s)
+            self._channels.append(SourceChannel(channel, slot, connection, tally))
+            self._progress.channels.append(tally)
+            await self._channels[-1].open(session)
+        await control.receive(ChannelsOpen, self._options.stall_timeout_s)
+
+    async def _precopy(self, control: Control) -> None:
+        log = self._hypervisor.dirty_log
+        if log is not None:
+            log.start()
+        while True:
+            now = trio.current_time()
+            pending, chunks = await self._begin_epoch()
+            verdict = decide(self._samples, pending, now, self._options.downtime_limit_s)
+            self._progress.expected_downtime_s = verdict.expected_downtime_s if self._samples else 0.0
+            if verdict.decision is Decision.SWITCHOVER:
+                return
+            if verdict.decision is Decision.GIVE_UP:
+                raise TransferAborted(Outcome.ENDED, "not-converging", verdict.reason)
+            await self._transfer(control, pending, chunks)
+
+    async def _blackout(self, control: Control) -> None:
+        self._progress.park(trio.current_time())
+        await self._park()
+        # The hypervisor's stop after the park, which it has no part in, and before the last epoch: until then its devices
+        # may write to pages that they share with the guest.
+        with hypervisor_call("stop the guest"):
+            await self._hypervisor.stop()
+        pending, chunks = await self._begin_epoch()
+        await self._transfer(control, pending, chunks)
+        with hypervisor_call("save the devices"):
+            device_state = await self._hypervisor.save_device_state()
+        await control.send_device_state(device_state)
+        first = self._channels[0]
+        for vcpu in range(self._vcpus):
+            await first.vcpu_state(vcpu)
+        await first.token(BundleKind.MANIFEST)
+        stall_timeout = self._options.stall_timeout_s
+        await self._await_answer(first, BundleKind.READY, min(READY_TIMEOUT_S, stall_timeout))
+        await trio.lowlevel.checkpoint_if_cancelled()
+        # From here on only the destination's sealed answer says who runs the guest. Neither a cancel nor the end of the
+        # control connection, which may well arrive first, cuts it off; the timeouts bound the shield.
+        with trio.CancelScope(shield=True):
+            await first.token(BundleKind.START_TOKEN)
+            await self._await_answer(first, BundleKind.RUNNING, stall_timeout)
+            await self._control_slot.command(Command.FINISH)
+            self._completed = True
+
+    # Steps
+
+    async def _begin_epoch(self) -> tuple[int, list[Chunk]]:
+        """Pending pages and the chunks that cover them."""
+        log = self._hypervisor.dirty_log
+        if log is not None:
+            words = log.collect().words.view(np.uint8).data
+            for start in range(0, len(words), _HINT_BYTES):
+                await self._control_slot.exchange(
+                    Command.HINT, start * 8, bytes(words[start : start + _HINT_BYTES])
+                )
+        answer, counts = await self._control_slot.exchange(Command.EPOCH)
+        chunks = plan_chunks(
+            np.frombuffer(counts, dtype="<u4"), answer.result2, self._ram_pages, self._options.channels
+        )
+        return answer.result, chunks
+
+    async def _transfer(self, control: Control, pending: int, chunks: list[Chunk]) -> None:
+        """Send one epoch over all channels and have the destination close it."""
+        began, sent = trio.current_time(), self._progress.transferred
+        self._progress.begin_epoch(pending)
+        queue = deque(chunks)
+        async with trio.open_nursery() as nursery:
+            for channel in self._channels:
+                nursery.start_soon(self._send_epoch, channel, queue)
+        await self._channels[0].token(BundleKind.EPOCH_TOKEN)
+        closed = await control.receive(EpochClosed, self._options.stall_timeout_s)
+        if closed.epoch != self._epoch:
+            raise MalformedData(f"the destination closed epoch {closed.epoch} instead of {self._epoch}")
+        self._epoch += 1
+        seconds = trio.current_time() - began
+        if self._samples:
+            self._progress.dirty_pages_rate = pending / max(began - self._samples[-1].began_s, 1e-6)
+        self._samples.append(EpochSample(pending, began, self._progress.transferred - sent, seconds))
+
+    async def _send_epoch(self, channel: SourceChannel, queue: deque[Chunk]) -> None:
+        await channel.export(queue)
+        await channel.barrier(self._epoch)
+
+    async def _park(self) -> None:
+        with trio.move_on_after(PARK_TIMEOUT_S):
+            while True:
+                answer = await self._control_slot.command(Command.BLACKOUT)
+                if answer.status is not SlotStatus.INCOMPLETE:
+                    return
+                await trio.sleep(_PARK_POLL_S)
+        raise TransferAborted(
+            Outcome.ENDED, "vcpu-not-parked", f"not every vCPU parked within {PARK_TIMEOUT_S:g} s"
+        )
+
+    async def _await_answer(self, channel: SourceChannel, kind: BundleKind, timeout: float) -> None:
+        try:
+            with trio.fail_after(timeout):
+                answer = await channel.receive_answer()
+        except trio.TooSlowError:
+            raise ChannelBroken(f"the destination did not say {kind.name} within {timeout:g} s") from None
+        if answer is not kind:
+            raise TransferAborted(
+                Outcome.ENDED,
+                "destination-failed",
+                f"the destination answered {answer.name}, not {kind.name}",
+            )
+
+    async def _report(self) -> None:
+        while True:
+            self._on_progress(self._progress.info(trio.current_time()))
+            await trio.sleep(PROGRESS_PERIOD_S)
+
+    # Ends
+
+    async def _give_up(self, error: BaseException, control: Control | None) -> NoReturn:
+        """Have the SVSM abort, tell the destination, and raise what the caller should see."""
+        decided = True
+        try:
+            await self._control_slot.command(Command.ABORT)
+        except PagexferError:
+            decided = False
+        stuck = await self._let_go_on() if decided else None
+        failure = first_failure(error)
+        aborted = _CANCELLED if failure is None else as_aborted(failure)
+        if control is not None and aborted.reason in _SECOND_HAND:
+            aborted = await control.last_words() or aborted
+        elif control is not None:
+            await say_farewell(control, aborted)
+        if not decided:
+            aborted = undecided(aborted)
+        if stuck is not None:
+            aborted = TransferAborted(
+                aborted.outcome, aborted.reason, f"{aborted}; and the guest does not go on here: {stuck}"
+            )
+        self._finish(Status.CANCELLED if aborted is _CANCELLED else Status.FAILED)
+        if aborted is _CANCELLED:
+            raise error
+        raise aborted from error
+
+    async def _let_go_on(self) -> GuestError | None:
+        """Undo what the hypervisor did. Returns why the guest does not run, where it does not."""
+        log = self._hypervisor.dirty_log
+        try:
+            with hypervisor_call("continue the guest"):
+                await self._hypervisor.resume()
+            if log is not None:
+                log.stop()
+        except GuestError as error:
+            return error
+        return None
+
+    def _finish(self, status: Status) -> MigrationInfo:
+        self._progress.end(status, trio.current_time())
+        info = self._progress.info(trio.current_time())
+        self._on_progress(info)
+        return info
+
+    def _close(self, control: Control | None) -> None:
+        for channel in self._channels:
+            channel.connection.close()
+        if control is not None:
+            control.connection.close()

@@ -1,0 +1,235 @@
+"""The one seam to the network: opens sockets, moves bytes, and turns trio's and the kernel's errors into ours.
+
+No other file of the engine touches a socket. `ChannelClosed` is what we did ourselves, `ChannelBroken` what the peer or
+the network did; every wait on a peer has a timeout.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from ..errors import ChannelBroken, ChannelClosed, MalformedData, UsageError
+from ..wire.framing import FRAME_HEADER_BYTES, FrameHeader, FrameType, parse_frame_header_untrusted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CONNECT_TIMEOUT_S: Final = 10.0
+# How long a peer may be silent in the middle of something: as long as a TCP connection survives a short outage, and
+# short enough that a parked guest is not kept waiting by a dead peer for minutes.
+STALL_TIMEOUT_S: Final = 30.0
+# Half a bundle: the rest arrives while the first half is copied out of the kernel.
+_WAKE_BYTES: Final = 1 << 18
+_NO_NAME: Final = "this is no host name"
+
+
+class Connection:
+    """A TCP connection that carries frames. One task sends and one receives at a time.
+
+    It works on a plain non-blocking socket: the kernel is asked first, and only where it has no room or no data does the
+    task wait. That saves a turn of the event loop for every call that can be served at once.
+    """
+
+    def __init__(self, sock: socket.socket, stall_timeout: float = STALL_TIMEOUT_S) -> None:
+        self._socket = sock
+        self._woken_at = 1
+        self._turn_due = True
+        self.stall_timeout = stall_timeout
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.peer = _peer_name(sock)
+
+    async def send(self, data: memoryview | bytes) -> None:
+        """Send all of `data`, and let other tasks run. Raises ChannelBroken or ChannelClosed."""
+        view = memoryview(data)
+        waited = False
+        try:
+            while True:
+                try:
+                    view = view[self._socket.send(view) :]
+                    if not view:
+                        break
+                except BlockingIOError:
+                    pass
+                with self._deadline(self.stall_timeout, "takes no data"):
+                    await trio.lowlevel.wait_writable(self._socket)
+                waited = True
+        except (OSError, trio.ClosedResourceError) as error:
+            raise self._broken(error) from None
+        if not waited:
+            await trio.lowlevel.checkpoint()
+
+    async def receive_into(self, view: memoryview, timeout: float | None = None) -> None:
+        """Receive exactly `len(view)` bytes, waiting `timeout` seconds (by default the stall timeout) for each part.
+
+        Raises ChannelBroken where the peer ends before or is silent for so long, or ChannelClosed.
+        """
+        try:
+            while view:
+                try:
+                    received = self._socket.recv_into(view)
+                    if not received:
+                        raise ChannelBroken(f"{self.peer} closed the connection")
+                    view = view[received:]
+                except BlockingIOError:
+                    self._wake_at(min(len(view), _WAKE_BYTES))
+                    with self._deadline(self.stall_timeout if timeout is None else timeout, "sends nothing"):
+                        await trio.lowlevel.wait_readable(self._socket)
+                    self._turn_due = False
+        except (OSError, trio.ClosedResourceError) as error:
+            raise self._broken(error) from None
+
+    async def send_frame(self, frame_type: FrameType, payload: bytes) -> None:
+        """Send one small frame."""
+        await self.send(FrameHeader(frame_type, len(payload)).pack() + payload)
+
+    async def receive_header(self, idle_timeout: float | None = None) -> FrameHeader:
+        """Receive the header of the next frame, for which the peer may take `idle_timeout` seconds.
+
+        Raises MalformedData where it is none.
+        """
+        # A turn of the event loop for every frame that was received without waiting: a peer that always has data must not
+        # keep all other tasks, and a cancel, waiting. Before the first byte, so that a cancel leaves no half-read frame.
+        if self._turn_due:
+            await trio.lowlevel.checkpoint()
+        self._turn_due = True
+        header = bytearray(FRAME_HEADER_BYTES)
+        await self.receive_into(memoryview(header), idle_timeout)
+        return parse_frame_header_untrusted(bytes(header))
+
+    async def receive_payload(self, header: FrameHeader) -> bytes:
+        """Receive the payload of a frame by value."""
+        payload = bytearray(header.payload_bytes)
+        await self.receive_into(memoryview(payload))
+        return bytes(payload)
+
+    async def receive_frame(self, frame_type: FrameType) -> bytes:
+        """Receive one frame of this type by value. Raises MalformedData for any other."""
+        header = await self.receive_header()
+        if header.type is not frame_type:
+            raise MalformedData(f"{header.type.name} frame where {frame_type.name} is due")
+        return await self.receive_payload(header)
+
+    def close(self) -> None:
+        """Close at once; a task that waits on the connection sees ChannelClosed."""
+        if self._socket.fileno() >= 0:
+            trio.lowlevel.notify_closing(self._socket)
+            self._socket.close()
+
+    @contextmanager
+    def _deadline(self, timeout: float, complaint: str) -> Iterator[None]:
+        with trio.CancelScope(deadline=trio.current_time() + timeout) as scope:
+            yield
+        if scope.cancelled_caught:
+            raise ChannelBroken(f"{self.peer} {complaint} for {timeout:g} s")
+
+    def _wake_at(self, received_bytes: int) -> None:
+        """Have the kernel call the socket readable only once so much is there: one wake-up for a bundle, not ten."""
+        if received_bytes != self._woken_at:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, received_bytes)
+            self._woken_at = received_bytes
+
+    def _broken(self, error: OSError | trio.ClosedResourceError) -> ChannelBroken | ChannelClosed:
+        if isinstance(error, trio.ClosedResourceError) or error.errno == errno.EBADF:
+            return ChannelClosed("this side closed the connection")
+        return ChannelBroken(f"connection to {self.peer}: {error.strerror or error}")
+
+
+async def connect(host: str, port: int, stall_timeout: float = STALL_TIMEOUT_S) -> Connection:
+    """Connect to a destination. Raises ChannelBroken where it does not answer or the name is unknown."""
+    try:
+        with trio.fail_after(CONNECT_TIMEOUT_S):
+            stream = await trio.open_tcp_stream(host, port)
+    except trio.TooSlowError:
+        raise ChannelBroken(f"{host}:{port} does not answer within {CONNECT_TIMEOUT_S:g} s") from None
+    except OSError as error:
+        raise ChannelBroken(f"cannot connect to {host}:{port}: {_reason(error)}") from None
+    except UnicodeError:
+        raise ChannelBroken(f"cannot connect to {host}:{port}: {_NO_NAME}") from None
+    return Connection(_detached(stream.socket), stall_timeout)
+
+
+class Listener:
+    """One listening port, at which every connection of a migration arrives."""
+
+    def __init__(self, sockets: list[trio.socket.SocketType], stall_timeout: float = STALL_TIMEOUT_S) -> None:
+        self._sockets = sockets
+        self._stall_timeout = stall_timeout
+        self.port: int = sockets[0].getsockname()[1]
+
+    async def accept_into(self, connections: trio.MemorySendChannel[Connection]) -> None:
+        """Put every new connection into `connections`, for ever. A full channel makes newcomers wait in the kernel."""
+        async with trio.open_nursery() as nursery:
+            for sock in self._sockets:
+                nursery.start_soon(self._accept, sock, connections)
+
+    def close(self) -> None:
+        """Stop listening."""
+        for sock in self._sockets:
+            sock.close()
+
+    async def _accept(
+        self, sock: trio.socket.SocketType, connections: trio.MemorySendChannel[Connection]
+    ) -> None:
+        while True:
+            try:
+                accepted, _ = await sock.accept()
+                connection = self._connection(accepted)
+            except OSError as error:
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    await trio.sleep(0.1)  # out of descriptors: what closes meanwhile makes room
+                    continue
+                if error.errno in (errno.ECONNABORTED, errno.ENOTCONN, errno.EINVAL):
+                    continue  # the newcomer is gone already
+                raise
+            try:
+                await connections.send(connection)
+            except BaseException:
+                connection.close()
+                raise
+
+    def _connection(self, accepted: trio.socket.SocketType) -> Connection:
+        plain = _detached(accepted)
+        try:
+            return Connection(plain, self._stall_timeout)
+        except BaseException:
+            plain.close()
+            raise
+
+
+async def listen(host: str, port: int, stall_timeout: float = STALL_TIMEOUT_S) -> Listener:
+    """Listen at `host`:`port`; port 0 lets the kernel choose. Raises UsageError where that address cannot be used."""
+    try:
+        listeners = await trio.open_tcp_listeners(port, host=host)
+    except OSError as error:
+        raise UsageError(f"cannot listen at {host}:{port}: {_reason(error)}") from None
+    except UnicodeError:
+        raise UsageError(f"cannot listen at {host}:{port}: {_NO_NAME}") from None
+    return Listener([listener.socket for listener in listeners], stall_timeout)
+
+
+def _detached(sock: trio.socket.SocketType) -> socket.socket:
+    return socket.socket(fileno=sock.detach())
+
+
+def _peer_name(sock: socket.socket) -> str:
+    try:
+        host, port = sock.getpeername()[:2]
+    except OSError:
+        return "the peer"
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, socket.gaierror):
+        return error.strerror or "unknown host"
+    # trio hangs the reasons of all tried addresses below one error of its own
+    cause = error.__cause__
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    return (cause.strerror if isinstance(cause, OSError) else error.strerror) or str(error)

@@ -1,0 +1,194 @@
+"""The state of one vCPU: read from KVM, written to KVM, and as bytes.
+
+A blob is a header and sections in a fixed order, each with a tag and its length. Only a vCPU of the same kind of
+processor can take it: sizes and CPUID have to fit, and KVM refuses a register that the host cannot hold.
+
+    header   magic u32, version u16, number of sections u16, bytes of all sections u32, reserved u32
+    section  tag u16, reserved u16, length u32, then `length` bytes: the structure as KVM gives it
+"""
+
+from __future__ import annotations
+
+import fcntl
+import struct
+from dataclasses import dataclass
+from typing import Final
+
+from ...errors import GateError, MalformedData
+from ...wire.constants import MAX_STATE_BYTES
+from . import ioctls
+
+STATE_MAGIC: Final = 0x5543_564B  # "KVCU"
+STATE_VERSION: Final = 1
+
+MAX_CPUID_ENTRIES: Final = 256  # KVM_MAX_CPUID_ENTRIES
+MAX_MSRS: Final = 1024
+_MSRS_PER_CALL: Final = 255  # KVM takes fewer than MAX_IO_MSRS, 256
+MAX_XSAVE_BYTES: Final = 12 * 1024  # with AMX tiles it is 11008
+
+_HEADER: Final = struct.Struct("<IHHII")
+assert _HEADER.size == 16
+_SECTION: Final = struct.Struct("<HHI")
+assert _SECTION.size == 8
+
+
+@dataclass(frozen=True, slots=True)
+class VcpuState:
+    """Structures of <linux/kvm.h> as KVM gives them; cpuid and msrs are entries without the counting header."""
+
+    cpuid: bytes
+    sregs: bytes
+    xcrs: bytes
+    xsave: bytes
+    regs: bytes
+    msrs: bytes
+    vcpu_events: bytes
+    debugregs: bytes
+    mp_state: bytes
+
+
+# tag, field, unit of length, least and most bytes. Tags are never reused.
+_SECTIONS: Final = (
+    (1, "cpuid", ioctls.CPUID_ENTRY_BYTES, 0, MAX_CPUID_ENTRIES * ioctls.CPUID_ENTRY_BYTES),
+    (2, "sregs", 1, ioctls.SREGS_BYTES, ioctls.SREGS_BYTES),
+    (3, "xcrs", 1, ioctls.XCRS_BYTES, ioctls.XCRS_BYTES),
+    (4, "xsave", 64, ioctls.XSAVE_BYTES, MAX_XSAVE_BYTES),
+    (5, "regs", 1, ioctls.REGS_BYTES, ioctls.REGS_BYTES),
+    (6, "msrs", ioctls.MSR_ENTRY.size, 0, MAX_MSRS * ioctls.MSR_ENTRY.size),
+    (7, "vcpu_events", 1, ioctls.VCPU_EVENTS_BYTES, ioctls.VCPU_EVENTS_BYTES),
+    (8, "debugregs", 1, ioctls.DEBUGREGS_BYTES, ioctls.DEBUGREGS_BYTES),
+    (9, "mp_state", 1, ioctls.MP_STATE_BYTES, ioctls.MP_STATE_BYTES),
+)
+# Even the largest blob fits one bundle of vCPU state.
+assert _HEADER.size + sum(_SECTION.size + section[4] for section in _SECTIONS) <= MAX_STATE_BYTES
+
+
+def encode(state: VcpuState) -> bytes:
+    """The blob of `state`."""
+    body = b"".join(
+        _SECTION.pack(tag, 0, len(part)) + part
+        for tag, field, *_ in _SECTIONS
+        for part in (bytes(getattr(state, field)),)
+    )
+    return _HEADER.pack(STATE_MAGIC, STATE_VERSION, len(_SECTIONS), len(body), 0) + body
+
+
+def parse_untrusted(blob: bytes) -> VcpuState:
+    """The state in `blob`. Raises MalformedData for anything that `encode` does not make."""
+    if len(blob) < _HEADER.size or len(blob) > MAX_STATE_BYTES:
+        raise MalformedData(f"vCPU state of {len(blob)} bytes")
+    header = _HEADER.unpack_from(blob)
+    if header != (STATE_MAGIC, STATE_VERSION, len(_SECTIONS), len(blob) - _HEADER.size, 0):
+        raise MalformedData("vCPU state with a wrong header")
+    parts: dict[str, bytes] = {}
+    offset = _HEADER.size
+    for tag, field, unit, least, most in _SECTIONS:
+        if len(blob) - offset < _SECTION.size:
+            raise MalformedData(f"vCPU state ends before its section {field}")
+        found, reserved, length = _SECTION.unpack_from(blob, offset)
+        offset += _SECTION.size
+        if (found, reserved) != (tag, 0) or not least <= length <= most or length % unit:
+            raise MalformedData(f"vCPU state with a wrong section {field}")
+        parts[field] = blob[offset : offset + length]
+        if len(parts[field]) != length:
+            raise MalformedData(f"vCPU state ends within its section {field}")
+        offset += length
+    if offset != len(blob):
+        raise MalformedData(f"vCPU state with {len(blob) - offset} bytes behind its last section")
+    return VcpuState(**parts)
+
+
+def save(vcpu_fd: int, msr_indices: tuple[int, ...], xsave_bytes: int) -> VcpuState:
+    """Read a vCPU that is out of KVM_RUN. Raises GateError where KVM refuses."""
+    xsave = ioctls.KVM_GET_XSAVE if xsave_bytes == ioctls.XSAVE_BYTES else ioctls.KVM_GET_XSAVE2
+    try:
+        return VcpuState(
+            cpuid=_get_cpuid(vcpu_fd),
+            sregs=_get(vcpu_fd, ioctls.KVM_GET_SREGS, ioctls.SREGS_BYTES),
+            xcrs=_get(vcpu_fd, ioctls.KVM_GET_XCRS, ioctls.XCRS_BYTES),
+            xsave=_get(vcpu_fd, xsave, xsave_bytes),
+            regs=_get(vcpu_fd, ioctls.KVM_GET_REGS, ioctls.REGS_BYTES),
+            msrs=_get_msrs(vcpu_fd, msr_indices),
+            vcpu_events=_get(vcpu_fd, ioctls.KVM_GET_VCPU_EVENTS, ioctls.VCPU_EVENTS_BYTES),
+            debugregs=_get(vcpu_fd, ioctls.KVM_GET_DEBUGREGS, ioctls.DEBUGREGS_BYTES),
+            mp_state=_get(vcpu_fd, ioctls.KVM_GET_MP_STATE, ioctls.MP_STATE_BYTES),
+        )
+    except OSError as error:
+        raise GateError(f"KVM did not give the state of a vCPU: {error.strerror}") from error
+
+
+def load(vcpu_fd: int, state: VcpuState, xsave_bytes: int) -> None:
+    """Write `state` to a vCPU that is out of KVM_RUN. Raises GateError, naming the part, where KVM refuses.
+
+    The order matters: CPUID decides what the others may hold, XCR0 (which needs CR4.OSXSAVE) what XSAVE may, and the
+    control registers of sregs what MSRs such as EFER may.
+    """
+    if len(state.xsave) != xsave_bytes:
+        raise GateError(f"XSAVE area of {len(state.xsave)} bytes; this processor's has {xsave_bytes}")
+    cpuid = _counted(state.cpuid, len(state.cpuid) // ioctls.CPUID_ENTRY_BYTES)
+    _set(vcpu_fd, ioctls.KVM_SET_CPUID2, cpuid, "CPUID")
+    _set(vcpu_fd, ioctls.KVM_SET_SREGS, state.sregs, "special registers")
+    _set(vcpu_fd, ioctls.KVM_SET_XCRS, state.xcrs, "XCRs")
+    _set(vcpu_fd, ioctls.KVM_SET_XSAVE, state.xsave, "XSAVE area")
+    _set(vcpu_fd, ioctls.KVM_SET_REGS, state.regs, "general registers")
+    _set_msrs(vcpu_fd, state.msrs)
+    _set(vcpu_fd, ioctls.KVM_SET_VCPU_EVENTS, state.vcpu_events, "pending events")
+    _set(vcpu_fd, ioctls.KVM_SET_DEBUGREGS, state.debugregs, "debug registers")
+    _set(vcpu_fd, ioctls.KVM_SET_MP_STATE, state.mp_state, "run state")
+
+
+def _get(vcpu_fd: int, request: int, size: int) -> bytes:
+    buffer = bytearray(size)
+    fcntl.ioctl(vcpu_fd, request, buffer, True)
+    return bytes(buffer)
+
+
+def _set(vcpu_fd: int, request: int, value: bytes | bytearray, part: str) -> None:
+    try:
+        fcntl.ioctl(vcpu_fd, request, bytearray(value), True)
+    except OSError as error:
+        raise GateError(f"KVM refused the {part} of a vCPU state: {error.strerror}") from error
+
+
+def _get_cpuid(vcpu_fd: int) -> bytes:
+    header = ioctls.ENTRIES_HEADER
+    buffer = bytearray(header.size + MAX_CPUID_ENTRIES * ioctls.CPUID_ENTRY_BYTES)
+    header.pack_into(buffer, 0, MAX_CPUID_ENTRIES, 0)
+    fcntl.ioctl(vcpu_fd, ioctls.KVM_GET_CPUID2, buffer, True)
+    entries, _ = header.unpack_from(buffer)
+    return bytes(buffer[header.size : header.size + entries * ioctls.CPUID_ENTRY_BYTES])
+
+
+def _get_msrs(vcpu_fd: int, indices: tuple[int, ...]) -> bytes:
+    """Entries of those of `indices` that can be read: the host lists some that its guests' CPUID does not have."""
+    read = b""
+    while indices:
+        batch = indices[:_MSRS_PER_CALL]
+        buffer = _counted(b"".join(ioctls.MSR_ENTRY.pack(index, 0, 0) for index in batch), len(batch))
+        # KVM stops at the first that it cannot read, and returns how many it read.
+        done = fcntl.ioctl(vcpu_fd, ioctls.KVM_GET_MSRS, buffer, True)
+        read += buffer[ioctls.ENTRIES_HEADER.size :][: done * ioctls.MSR_ENTRY.size]
+        indices = indices[done + (done < len(batch)) :]
+    return read
+
+
+def _set_msrs(vcpu_fd: int, entries: bytes) -> None:
+    """Write MSRs. One that cannot be written must already hold its value. Raises GateError with its number if not."""
+    size = ioctls.MSR_ENTRY.size
+    while entries:
+        batch = entries[: _MSRS_PER_CALL * size]
+        try:
+            done = fcntl.ioctl(vcpu_fd, ioctls.KVM_SET_MSRS, _counted(batch, len(batch) // size), True)
+        except OSError as error:
+            raise GateError(f"KVM refused the MSRs of a vCPU state: {error.strerror}") from error
+        refused = batch[done * size :][:size]
+        if refused:
+            index = ioctls.MSR_ENTRY.unpack(refused)[0]
+            if _get_msrs(vcpu_fd, (index,)) != refused:
+                raise GateError(f"this host cannot give MSR {index:#x} the value that the guest has in it")
+        entries = entries[done * size + len(refused) :]
+
+
+def _counted(entries: bytes, count: int) -> bytearray:
+    """`entries` as KVM takes them, behind a header with their number."""
+    return bytearray(ioctls.ENTRIES_HEADER.pack(count, 0) + entries)

@@ -1,0 +1,175 @@
+"""Where the trusted and the untrusted side meet: one call to send a guest, one to receive it.
+
+These are the library's front door. They make the SVSM of this side, its slots, and the engine that drives them, all in this
+thread: a slot is local here, its doorbell a direct call.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import secrets
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from .engine.destination import DestinationEngine
+from .engine.slots import Slot
+from .engine.source import SourceEngine, SourceOptions
+from .engine.streams import STALL_TIMEOUT_S, listen
+from .errors import TransferAborted, UsageError
+from .svsm.commands import destination_channel, destination_control, source_channel, source_control
+from .svsm.destination import DestinationSvsm
+from .svsm.source import SourceSvsm
+from .wire.constants import GUEST_ID_BYTES, MAX_CHANNELS
+from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from .attestation import Attestor
+    from .engine.progress import MigrationInfo
+    from .engine.streams import Listener
+    from .guests.guest import Guest
+    from .svsm.memory import GuestMemory
+    from .svsm.service import SlotService
+    from .wire.handshake import Freshness
+
+# Two buffers of 2 MiB a slot: one is sealed while the other is sent. A bundle of 256 pages takes half a buffer, and
+# what is not touched takes no memory.
+SLOT_BUFFERS: Final = 2
+SLOT_BUFFER_BYTES: Final = 1 << 21
+# Steps in which the destination's RAM is provided: some 20 ms each, so that an end does not wait for long.
+_PREFAULT_BYTES: Final = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationReport:
+    """A completed migration: its final figures, and who vouched for the dirty pages."""
+
+    info: MigrationInfo
+    freshness: Freshness
+
+
+async def send_guest(
+    guest: Guest,
+    host: str,
+    port: int,
+    attestor: Attestor,
+    *,
+    channels: int = 4,
+    downtime_limit_s: float = 0.3,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
+    on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
+) -> MigrationReport:
+    """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
+
+    A destination that is silent, or takes nothing, for `stall_timeout_s` is taken for dead.
+
+    When it returns, the guest runs at the destination and stays parked here for good. Raises UsageError for bad arguments
+    and TransferAborted otherwise: its `outcome` says whether the guest goes on here (ENDED, REFUSED) or nobody may know
+    (UNDECIDED). Cancelling before the start token makes the guest go on here.
+    """
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
+    if not 0 < downtime_limit_s < 2000:
+        raise UsageError(f"a downtime limit is above 0 and below 2000 s, not {downtime_limit_s:g} s")
+    _check_network(port, 1, stall_timeout_s)
+    guest_id = secrets.token_bytes(GUEST_ID_BYTES)
+    svsm = SourceSvsm(guest.memory, guest.gate, guest.tracker, attestor, guest_id)
+    engine = SourceEngine(
+        _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
+        [
+            _local_slot(channel, partial(source_channel, svsm=svsm, channel=channel, shared=False))
+            for channel in range(channels)
+        ],
+        guest.hypervisor,
+        guest.memory.pages,
+        guest.gate.vcpus,
+        SourceOptions(channels, downtime_limit_s, stall_timeout_s),
+        on_progress,
+    )
+    return MigrationReport(await engine.run(host, port), svsm.freshness)
+
+
+async def receive_guest(
+    guest: Guest,
+    host: str,
+    port: int,
+    attestor: Attestor,
+    *,
+    stall_timeout_s: float = STALL_TIMEOUT_S,
+    on_listening: Callable[[int], None] = lambda _port: None,
+    on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
+    on_stranger: Callable[[str], None] = lambda _line: None,
+) -> MigrationReport:
+    """Receive one guest into `guest`, which has fresh RAM and vCPUs that never ran, listening at `host`:`port`.
+
+    `on_listening` gets the port, which the kernel chooses for 0; `on_stranger` one line for each connection that was not
+    the source's. When it returns, the guest runs here. Raises UsageError where the address cannot be listened at, and
+    TransferAborted where the migration failed: the guest then never runs here, except with outcome UNDECIDED.
+    """
+    _check_network(port, 0, stall_timeout_s)
+    svsm = DestinationSvsm(guest.memory, guest.gate, attestor)
+    engine = DestinationEngine(
+        _local_slot(CONTROL_SLOT, partial(destination_control, svsm=svsm, shared=False)),
+        lambda channel: _local_slot(
+            channel, partial(destination_channel, svsm=svsm, channel=channel, shared=False)
+        ),
+        guest.hypervisor,
+        guest.memory.pages,
+        on_progress,
+        on_stranger,
+        stall_timeout_s,
+    )
+    listener = await listen(host, port, stall_timeout_s)
+    try:
+        on_listening(listener.port)
+        info = await _run(engine, listener, guest.memory)
+    finally:
+        listener.close()
+    return MigrationReport(info, svsm.freshness)
+
+
+async def _run(engine: DestinationEngine, listener: Listener, memory: GuestMemory) -> MigrationInfo:
+    end: MigrationInfo | TransferAborted
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_prefault, memory)
+        try:
+            end = await engine.run(listener)
+        except TransferAborted as aborted:
+            end = aborted  # raised outside of the nursery, which would wrap it into a group
+        nursery.cancel_scope.shield = True  # the outcome stands, also where a cancel comes with it
+        nursery.cancel_scope.cancel()
+    if isinstance(end, TransferAborted):
+        raise end
+    return end
+
+
+def _check_network(port: int, lowest_port: int, stall_timeout_s: float) -> None:
+    if not lowest_port <= port < 1 << 16:
+        raise UsageError(f"a port is {lowest_port} to 65535, not {port}")
+    if not 0 < stall_timeout_s < math.inf:
+        raise UsageError(f"a stall timeout is above 0 s and finite, not {stall_timeout_s:g} s")
+
+
+async def _prefault(memory: GuestMemory) -> None:
+    """Provide the destination's RAM in the background, while it waits for the source and for the network."""
+    for start in range(0, memory.ram_bytes, _PREFAULT_BYTES):
+        length = min(_PREFAULT_BYTES, memory.ram_bytes - start)
+        if not await trio.to_thread.run_sync(memory.prefault, start, length):
+            return
+
+
+def _local_slot(slot_id: int, serve: Callable[[SlotMemory], SlotService]) -> Slot:
+    """A slot whose SVSM lives in this thread: ringing its doorbell is a call, as VMGEXIT into VMPL0 is on hardware."""
+    geometry = SlotGeometry(slot_id, SLOT_BUFFERS, SLOT_BUFFER_BYTES)
+    memory = SlotMemory.format(mmap.mmap(-1, geometry.slot_bytes), geometry)
+    service = serve(memory)
+
+    async def ring() -> None:
+        service.service()
+
+    return Slot(memory, ring)

@@ -1,0 +1,81 @@
+"""From pending pages to the entries and payload of one bundle.
+
+A run of consecutive pages without a zero page is sealed straight from guest RAM. Everything else is gathered into one
+staging area first, which is reused for every bundle so that it stays in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+from ..wire.bundle import DATA, DROP, ZERO, pack_entries
+from ..wire.constants import MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE
+from ..wire.page_state import SHARED, VALIDATED
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from .memory import GuestMemory
+
+
+_HAS_CONTENT: Final = np.uint32(VALIDATED | SHARED)
+
+
+class Package(NamedTuple):
+    """What goes into one PAGES bundle."""
+
+    gfns: NDArray[np.int64]
+    entries: bytes
+    payload: memoryview
+    zero_pages: int
+
+
+class Packager:
+    """Turns gfns into packages of one guest's memory."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self._gathered = np.empty((MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE), dtype=np.uint64)
+        self._compacted = np.empty((MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE), dtype=np.uint64)
+
+    def package(self, gfns: NDArray[np.int64], max_data_pages: int) -> Package:
+        """Package `gfns` (ascending, 1 to 512), or as many of them from the start as have `max_data_pages` DATA pages.
+
+        RAM may be written meanwhile; every page is classified and read once, and a later write is the dirty tracker's.
+        """
+        words, states = self._view(gfns)
+        operations = _classify(words, states)
+        is_data = operations == DATA
+        data_pages = int(np.count_nonzero(is_data))
+        if data_pages > max_data_pages:
+            end = int(np.searchsorted(np.cumsum(is_data), max_data_pages, side="right"))
+            gfns, words, states = gfns[:end], words[:end], states[:end]
+            operations, is_data, data_pages = operations[:end], is_data[:end], max_data_pages
+        if data_pages != len(gfns):
+            words = np.take(
+                words, np.flatnonzero(is_data), axis=0, out=self._compacted[:data_pages], mode="clip"
+            )
+        entries = pack_entries(gfns, operations, states)
+        payload = words.reshape(-1).view(np.uint8).data
+        return Package(gfns, entries.tobytes(), payload, int(np.count_nonzero(operations == ZERO)))
+
+    def _view(self, gfns: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        first, end = int(gfns[0]), int(gfns[-1]) + 1
+        if end - first == len(gfns):
+            return self._memory.words[first:end], self._memory.states[first:end].copy()
+        # mode="clip" because "raise" would make numpy gather into a buffer of its own first
+        words = np.take(self._memory.words, gfns, axis=0, out=self._gathered[: len(gfns)], mode="clip")
+        return words, self._memory.states[gfns]
+
+
+def _classify(words: NDArray[np.uint64], states: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    operations = np.full(len(words), DATA, dtype=np.uint8)
+    # Most pages in use differ from zero in their first word: only the others are read whole.
+    candidates = np.flatnonzero(words[:, 0] == 0)
+    if candidates.size:
+        suspects = words if candidates.size == len(words) else words[candidates]
+        operations[candidates[np.bitwise_or.reduce(suspects, axis=1) == 0]] = ZERO
+    operations[(states & _HAS_CONTENT) == 0] = DROP
+    return operations

@@ -1,0 +1,168 @@
+"""Guest RAM as the SVSM sees it, and the reverse map table (RMP) that says what each page is.
+
+The RMP is emulated: on a machine with SEV-SNP the processor keeps it, here an array does, with the same refusals. A
+write to a page that is neither validated nor shared is refused, and so is a second PVALIDATE to the same state, which
+on hardware is the only sign of a page that the hypervisor swapped under the guest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from ..dirty import DirtyBitmap
+from ..errors import LocalProtocolError, PageStateError
+from ..wire.constants import PAGE_SIZE, WORDS_PER_PAGE
+from ..wire.page_state import PERMISSION_BITS, PRIVATE, SHARED, STATE_MASK, VALIDATED, vmpl_shift
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_VALIDATED: Final = np.uint32(VALIDATED)
+_ACCESSIBLE: Final = np.uint32(VALIDATED | SHARED)
+_MADV_POPULATE_WRITE: Final = 23  # include/uapi/asm-generic/mman-common.h, Linux 5.14
+
+
+class GuestMemory:
+    """RAM of one guest, gfn 0 to `pages` - 1, and the state word of each page.
+
+    `words` is RAM as uint64 of shape (pages, 512), `states` the uint32 state words (`wire.page_state`), `ram_fd` the
+    memfd behind the RAM, which other mappings of the same RAM (vCPUs) are made from.
+    """
+
+    def __init__(self, ram_fd: int, ram_bytes: int) -> None:
+        if ram_bytes <= 0 or ram_bytes % PAGE_SIZE:
+            raise PageStateError(
+                f"RAM of {ram_bytes} bytes is not a positive number of {PAGE_SIZE}-byte pages"
+            )
+        self.ram_fd = ram_fd
+        self.pages = ram_bytes // PAGE_SIZE
+        self.mapping = mmap.mmap(ram_fd, ram_bytes, mmap.MAP_SHARED)
+        self.words: NDArray[np.uint64] = np.frombuffer(self.mapping, dtype=np.uint64).reshape(
+            -1, WORDS_PER_PAGE
+        )
+        self.states: NDArray[np.uint32] = np.full(self.pages, 0, dtype=np.uint32)
+        self.state_changes = DirtyBitmap(self.pages)
+        # Pages that may differ from zero: all, unless `allocate` knows better.
+        self._populated = DirtyBitmap.full(self.pages)
+        self._claimed = False
+
+    @classmethod
+    def allocate(cls, ram_bytes: int, name: str = "guest-ram") -> GuestMemory:
+        """Fresh zeroed RAM in a memfd, no page validated. Raises PageStateError where the size is not whole pages."""
+        ram_fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(ram_fd, ram_bytes)
+            memory = cls(ram_fd, ram_bytes)
+        except BaseException:
+            os.close(ram_fd)
+            raise
+        # Fresh RAM is known to be zero, so a zero page costs nothing until its page has been written.
+        memory._populated.clear()
+        return memory
+
+    def close(self) -> None:
+        """Give the memfd back; the mapping itself ends with the last array that looks at it."""
+        if self.ram_fd >= 0:
+            os.close(self.ram_fd)
+            self.ram_fd = -1
+
+    def prefault(self, start: int, length: int) -> bool:
+        """Have the kernel provide pages for `length` bytes of RAM from byte `start` on, before they are written.
+
+        Confidential RAM is pinned, so nothing is saved by providing it late, and a page fault costs more than the rest of
+        an import. Takes long for much memory and lets other threads run meanwhile. Returns whether the kernel did it; where
+        it did not (Linux before 5.14, no memory left), pages are provided one by one as they are written.
+        """
+        address = self.words.ctypes.data + start
+        failed: int = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
+        return failed == 0
+
+    @property
+    def ram_bytes(self) -> int:
+        return self.pages * PAGE_SIZE
+
+    def claim(self) -> None:
+        """Make this guest one session's to move (G5). Raises LocalProtocolError where it is another's, or was moved."""
+        if self._claimed:
+            raise LocalProtocolError("another session moves this guest, or has moved it")
+        self._claimed = True
+
+    def disclaim(self) -> None:
+        """The session that claimed this guest has ended, and the guest goes on here."""
+        self._claimed = False
+
+    def launch(self) -> None:
+        """The state of a guest that has booted: every page private, validated, VMPL1's to use."""
+        self.states[:] = PRIVATE
+
+    def pvalidate(self, gfns: NDArray[np.int64], *, validated: bool = True) -> None:
+        """PVALIDATE each page of `gfns`. Raises PageStateError, changing nothing, where one already has that state."""
+        pages = self._locate(gfns)
+        current = (self.states[pages] & _VALIDATED) != 0
+        if (current == validated).any():
+            raise PageStateError(
+                f"{'second' if validated else 'needless'} PVALIDATE: page already in that state"
+            )
+        self.states[pages] ^= _VALIDATED
+        self.state_changes.set_gfns(gfns)
+
+    def rmpadjust(self, gfns: NDArray[np.int64], vmpl: int, permissions: int) -> None:
+        """Set the permissions of `vmpl` on validated pages. Raises PageStateError where a page is not validated."""
+        pages = self._locate(gfns)
+        if not (self.states[pages] & _VALIDATED).all():
+            raise PageStateError("RMPADJUST of a page that is not validated")
+        shift = vmpl_shift(vmpl)
+        field = ((1 << PERMISSION_BITS) - 1) << shift
+        self.states[pages] = (self.states[pages] & np.uint32(STATE_MASK & ~field)) | np.uint32(
+            (permissions << shift) & field
+        )
+        self.state_changes.set_gfns(gfns)
+
+    def adopt_states(self, gfns: NDArray[np.int64], states: NDArray[np.uint32]) -> None:
+        """Bring pages to the states that the source recorded: PVALIDATE where that bit differs, RMPADJUST for the others.
+
+        Only what differs is set, so no page is validated twice.
+        """
+        self.states[self._locate(gfns)] = states
+
+    def write(self, gfns: NDArray[np.int64], content: NDArray[np.uint64]) -> None:
+        """Store `content` (uint64, shape (n, 512)) at `gfns`. Raises PageStateError where one may not be written."""
+        pages = self._locate(gfns)
+        if not (self.states[pages] & _ACCESSIBLE).all():
+            raise PageStateError("write to a page that is neither validated nor shared")
+        self.words[pages] = content
+        if isinstance(pages, slice):
+            self._populated.set_range(pages.start, pages.stop)
+        else:
+            self._populated.set_gfns(gfns)
+
+    def zero(self, gfns: NDArray[np.int64]) -> None:
+        """Make pages zero, or forget those that the guest gave up; only pages that may differ from zero are touched."""
+        self._locate(gfns)
+        used = gfns[self._populated.test(gfns)]
+        if used.size:
+            self.words[used] = 0
+            self._populated.clear_gfns(used)
+
+    def _locate(self, gfns: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+        """`gfns` as an index into RAM: a slice where they are a run, which numpy serves without gathering."""
+        if not gfns.size:
+            return gfns
+        first, last = int(gfns[0]), int(gfns[-1])
+        run = (gfns[1:] - gfns[:-1] == 1).all()
+        if not run:
+            first, last = int(gfns.min()), int(gfns.max())
+        if first < 0 or last >= self.pages:
+            raise PageStateError(f"gfn outside of RAM of {self.pages} pages")
+        return slice(first, last + 1) if run else gfns
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)

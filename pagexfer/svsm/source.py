@@ -1,0 +1,376 @@
+"""The source's SVSM: decides what has to be sent, seals it, and releases the start token.
+
+Scheduling is the host's: it says from which range the next bundle comes. Completeness is decided here (R4): what is
+pending is this side's own knowledge, and no token is sealed while anything is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+from ..dirty import DirtyBitmap
+from ..errors import IntegrityError, LocalProtocolError, NotReady, RemoteProtocolError
+from ..wire.bundle import (
+    ENTRY_BYTES,
+    HEADER_BYTES,
+    BundleKind,
+    Direction,
+    parse_header_untrusted,
+)
+from ..wire.constants import (
+    FINAL_EPOCH,
+    FIRST_EPOCH,
+    MAX_BUNDLE_ENTRIES,
+    MAX_CHANNELS,
+    PAGE_SIZE,
+    TAG_BYTES,
+)
+from ..wire.handshake import Freshness, Hello
+from ..wire.slot import SessionStatus as State
+from ..wire.token import EpochTotals, Manifest
+from .content import ContentTable, state_digest, vcpu_digest
+from .export import Packager
+from .handshake import Established, finish_source, source_hello
+from .sealing import Opener, Sealer
+from .states import SOURCE, Event, StateMachine
+
+if TYPE_CHECKING:
+    from ..attestation import Attestor
+    from ..dirty import DirtyTracker
+    from .gate import VcpuGate
+    from .memory import GuestMemory
+
+# 1 MiB of payload. Half of it keeps plaintext and ciphertext in a core's L2 cache and costs as much again in calls; twice
+# of it gains nothing.
+BUNDLE_PAGES: Final = 256
+
+_OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + TAG_BYTES
+_VCPU: Final = struct.Struct("<I")
+
+
+class Exported(NamedTuple):
+    """One sealed bundle: its length (0 where nothing was pending), its pages, and whether more may be pending."""
+
+    length: int
+    pages: int
+    zero_pages: int
+    more: bool
+
+
+class SourceSvsm:
+    """The trusted side of one outgoing migration of one guest.
+
+    Every method either does what it says or raises and leaves the guest as it was; errors of the state machine change
+    nothing. A bundle that fails to open before the start token ends the session, and the guest goes on here.
+    """
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        gate: VcpuGate,
+        tracker: DirtyTracker | None,
+        attestor: Attestor,
+        guest_id: bytes,
+    ) -> None:
+        self._memory = memory
+        self._gate = gate
+        self._tracker = tracker
+        self._attestor = attestor
+        self._guest_id = guest_id
+        self._machine = StateMachine(SOURCE)
+        self._hello: Hello | None = None
+        self._session: Established | None = None
+        self._sealers: list[Sealer] = []
+        self._opener: Opener | None = None
+        self._packager = Packager(memory)
+        self._pending = DirtyBitmap.full(memory.pages)
+        self._hinted = DirtyBitmap(memory.pages)
+        self._content = ContentTable(memory.pages)
+        self._epoch = FIRST_EPOCH
+        self._epoch_bundles = 0
+        self._epoch_pages = 0
+        self._vcpu_states: dict[int, bytes] = {}
+        self._manifest: bytes = b""
+        self._peer_ready = False
+        self._zero_run = False
+        self._claimed = False
+
+    @property
+    def state(self) -> State:
+        return self._machine.state
+
+    @property
+    def freshness(self) -> Freshness:
+        """Who vouches for this guest's dirty pages."""
+        return Freshness.HOST_REPORTED if self._tracker is None else Freshness.SVSM_TRACKED
+
+    # Handshake
+
+    def prepare(self, channels: int) -> bytes:
+        """Begin a session over `channels` channels; returns the hello to send.
+
+        Raises LocalProtocolError, changing nothing, where another session moves this guest or has moved it.
+        """
+        self._machine.require(Event.PREPARE)
+        if not 1 <= channels <= MAX_CHANNELS:
+            raise LocalProtocolError(f"a session has 1 to {MAX_CHANNELS} channels, not {channels}")
+        self._memory.claim()
+        self._claimed = True
+        self._machine.advance(Event.PREPARE)
+        self._hello = source_hello(
+            self._attestor,
+            self._guest_id,
+            self._memory.pages,
+            self._gate.vcpus,
+            channels,
+            self.freshness,
+        )
+        return self._hello.pack()
+
+    def establish(self, reply: bytes) -> bytes:
+        """Take the destination's reply; returns the evidence to send. A refused reply aborts the session."""
+        self._machine.require(Event.ESTABLISH)
+        assert self._hello is not None
+        try:
+            self._session, evidence = finish_source(self._attestor, self._hello, reply)
+        except RemoteProtocolError:
+            self.abort()
+            raise
+        keys = self._session.keys
+        self._sealers = [
+            Sealer(keys, Direction.FORWARD, channel) for channel in range(self._session.channels)
+        ]
+        self._opener = Opener(keys, Direction.BACKWARD, channel=0)
+        self._machine.advance(Event.ESTABLISH)
+        return evidence
+
+    def open_channel(self, channel: int, out: memoryview) -> int:
+        """Seal the bundle that proves to the destination that a connection is this session's `channel`."""
+        sealer = self._sealer(channel)
+        if sealer.counter:
+            raise LocalProtocolError(f"channel {channel} is open already")
+        return sealer.seal(BundleKind.CHANNEL_OPEN, self._epoch, b"", b"", out)
+
+    # Epochs
+
+    def hint(self, first_gfn: int, log: bytes) -> None:
+        """Part of the hypervisor's dirty log, from `first_gfn` (a multiple of 64) on; it counts from the next epoch on.
+
+        Raises LocalProtocolError, changing nothing, where it does not fit RAM.
+        """
+        whole = np.zeros_like(self._hinted.words)
+        first_byte = first_gfn // 8
+        if first_gfn % 64 or len(log) % 8 or not 0 <= first_byte <= whole.nbytes - len(log):
+            raise LocalProtocolError("a part of a dirty log that does not fit RAM")
+        whole.view(np.uint8)[first_byte : first_byte + len(log)] = np.frombuffer(log, dtype=np.uint8)
+        self._hinted.union_words(whole)
+
+    def begin_epoch(self) -> DirtyBitmap:
+        """Take in what was written since the last epoch; returns what is pending now (not to be changed).
+
+        Raises LocalProtocolError once a bundle of the current epoch was sealed: a page goes at most once an epoch (R1).
+        """
+        self._machine.require(Event.EPOCH)
+        self._require_no_manifest()
+        if self._epoch_bundles:
+            raise LocalProtocolError("the epoch is under way: close it with its token first")
+        if self._machine.state is State.KEYED and self._tracker is not None:
+            self._tracker.start()
+        self._machine.advance(Event.EPOCH)
+        self._collect()
+        return self._pending
+
+    def export(self, channel: int, start: int, stop: int, out: memoryview) -> Exported:
+        """Seal the next bundle of what is pending in gfns `start` to `stop` - 1 into `out`."""
+        self._require_epoch()
+        sealer = self._sealer(channel)
+        capacity = min(BUNDLE_PAGES, (len(out) - _OVERHEAD_BYTES) // PAGE_SIZE)
+        # Zero pages cost 8 bytes each: after a bundle without data, look at as many pages as entries allow.
+        look = MAX_BUNDLE_ENTRIES if self._zero_run else capacity
+        gfns = self._pending.first(start, stop, look)
+        if not gfns.size:
+            return Exported(0, 0, 0, more=False)
+        found = len(gfns)
+        gfns, entries, payload, zero_pages = self._packager.package(gfns, capacity)
+        counter = sealer.counter
+        length = sealer.seal(BundleKind.PAGES, self._epoch, entries, payload, out)
+        self._pending.clear_gfns(gfns)
+        self._content.record(gfns, channel, sealer.incarnation, counter)
+        self._epoch_bundles += 1
+        self._epoch_pages += len(gfns)
+        self._zero_run = len(payload) == 0
+        return Exported(length, len(gfns), zero_pages, more=found == look or found > len(gfns))
+
+    def epoch_token(self, out: memoryview) -> int:
+        """Seal the token that closes the epoch (R3). Raises NotReady while anything is pending."""
+        self._require_epoch()
+        if self._pending.any():
+            raise NotReady(f"{self._pending.count()} pages are pending")
+        if self._epoch + 1 >= FINAL_EPOCH:
+            raise LocalProtocolError("the epoch counter is used up")
+        totals = EpochTotals(self._epoch_bundles, self._epoch_pages)
+        length = self._seal(BundleKind.EPOCH_TOKEN, self._epoch, totals.pack(), out)
+        self._epoch += 1
+        self._epoch_bundles = self._epoch_pages = 0
+        return length
+
+    # Black-out
+
+    def park(self) -> tuple[int, int]:
+        """Raise the global flag; returns parked and all vCPUs. The guest is parked when they are equal (R5)."""
+        self._machine.require(Event.PARK)
+        self._gate.raise_flag()
+        parked = self._gate.parked()
+        if parked == self._gate.vcpus:
+            self._machine.advance(Event.PARK)
+        return parked, self._gate.vcpus
+
+    def export_vcpu(self, vcpu: int, out: memoryview) -> int:
+        """Seal the state of one parked vCPU. Raises GateError where its state cannot be saved."""
+        self._require_parked()
+        if vcpu in self._vcpu_states or not 0 <= vcpu < self._gate.vcpus:
+            raise LocalProtocolError(f"vCPU {vcpu} was exported already or does not exist")
+        state = self._gate.save_state(vcpu)
+        length = self._seal(BundleKind.VCPU_STATE, self._epoch, _VCPU.pack(vcpu) + state, out)
+        self._vcpu_states[vcpu] = state
+        return length
+
+    def manifest(self, out: memoryview) -> int:
+        """Seal the manifest (R6). Raises NotReady while a page is dirty or unsent or a vCPU is not exported."""
+        self._require_parked()
+        self._require_no_manifest()
+        if self._epoch_bundles == 0:
+            self._collect()
+        if self._epoch_bundles or self._pending.any() or not self._content.complete():
+            raise NotReady("pages are dirty or unsent, or the epoch is open")
+        if len(self._vcpu_states) != self._gate.vcpus:
+            raise NotReady("not all vCPUs are exported")
+        manifest = Manifest(
+            self._memory.pages,
+            self._epoch - 1,
+            self._gate.vcpus,
+            self.freshness,
+            self._content.digest(),
+            state_digest(self._memory.states),
+            vcpu_digest(self._vcpu_states),
+            tuple(sealer.record() for sealer in self._sealers),
+        )
+        self._manifest = manifest.pack()
+        return self._seal(BundleKind.MANIFEST, self._epoch, self._manifest, out)
+
+    def start_token(self, out: memoryview) -> int:
+        """Seal the start token: the point of no return.
+
+        Raises NotReady before the destination's READY, and for good where a page changed after the manifest (R6).
+        """
+        self._machine.require(Event.START)
+        if not self._peer_ready:
+            raise NotReady("the destination did not say READY")
+        self._collect()
+        if self._pending.any():
+            raise NotReady("a page changed after the manifest: abort")
+        self._machine.advance(Event.START)
+        return self._seal(BundleKind.START_TOKEN, FINAL_EPOCH, self._manifest, out)
+
+    def accept_untrusted(self, package: memoryview) -> BundleKind:
+        """Open the destination's READY, RUNNING or abort token. A forged one ends the session (R8)."""
+        try:
+            return self._accept(bytes(package))
+        except RemoteProtocolError:
+            self._fail()
+            raise
+
+    def finish(self) -> None:
+        """The destination runs the guest: forget every key. The vCPUs here stay parked for good."""
+        if self._machine.state is not State.FINISHED:
+            raise LocalProtocolError(f"the move is not complete: {self._machine.state.name}")
+        self._wipe()
+
+    def abort(self) -> None:
+        """Give the session up and let the guest go on here. Raises LocalProtocolError from STARTED on (R7)."""
+        self._machine.advance(Event.ABORT)
+        self._let_go()
+
+    def _accept(self, package: bytes) -> BundleKind:
+        if self._opener is None or not self._manifest:
+            raise LocalProtocolError("no answer is awaited")
+        header = parse_header_untrusted(package, len(package))
+        if header.entry_count:
+            raise IntegrityError("answer with entries")
+        digest = bytearray(header.payload_bytes)
+        self._opener.open_untrusted(
+            header, package[:HEADER_BYTES], memoryview(package)[HEADER_BYTES:], memoryview(digest)
+        )
+        if header.epoch != FINAL_EPOCH:
+            raise IntegrityError("answer of another epoch")
+        if bytes(digest) != hashlib.sha384(self._manifest).digest():
+            raise IntegrityError("answer to another manifest")
+        match header.kind:
+            case BundleKind.READY if self._machine.state is State.PARKED:
+                self._peer_ready = True
+            case BundleKind.RUNNING if self._machine.allows(Event.CONFIRMED):
+                self._machine.advance(Event.CONFIRMED)
+            case BundleKind.ABORT_TOKEN if self._machine.allows(Event.PEER_FAILED):
+                self._machine.advance(Event.PEER_FAILED)
+                self._let_go()
+            case BundleKind.ABORT_TOKEN:
+                self.abort()
+            case _:
+                raise IntegrityError("answer that does not fit the session's state")
+        return header.kind
+
+    def _collect(self) -> None:
+        if self._tracker is not None:
+            self._pending.union(self._tracker.collect())
+        self._pending.union(self._memory.state_changes.take())
+        self._pending.union(self._hinted.take())
+
+    def _sealer(self, channel: int) -> Sealer:
+        if not 0 <= channel < len(self._sealers):
+            raise LocalProtocolError(f"there is no channel {channel}")
+        return self._sealers[channel]
+
+    def _seal(self, kind: BundleKind, epoch: int, payload: bytes, out: memoryview) -> int:
+        """Seal what is not pages, which goes over channel 0."""
+        return self._sealer(0).seal(kind, epoch, b"", payload, out)
+
+    def _require_epoch(self) -> None:
+        if self._machine.state not in (State.PRECOPY, State.PARKED):
+            raise LocalProtocolError(f"no epoch is open in a session that is {self._machine.state.name}")
+        self._require_no_manifest()
+
+    def _require_no_manifest(self) -> None:
+        if self._manifest:
+            raise LocalProtocolError("the manifest was sealed: nothing but the start token comes after it")
+
+    def _require_parked(self) -> None:
+        if self._machine.state is not State.PARKED:
+            raise LocalProtocolError(f"the vCPUs are not parked: {self._machine.state.name}")
+
+    def _fail(self) -> None:
+        # After the start token the guest stays parked: without an authentic answer nobody here may let it go.
+        if self._machine.allows(Event.ABORT):
+            self.abort()
+        else:
+            self._wipe()
+
+    def _let_go(self) -> None:
+        self._wipe()
+        # The vCPUs may be parked for another session by now, or for good: only the one that has the guest frees it.
+        if not self._claimed:
+            return
+        if self._tracker is not None:
+            self._tracker.stop()
+        self._gate.release()
+        self._memory.disclaim()
+        self._claimed = False
+
+    def _wipe(self) -> None:
+        for stream in (*self._sealers, *([self._opener] if self._opener else [])):
+            stream.wipe()
+        if self._session is not None:
+            self._session.keys.wipe()

@@ -1,0 +1,206 @@
+"""Two SVSMs and nothing between them: a whole move in memory, one call a step, with a place for an attacker.
+
+Every sealed bundle becomes a `Message`; `send` shows it to `intercept`, which returns what really arrives: the message
+itself, nothing, a changed copy, an older one, several. What a step sealed is kept in `sent`.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from ..svsm.destination import DestinationSvsm
+from ..svsm.source import SourceSvsm
+from ..wire.bundle import MAX_BUNDLE_BYTES, BundleKind, Direction, parse_header_untrusted
+from ..wire.constants import GUEST_ID_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from ..attestation import Attestor
+    from ..dirty import DirtyTracker
+    from ..svsm.gate import VcpuGate
+    from ..svsm.memory import GuestMemory
+    from ..wire.bundle import BundleHeader
+
+_CHUNK_PAGES: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One sealed bundle on its way over `channel`."""
+
+    direction: Direction
+    channel: int
+    data: bytes
+
+    @property
+    def header(self) -> BundleHeader:
+        """The header, which travels in clear. Raises MalformedData for a message that is none any more."""
+        return parse_header_untrusted(self.data, len(self.data))
+
+    def flipped(self, offset: int, bits: int = 1) -> Message:
+        """A copy with `bits` of the byte at `offset` (negative: from the end) flipped."""
+        data = bytearray(self.data)
+        data[offset] ^= bits
+        return replace(self, data=bytes(data))
+
+    def crossed(self, channel: int) -> Message:
+        """A copy that arrives over another channel."""
+        return replace(self, channel=channel)
+
+
+class SvsmPair:
+    """A source and a destination SVSM with one thread for all: every step seals, sends and delivers before it returns.
+
+    `source` and `destination` are the SVSMs themselves, for steps of one's own. A step raises what either side refuses.
+    """
+
+    def __init__(
+        self,
+        source_memory: GuestMemory,
+        source_gate: VcpuGate,
+        destination_memory: GuestMemory,
+        destination_gate: VcpuGate,
+        attestor: Attestor,
+        *,
+        tracker: DirtyTracker | None = None,
+        channels: int = 2,
+        intercept: Callable[[Message], Iterable[Message]] = lambda message: (message,),
+    ) -> None:
+        guest_id = secrets.token_bytes(GUEST_ID_BYTES)
+        self.source = SourceSvsm(source_memory, source_gate, tracker, attestor, guest_id)
+        self.destination = DestinationSvsm(destination_memory, destination_gate, attestor)
+        self.channels = channels
+        self.intercept = intercept
+        self.sent: list[Message] = []
+        self._opened: set[int] = set()
+        self._pages = source_memory.pages
+        self._vcpus = source_gate.vcpus
+        self._buffer = memoryview(bytearray(MAX_BUNDLE_BYTES))
+
+    # Whole phases
+
+    def handshake(self) -> None:
+        """Both sides have keys."""
+        reply = self.destination.answer(1, self.source.prepare(self.channels))
+        self.destination.establish(1, self.source.establish(reply))
+
+    def open_channels(self) -> None:
+        """Every channel has proved itself."""
+        for channel in range(self.channels):
+            self.send(self.seal_channel(channel))
+
+    def epoch(self) -> None:
+        """One epoch over all channels in turn, closed with its token."""
+        self.source.begin_epoch()
+        for number, start in enumerate(range(0, self._pages, _CHUNK_PAGES)):
+            while message := self.seal_pages(number % self.channels, start, start + _CHUNK_PAGES):
+                self.send(message)
+        self.send(self.seal_token(BundleKind.EPOCH_TOKEN))
+
+    def park(self) -> None:
+        """Ask until all vCPUs are parked, which a gate with slow vCPUs never says."""
+        while self.source.park()[0] < self._vcpus:
+            pass
+
+    def vcpus(self) -> None:
+        """The state of every vCPU."""
+        for vcpu in range(self._vcpus):
+            self.send(self.seal_vcpu(vcpu))
+
+    def manifest(self) -> None:
+        """The source's manifest."""
+        self.send(self.seal_token(BundleKind.MANIFEST))
+
+    def ready(self) -> None:
+        """The destination found everything complete."""
+        self.send(self.seal_answer(BundleKind.READY))
+
+    def start(self) -> None:
+        """The point of no return; the guest runs at the destination."""
+        self.send(self.seal_token(BundleKind.START_TOKEN))
+
+    def running(self) -> None:
+        """The destination says that the guest runs there."""
+        self.send(self.seal_answer(BundleKind.RUNNING))
+
+    def finish(self) -> None:
+        """Both sides forget their keys."""
+        self.source.finish()
+        self.destination.finish()
+
+    def until_precopy(self) -> None:
+        """Handshake, channels, and the first epoch."""
+        self.handshake()
+        self.open_channels()
+        self.epoch()
+
+    def until_manifest(self) -> None:
+        """All before the manifest: parked, the last epoch closed, vCPU states sent."""
+        self.until_precopy()
+        self.park()
+        self.epoch()
+        self.vcpus()
+
+    def migrate(self) -> None:
+        """The whole move."""
+        self.until_manifest()
+        self.manifest()
+        self.ready()
+        self.start()
+        self.running()
+        self.finish()
+
+    # One bundle
+
+    def seal_channel(self, channel: int) -> Message:
+        """The opening bundle of a channel."""
+        return self._forward(channel, self.source.open_channel(channel, self._buffer))
+
+    def seal_pages(self, channel: int, start: int, stop: int) -> Message | None:
+        """The next bundle of pending pages from `start` to `stop` - 1 (at most all), None where none is pending."""
+        exported = self.source.export(channel, start, min(stop, self._pages), self._buffer)
+        return self._forward(channel, exported.length) if exported.length else None
+
+    def seal_vcpu(self, vcpu: int) -> Message:
+        """The state of one vCPU."""
+        return self._forward(0, self.source.export_vcpu(vcpu, self._buffer))
+
+    def seal_token(self, kind: BundleKind) -> Message:
+        """Epoch token, manifest or start token."""
+        seal = {
+            BundleKind.EPOCH_TOKEN: self.source.epoch_token,
+            BundleKind.MANIFEST: self.source.manifest,
+            BundleKind.START_TOKEN: self.source.start_token,
+        }[kind]
+        return self._forward(0, seal(self._buffer))
+
+    def seal_answer(self, kind: BundleKind) -> Message:
+        """READY, RUNNING or the abort token."""
+        length = self.destination.seal_answer(kind, self._buffer)
+        return self._keep(Message(Direction.BACKWARD, 0, bytes(self._buffer[:length])))
+
+    def send(self, message: Message) -> None:
+        """Give a message to the attacker, and deliver what he lets through."""
+        for arriving in self.intercept(message):
+            self.deliver(arriving)
+
+    def deliver(self, message: Message) -> None:
+        """Have the receiving side take a message. Raises what that side refuses it with."""
+        package = memoryview(bytearray(message.data))
+        if message.direction is Direction.BACKWARD:
+            self.source.accept_untrusted(package)
+        elif message.channel in self._opened:
+            self.destination.import_untrusted(message.channel, package)
+        else:
+            self.destination.open_channel_untrusted(message.channel, package)
+            self._opened.add(message.channel)
+
+    def _forward(self, channel: int, length: int) -> Message:
+        return self._keep(Message(Direction.FORWARD, channel, bytes(self._buffer[:length])))
+
+    def _keep(self, message: Message) -> Message:
+        self.sent.append(message)
+        return message

@@ -1,0 +1,1 @@
+"""Formats that both sides share. No keys, no I/O, no clock: bytes in, values out."""

@@ -1,0 +1,260 @@
+"""The bundle: one sealed record of up to 512 pages, and the only thing that carries guest data between two SVSMs.
+
+    header (64 bytes) · entries (8 bytes each) · payload · tag (16 bytes)
+
+Header and entries are the associated data of the AEAD and travel in clear, the payload alone is encrypted. So a host
+can schedule by page number, and a run of pages is sealed straight from RAM. Integers are little endian.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+from ..errors import MalformedData
+from .constants import (
+    GCM_NONCE_BYTES,
+    GFN_BITS,
+    MAX_BUNDLE_ENTRIES,
+    MAX_BUNDLE_PAYLOAD_BYTES,
+    MAX_CHANNELS,
+    PAGE_SIZE,
+    PROTOCOL_VERSION,
+    TAG_BYTES,
+)
+from .page_state import SHARED, STATE_MASK, VALIDATED
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+BUNDLE_MAGIC: Final = int.from_bytes(b"PGXB", "little")
+
+
+class BundleKind(enum.IntEnum):
+    """What a bundle carries. Wire numbers: never reused, 0 invalid."""
+
+    PAGES = 1
+    VCPU_STATE = 2
+    EPOCH_TOKEN = 3
+    MANIFEST = 4
+    READY = 5
+    START_TOKEN = 6
+    RUNNING = 7
+    ABORT_TOKEN = 8
+    CHANNEL_OPEN = 9
+
+
+class Direction(enum.IntEnum):
+    """Which way a bundle goes; each way has keys of its own, so nothing can be reflected."""
+
+    FORWARD = 1  # source to destination
+    BACKWARD = 2
+
+
+class Operation(enum.IntEnum):
+    """What an entry says of its page."""
+
+    DATA = 1  # the next 4096 payload bytes
+    ZERO = 2  # the page is zero; no payload
+    DROP = 3  # the guest gave the page up (neither validated nor shared); no payload
+
+
+# Header:
+#   offset  size  field
+#        0     4  magic "PGXB"
+#        4     2  version
+#        6     1  kind
+#        7     1  direction
+#        8    16  session id
+#       24     2  channel
+#       26     2  incarnation
+#       28     4  epoch
+#       32     8  counter
+#       40     4  entry count
+#       44     4  payload bytes
+#       48    16  reserved, zero
+_HEADER: Final = struct.Struct("<IHBB16sHHIQII16s")
+HEADER_BYTES: Final = 64
+assert _HEADER.size == HEADER_BYTES
+assert struct.calcsize("<IHBB16s") == 24
+assert struct.calcsize("<IHBB16sHHI") == 32
+assert struct.calcsize("<IHBB16sHHIQII") == 48
+
+_NONCE: Final = struct.Struct("<HHQ")
+assert _NONCE.size == GCM_NONCE_BYTES
+
+# Entry, one u64:
+#   bits  0-39  gfn
+#   bits 40-41  operation
+#   bits 42-60  page state (wire.page_state)
+#   bits 61-63  reserved, zero
+ENTRY_BYTES: Final = 8
+_OPERATION_SHIFT: Final = 40
+_STATE_SHIFT: Final = 42
+_RESERVED_SHIFT: Final = 61
+_GFN_MASK: Final = np.uint64((1 << GFN_BITS) - 1)
+_OPERATION_BITS: Final = _STATE_SHIFT - _OPERATION_SHIFT
+_OPERATION_MASK: Final = (1 << _OPERATION_BITS) - 1
+_UPPER_BITS: Final = _RESERVED_SHIFT - _OPERATION_SHIFT
+_HAS_CONTENT: Final = np.uint32(VALIDATED | SHARED)
+# The operations as numpy scalars: comparing an array with an enum member costs as much as sealing a page.
+DATA: Final = np.uint8(Operation.DATA)
+ZERO: Final = np.uint8(Operation.ZERO)
+DROP: Final = np.uint8(Operation.DROP)
+assert GFN_BITS == _OPERATION_SHIFT
+assert STATE_MASK << _STATE_SHIFT < 1 << _RESERVED_SHIFT
+
+MAX_BUNDLE_BYTES: Final = (
+    HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + MAX_BUNDLE_PAYLOAD_BYTES + TAG_BYTES
+)
+_NO_RESERVED: Final = bytes(16)
+
+
+class BundleHeader(NamedTuple):
+    """A bundle's header, fields as on the wire."""
+
+    kind: BundleKind
+    direction: Direction
+    session: bytes
+    channel: int
+    incarnation: int
+    epoch: int
+    counter: int
+    entry_count: int
+    payload_bytes: int
+
+    def pack(self) -> bytes:
+        """The 64 bytes of this header."""
+        return _HEADER.pack(
+            BUNDLE_MAGIC,
+            PROTOCOL_VERSION,
+            self.kind,
+            self.direction,
+            self.session,
+            self.channel,
+            self.incarnation,
+            self.epoch,
+            self.counter,
+            self.entry_count,
+            self.payload_bytes,
+            _NO_RESERVED,
+        )
+
+    @property
+    def aad_bytes(self) -> int:
+        """Bytes of header and entries, which are authenticated and not encrypted."""
+        return HEADER_BYTES + ENTRY_BYTES * self.entry_count
+
+    @property
+    def bundle_bytes(self) -> int:
+        """Bytes of the whole bundle."""
+        return self.aad_bytes + self.payload_bytes + TAG_BYTES
+
+
+class Entries(NamedTuple):
+    """The entries of a PAGES bundle as columns: gfn (int64), operation (uint8), page state (uint32)."""
+
+    gfns: NDArray[np.int64]
+    operations: NDArray[np.uint8]
+    states: NDArray[np.uint32]
+
+
+def nonce(channel: int, incarnation: int, counter: int) -> bytes:
+    """The 96-bit nonce of a bundle. It repeats what the key is already bound to, so that a mix-up of keys still shows."""
+    return _NONCE.pack(channel, incarnation, counter)
+
+
+def parse_header_untrusted(data: bytes, bundle_bytes: int) -> BundleHeader:
+    """Header at the start of `data`, a private copy of (the beginning of) a bundle of `bundle_bytes` bytes.
+
+    Raises MalformedData where any field is outside of its range or the sizes are not exact.
+    """
+    if bundle_bytes < HEADER_BYTES + TAG_BYTES or len(data) < HEADER_BYTES:
+        raise MalformedData(f"bundle of {bundle_bytes} bytes is shorter than its header and tag")
+    (
+        magic,
+        version,
+        kind,
+        direction,
+        session,
+        channel,
+        incarnation,
+        epoch,
+        counter,
+        entry_count,
+        payload_bytes,
+        reserved,
+    ) = _HEADER.unpack_from(data)
+    if magic != BUNDLE_MAGIC:
+        raise MalformedData("not a bundle: wrong magic")
+    if version != PROTOCOL_VERSION:
+        raise MalformedData(f"bundle of version {version}, expected {PROTOCOL_VERSION}")
+    if kind not in _KINDS or direction not in _DIRECTIONS:
+        raise MalformedData(f"bundle of unknown kind {kind} or direction {direction}")
+    if reserved != _NO_RESERVED:
+        raise MalformedData("bundle with reserved bytes set")
+    if channel >= MAX_CHANNELS or epoch == 0:
+        raise MalformedData("bundle with channel or epoch out of range")
+    if entry_count > MAX_BUNDLE_ENTRIES or payload_bytes > MAX_BUNDLE_PAYLOAD_BYTES:
+        raise MalformedData("bundle over the limits of entries or payload")
+    header = BundleHeader(
+        _KINDS[kind],
+        _DIRECTIONS[direction],
+        session,
+        channel,
+        incarnation,
+        epoch,
+        counter,
+        entry_count,
+        payload_bytes,
+    )
+    if header.bundle_bytes != bundle_bytes:
+        raise MalformedData(f"bundle of {bundle_bytes} bytes whose header says {header.bundle_bytes}")
+    return header
+
+
+def pack_entries(
+    gfns: NDArray[np.int64], operations: NDArray[np.uint8], states: NDArray[np.uint32]
+) -> NDArray[np.uint64]:
+    """Entries as on the wire (uint64, one a page). `gfns` are strictly ascending."""
+    entries = states.astype(np.uint64)
+    entries <<= _OPERATION_BITS
+    entries |= operations
+    entries <<= _OPERATION_SHIFT
+    entries |= gfns.view(np.uint64)
+    return entries.astype("<u8", copy=False)
+
+
+def parse_entries_untrusted(data: bytes, header: BundleHeader, pages: int) -> Entries:
+    """Entries of a PAGES bundle for a guest of `pages` pages; `data` is what stands between its header and payload.
+
+    Raises MalformedData where `data` is not exactly the entries that the header counts, a gfn is out of range or not above
+    the one before it, an operation is unknown or does not fit the page's state, a reserved bit is set, or the payload is
+    not exactly the DATA pages.
+    """
+    if not data or len(data) != ENTRY_BYTES * header.entry_count:
+        raise MalformedData(f"PAGES bundle of {header.entry_count} entries in {len(data)} bytes")
+    raw = np.frombuffer(data, dtype="<u8")
+    gfns = (raw & _GFN_MASK).astype(np.int64)
+    upper = (raw >> _OPERATION_SHIFT).astype(np.uint32)
+    operations = (upper & _OPERATION_MASK).astype(np.uint8)
+    states = upper >> np.uint32(_OPERATION_BITS)
+    if int(upper.max()) >> _UPPER_BITS:
+        raise MalformedData("entry with reserved bits set")
+    if not operations.all():
+        raise MalformedData("entry with unknown operation")
+    if int(gfns[-1]) >= pages or (gfns[1:] <= gfns[:-1]).any():
+        raise MalformedData("entries out of RAM or not in ascending order")
+    dropped = operations == DROP
+    if (dropped == ((states & _HAS_CONTENT) != 0)).any():
+        raise MalformedData("entry whose operation does not fit its page state")
+    if np.count_nonzero(operations == DATA) * PAGE_SIZE != header.payload_bytes:
+        raise MalformedData("payload is not exactly the DATA pages")
+    return Entries(gfns, operations, states)
+
+
+_KINDS: Final = {int(kind): kind for kind in BundleKind}
+_DIRECTIONS: Final = {int(direction): direction for direction in Direction}

@@ -1,0 +1,363 @@
+"""The mailbox slot, version 3: one register page and K data buffers in memory that host and SVSM share.
+
+The register page has one cache line for each direction of each register, so that no line has two writers. The host
+fills the command line and raises its sequence word last; the SVSM answers in the status line with the same sequence
+word last. The data register says for every buffer whose it is. A buffer is provided by one side and consumed by the
+other; which is which depends on the command, so source and destination use the same slot with swapped roles.
+
+Both sides read registers by copying a whole line first (`read_command`, `read_status`): what the other side may still
+change is never looked at twice.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from ..errors import LocalProtocolError, MalformedData, RefusalCode
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+SLOT_MAGIC: Final = int.from_bytes(b"PGXSLOT3", "little")
+SLOT_VERSION: Final = 3
+REGISTER_PAGE_BYTES: Final = 4096
+CONTROL_SLOT: Final = (
+    0xFFFF  # id of the slot that carries session commands; channel slots have their channel's number
+)
+NO_BUFFER: Final = 0xFFFF
+
+MIN_BUFFERS: Final = 2
+MAX_BUFFERS: Final = 8
+MIN_BUFFER_SHIFT: Final = 16
+MAX_BUFFER_SHIFT: Final = 22
+
+# Bytes at the head of every buffer that the SVSM neither reads nor writes: the host puts its framing there, so that a
+# frame and its package leave in one piece without a copy. One cache line keeps the package aligned.
+HEADROOM_BYTES: Final = 64
+
+
+class Command(enum.IntEnum):
+    """What the host asks for; named after the phases of the KVM migration RFC. Wire numbers: never reused, 0 invalid."""
+
+    PREPARE = 1  # control: produce or answer a hello
+    SETUP = 2  # control: take the peer's evidence; channel (source): produce the channel's opening bundle
+    EPOCH = 3  # control: take what was written since the last epoch; counts per region come back
+    EXPORT = 4  # channel: seal pending pages of a gfn range
+    IMPORT = 5  # channel: open one bundle
+    BLACKOUT = 6  # control: park the vCPUs
+    STATE = 7  # channel 0: seal one vCPU's state
+    TOKEN = 8  # channel 0: seal a token
+    FINISH = 9  # control: the move is complete; wipe keys
+    ABORT = 10  # control: give up; the source's vCPUs go on
+    HINT = 11  # control: part of the hypervisor's dirty log
+
+
+class SlotStatus(enum.IntEnum):
+    """How a command ended."""
+
+    OK = 1
+    INCOMPLETE = 2  # call again to go on
+    REFUSED = 3
+
+
+class SessionStatus(enum.IntEnum):
+    """The status register: where the session stands, source and destination states in one numbering."""
+
+    IDLE = 1
+    PREPARED = 2
+    KEYED = 3
+    PRECOPY = 4
+    PARKED = 5
+    STARTED = 6
+    FINISHED = 7
+    ABORTED = 8
+    IMPORTING = 9
+    VERIFIED = 10
+    RUNNING = 11
+    FAILED = 12
+
+
+class BufferState(enum.IntEnum):
+    """State of a data buffer."""
+
+    FREE = 1
+    FILLING = 2
+    READY = 3
+    DRAINING = 4
+
+
+# Identity line, offset 0, written once by the SVSM:
+#   offset  size  field
+#        0     8  magic "PGXSLOT3"
+#        8     2  version
+#       10     2  slot id
+#       12     2  buffers
+#       14     2  log2 of buffer bytes
+#       16     2  headroom bytes
+#       18    46  reserved, zero
+_IDENTITY: Final = struct.Struct("<QHHHHH46s")
+IDENTITY_OFFSET: Final = 0
+# Command line, offset 64, written by the host:
+#        0     4  sequence, raised by one for each command, written last
+#        4     2  command
+#        6     2  buffer, 0xFFFF for none
+#        8     8  argument
+#       16     8  second argument
+#       24     4  length of the package in the buffer
+#       28    36  reserved, zero
+_COMMAND: Final = struct.Struct("<IHHQQI36s")
+_COMMAND_BODY: Final = struct.Struct("<HHQQI")
+COMMAND_OFFSET: Final = 64
+# Status line, offset 128, written by the SVSM:
+#        0     4  sequence of the command that is answered, written last
+#        4     2  status
+#        6     2  error code, 0 for none
+#        8     2  session status (the status register)
+#       10     2  buffer, 0xFFFF for none
+#       12     4  length of the package in the buffer
+#       16     8  result
+#       24     8  second result
+#       32    32  reserved, zero
+_STATUS: Final = struct.Struct("<IHHHHIQQ32s")
+_STATUS_BODY: Final = struct.Struct("<HHHHIQQ")
+STATUS_OFFSET: Final = 128
+# Data register, host's line at offset 192, SVSM's line at offset 256: for each buffer one u32,
+#   bits 0-7 state, bits 8-31 turn
+_WORD: Final = struct.Struct("<I")
+HOST_DATA_OFFSET: Final = 192
+SVSM_DATA_OFFSET: Final = 256
+_WORDS: Final = struct.Struct("<I60xI")  # a buffer's words on both lines
+assert _WORDS.size == SVSM_DATA_OFFSET - HOST_DATA_OFFSET + _WORD.size
+_TURN_MASK: Final = (1 << 24) - 1
+
+_LINE_BYTES: Final = 64
+assert _IDENTITY.size == _COMMAND.size == _STATUS.size == _LINE_BYTES
+assert _COMMAND_BODY.size == 28 - _WORD.size
+assert _STATUS_BODY.size == 32 - _WORD.size
+assert MAX_BUFFERS * _WORD.size <= _LINE_BYTES
+
+
+class CommandRegisters(NamedTuple):
+    """The command line, copied."""
+
+    sequence: int
+    command: int
+    buffer: int
+    argument: int
+    argument2: int
+    length: int
+
+
+class StatusRegisters(NamedTuple):
+    """The status line, copied."""
+
+    sequence: int
+    status: SlotStatus
+    error: RefusalCode | None
+    session: SessionStatus
+    buffer: int
+    length: int
+    result: int
+    result2: int
+
+
+class SlotGeometry(NamedTuple):
+    """What a slot says of itself, enough to find everything in it."""
+
+    slot_id: int
+    buffers: int
+    buffer_bytes: int
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of shared memory that the slot takes."""
+        return REGISTER_PAGE_BYTES + self.buffers * self.buffer_bytes
+
+    @property
+    def package_bytes(self) -> int:
+        """The largest package that fits in a buffer."""
+        return self.buffer_bytes - HEADROOM_BYTES
+
+
+def parse_identity_untrusted(page: Buffer) -> SlotGeometry:
+    """Discover a slot from its register page. Raises MalformedData where it is none of this version."""
+    view = memoryview(page).cast("B")
+    if len(view) < REGISTER_PAGE_BYTES:
+        raise MalformedData("slot memory is shorter than its register page")
+    magic, version, slot_id, buffers, shift, headroom, reserved = _IDENTITY.unpack(
+        bytes(view[: _IDENTITY.size])
+    )
+    if magic != SLOT_MAGIC:
+        raise MalformedData("not a slot: wrong magic")
+    if version != SLOT_VERSION or headroom != HEADROOM_BYTES:
+        raise MalformedData(f"slot of version {version}, expected {SLOT_VERSION}")
+    if not (MIN_BUFFERS <= buffers <= MAX_BUFFERS and MIN_BUFFER_SHIFT <= shift <= MAX_BUFFER_SHIFT):
+        raise MalformedData("slot with buffers out of range")
+    if any(reserved):
+        raise MalformedData("slot with reserved bytes set")
+    return SlotGeometry(slot_id, buffers, 1 << shift)
+
+
+class SlotMemory:
+    """Registers and buffers of one slot, for both sides; a side uses the calls of its side only.
+
+    `memory` is at least `geometry.slot_bytes` writable bytes.
+    """
+
+    def __init__(self, memory: Buffer) -> None:
+        view = memoryview(memory).cast("B")
+        self.geometry = parse_identity_untrusted(view)
+        if len(view) < self.geometry.slot_bytes:
+            raise MalformedData(
+                f"slot memory of {len(view)} bytes, its registers say {self.geometry.slot_bytes}"
+            )
+        self._registers = view[:REGISTER_PAGE_BYTES]
+        size = self.geometry.buffer_bytes
+        # Whole buffers with headroom for the host, packages alone for the SVSM.
+        self.frames = tuple(
+            view[REGISTER_PAGE_BYTES + index * size : REGISTER_PAGE_BYTES + (index + 1) * size]
+            for index in range(self.geometry.buffers)
+        )
+        self.packages = tuple(frame[HEADROOM_BYTES:] for frame in self.frames)
+
+    @classmethod
+    def format(cls, memory: Buffer, geometry: SlotGeometry) -> SlotMemory:
+        """Lay out a slot in `memory`: identity written, registers zero, all buffers FREE. The SVSM does this once."""
+        view = memoryview(memory).cast("B")
+        shift = geometry.buffer_bytes.bit_length() - 1
+        if geometry.buffer_bytes != 1 << shift:
+            raise LocalProtocolError(f"slot buffers of {geometry.buffer_bytes} bytes: give a power of two")
+        view[:REGISTER_PAGE_BYTES] = bytes(REGISTER_PAGE_BYTES)
+        _IDENTITY.pack_into(
+            view,
+            IDENTITY_OFFSET,
+            SLOT_MAGIC,
+            SLOT_VERSION,
+            geometry.slot_id,
+            geometry.buffers,
+            shift,
+            HEADROOM_BYTES,
+            b"",
+        )
+        for line in (HOST_DATA_OFFSET, SVSM_DATA_OFFSET):
+            for index in range(geometry.buffers):
+                _WORD.pack_into(view, line + index * _WORD.size, BufferState.FREE)
+        return cls(view)
+
+    # The host's side
+
+    def write_command(self, registers: CommandRegisters) -> None:
+        """Publish a command: all fields, then the sequence word."""
+        _COMMAND_BODY.pack_into(self._registers, COMMAND_OFFSET + _WORD.size, *registers[1:])
+        _WORD.pack_into(self._registers, COMMAND_OFFSET, registers.sequence)
+
+    def read_status_untrusted(self) -> StatusRegisters:
+        """The SVSM's answer, copied once. Raises MalformedData where a field is unknown or points outside of the slot."""
+        sequence, status, error, session, buffer, length, result, result2, reserved = _STATUS.unpack(
+            bytes(self._registers[STATUS_OFFSET : STATUS_OFFSET + _STATUS.size])
+        )
+        if any(reserved):
+            raise MalformedData("slot answer with reserved bytes set")
+        try:
+            code = RefusalCode(error) if error else None
+            answer = StatusRegisters(
+                sequence,
+                SlotStatus(status),
+                code,
+                SessionStatus(session),
+                buffer,
+                length,
+                result,
+                result2,
+            )
+        except ValueError as error_value:
+            raise MalformedData(f"slot answer with an unknown value: {error_value}") from None
+        if buffer != NO_BUFFER and (buffer >= len(self.packages) or length > self.geometry.package_bytes):
+            raise MalformedData("slot answer that points outside of its buffers")
+        return answer
+
+    # The SVSM's side
+
+    def read_command_untrusted(self) -> CommandRegisters:
+        """The host's command, copied once. Raises MalformedData where it points outside of the slot."""
+        *fields, reserved = _COMMAND.unpack(
+            bytes(self._registers[COMMAND_OFFSET : COMMAND_OFFSET + _COMMAND.size])
+        )
+        registers = CommandRegisters(*fields)
+        if any(reserved):
+            raise MalformedData("command with reserved bytes set")
+        if registers.buffer != NO_BUFFER and (
+            registers.buffer >= len(self.packages) or registers.length > self.geometry.package_bytes
+        ):
+            raise MalformedData("command that points outside of the slot's buffers")
+        return registers
+
+    def write_status(self, registers: StatusRegisters) -> None:
+        """Publish an answer: all fields, then the sequence word."""
+        _STATUS_BODY.pack_into(
+            self._registers,
+            STATUS_OFFSET + _WORD.size,
+            registers.status,
+            registers.error or 0,
+            *registers[3:],
+        )
+        _WORD.pack_into(self._registers, STATUS_OFFSET, registers.sequence)
+
+    # Both sides: the data register
+
+    def buffer_state(self, index: int) -> BufferState:
+        """Whose a buffer is, from both sides' words: the word of the newer turn counts, in one turn the later state."""
+        return self._current(index)[1]
+
+    def free_buffer(self) -> int | None:
+        """Index of a FREE buffer, or None."""
+        for index in range(self.geometry.buffers):
+            if self._current(index)[1] is BufferState.FREE:
+                return index
+        return None
+
+    def begin_fill(self, index: int, line: int) -> None:
+        """Provider: FREE to FILLING, a new turn."""
+        turn = self._expect(index, BufferState.FREE)
+        self._write_word(index, line, (turn + 1) & _TURN_MASK, BufferState.FILLING)
+
+    def publish(self, index: int, line: int) -> None:
+        """Provider: FILLING to READY."""
+        self._write_word(index, line, self._expect(index, BufferState.FILLING), BufferState.READY)
+
+    def withdraw(self, index: int, line: int) -> None:
+        """Provider: FILLING to FREE, there was nothing to publish."""
+        self._write_word(index, line, self._expect(index, BufferState.FILLING), BufferState.FREE)
+
+    def begin_drain(self, index: int, line: int) -> None:
+        """Consumer: READY to DRAINING."""
+        self._write_word(index, line, self._expect(index, BufferState.READY), BufferState.DRAINING)
+
+    def release(self, index: int, line: int) -> None:
+        """Consumer: DRAINING to FREE."""
+        self._write_word(index, line, self._expect(index, BufferState.DRAINING), BufferState.FREE)
+
+    def _expect(self, index: int, state: BufferState) -> int:
+        turn, current = self._current(index)
+        if current is not state:
+            raise LocalProtocolError(f"buffer {index} is {current.name}, not {state.name}")
+        return turn
+
+    def _current(self, index: int) -> tuple[int, BufferState]:
+        host, svsm = _WORDS.unpack_from(self._registers, HOST_DATA_OFFSET + index * _WORD.size)
+        host_turn, svsm_turn = host >> 8, svsm >> 8
+        if host_turn == svsm_turn:
+            # READY (3) by the provider, then DRAINING (4) or FREE (1) by the consumer: FREE ends a turn.
+            states = (host & 0xFF, svsm & 0xFF)
+            state = BufferState.FREE if BufferState.FREE in states else max(states)
+            return host_turn, _BUFFER_STATES.get(state, BufferState.FILLING)
+        newer = host if (host_turn - svsm_turn) & _TURN_MASK < 1 << 23 else svsm
+        return newer >> 8, _BUFFER_STATES.get(newer & 0xFF, BufferState.FILLING)
+
+    def _write_word(self, index: int, line: int, turn: int, state: BufferState) -> None:
+        _WORD.pack_into(self._registers, line + index * _WORD.size, turn << 8 | state)
+
+
+_BUFFER_STATES: Final = {int(state): state for state in BufferState}

@@ -1,0 +1,29 @@
+"""What all tests share: how hypothesis runs, and which guests this machine can have."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+
+from pagexfer.guests import kvm
+from pagexfer.guests.kvm import KvmGuest
+from pagexfer.guests.simulated import SimulatedGuest
+
+# Machines are shared: a deadline for each example would test the neighbours. In CI every run tries the same examples.
+hypothesis.settings.register_profile(
+    "pagexfer", deadline=None, derandomize=os.environ.get("CI") == "true", print_blob=True
+)
+hypothesis.settings.load_profile("pagexfer")
+
+
+@pytest.fixture(params=["kvm", "simulated"])
+def guest_type(request: pytest.FixtureRequest) -> type[KvmGuest] | type[SimulatedGuest]:
+    """Each kind of guest that this machine can run."""
+    if request.param == "simulated":
+        return SimulatedGuest
+    reason = kvm.unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    return KvmGuest

@@ -1,0 +1,203 @@
+"""The destination's SVSM: what it takes when, how it writes pages and states, and its end."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pagexfer.errors import (
+    GateError,
+    IntegrityError,
+    KeyPoisoned,
+    LocalProtocolError,
+    MalformedData,
+    RemoteProtocolError,
+)
+from pagexfer.svsm.destination import DestinationSvsm
+from pagexfer.svsm.memory import GuestMemory
+from pagexfer.testing import BytesGate, SvsmPair
+from pagexfer.wire.bundle import MAX_BUNDLE_BYTES, BundleKind
+from pagexfer.wire.constants import PAGE_SIZE
+from pagexfer.wire.page_state import PRIVATE, SHARED, SIZE_2M, VALIDATED, VMSA
+from pagexfer.wire.slot import SessionStatus as State
+
+from .small_guests import ATTESTOR, PAGES, VCPUS, Move
+
+BUFFER = memoryview(bytearray(1 << 20))
+
+
+def open_move() -> Move:
+    move = Move()
+    move.pair.handshake()
+    move.pair.open_channels()
+    move.pair.source.begin_epoch()
+    return move
+
+
+def test_nothing_is_known_before_the_handshake() -> None:
+    svsm = DestinationSvsm(GuestMemory.allocate(PAGE_SIZE), BytesGate.waiting(1), ATTESTOR)
+    for read in (lambda: svsm.freshness, lambda: svsm.session, lambda: svsm.channels):
+        with pytest.raises(LocalProtocolError):
+            read()
+    with pytest.raises(LocalProtocolError):
+        svsm.open_channel_untrusted(0, memoryview(bytes(80)))
+    with pytest.raises(LocalProtocolError):
+        svsm.import_untrusted(0, memoryview(bytes(80)))
+    assert svsm.state is State.IDLE
+
+
+def test_every_page_state_arrives() -> None:
+    move = open_move()
+    memory = move.guest.memory
+    memory.adopt_states(
+        np.arange(5),
+        np.array([SHARED, 0, VALIDATED | VMSA, PRIVATE | SIZE_2M, PRIVATE ^ 1 << 5], dtype=np.uint32),
+    )
+    memory.words[1] = 0
+    move.pair.epoch()
+    assert np.array_equal(move.memory.states, memory.states)
+    assert np.array_equal(move.memory.words, memory.words)
+
+
+def test_page_that_became_zero_or_was_given_up_is_zero_at_the_destination() -> None:
+    move = Move()
+    move.pair.until_precopy()
+    assert move.memory.words[7:9].any(axis=1).all()
+    move.guest.write(7, 0)
+    move.guest.memory.pvalidate(np.array([8]), validated=False)
+    move.pair.epoch()
+    assert not move.memory.words[7:9].any()
+    assert move.memory.states[7:9].tolist() == [PRIVATE, PRIVATE ^ VALIDATED]
+
+
+def test_import_counts_pages() -> None:
+    move = open_move()
+    exported = move.pair.source.export(0, PAGES // 2 - 10, PAGES // 2 + 10, BUFFER)
+    assert move.pair.destination.import_untrusted(0, BUFFER[: exported.length]) == (BundleKind.PAGES, 20, 10)
+
+
+@pytest.mark.parametrize("channel", [2, -1])
+def test_unknown_channel(channel: int) -> None:
+    move = open_move()
+    with pytest.raises(LocalProtocolError):
+        move.pair.destination.open_channel_untrusted(channel, memoryview(bytes(80)))
+    assert move.pair.destination.state is State.KEYED
+
+
+def test_bundle_larger_than_any_is_refused() -> None:
+    move = open_move()
+    with pytest.raises(MalformedData):
+        move.pair.destination.import_untrusted(0, memoryview(bytes(MAX_BUNDLE_BYTES + 1)))
+    assert move.pair.destination.state is State.FAILED
+
+
+@pytest.mark.parametrize(
+    "kind", [BundleKind.CHANNEL_OPEN, BundleKind.READY, BundleKind.RUNNING, BundleKind.ABORT_TOKEN]
+)
+def test_authentic_bundle_of_a_kind_that_does_not_belong_here(kind: BundleKind) -> None:
+    move = open_move()
+    length = move.pair.source._sealers[0].seal(kind, 1, b"", b"", BUFFER)
+    with pytest.raises(IntegrityError):
+        move.pair.destination.import_untrusted(0, BUFFER[:length])
+    assert move.pair.destination.state is State.FAILED
+
+
+@pytest.mark.parametrize("payload", [b"", b"\0\0\0\0", VCPUS.to_bytes(4, "little") + b"state", b"\xff" * 9])
+def test_bad_vcpu_state(payload: bytes) -> None:
+    move = Move()
+    move.pair.until_precopy()
+    length = move.pair.source._sealers[0].seal(BundleKind.VCPU_STATE, 2, b"", payload, BUFFER)
+    with pytest.raises(RemoteProtocolError):
+        move.pair.destination.import_untrusted(0, BUFFER[:length])
+    assert move.pair.destination.state is State.FAILED
+    assert move.gate.states == [b""] * VCPUS
+
+
+def test_vcpus_get_their_states_with_the_manifest_and_run_with_the_start_token() -> None:
+    move = Move()
+    move.pair.until_manifest()
+    assert move.gate.states == [b""] * VCPUS
+    move.pair.manifest()
+    assert move.gate.states == move.guest.gate.states
+    assert move.pair.destination.state is State.VERIFIED
+    assert not move.gate.running
+    move.pair.ready()
+    move.pair.start()
+    assert move.gate.running
+
+
+def test_guest_that_cannot_be_released_is_said_so() -> None:
+    move = Move()
+    move.pair.until_manifest()
+    move.pair.manifest()
+    move.pair.ready()
+    move.gate.states[0] = b""
+    with pytest.raises(GateError):
+        move.pair.start()
+    assert move.pair.destination.state is State.RUNNING  # nobody may say any more that it does not
+    assert not move.gate.running
+    with pytest.raises(LocalProtocolError):
+        move.pair.seal_answer(BundleKind.ABORT_TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("stage", "sealed"),
+    [
+        ("verified", {BundleKind.READY, BundleKind.ABORT_TOKEN}),
+        ("running", {BundleKind.RUNNING}),
+        ("importing", set()),
+    ],
+)
+def test_answers_by_state(stage: str, sealed: set[BundleKind]) -> None:
+    for kind in BundleKind:
+        move = Move()
+        move.pair.until_manifest()
+        if stage != "importing":
+            move.pair.manifest()
+        if stage == "running":
+            move.pair.ready()
+            move.pair.start()
+        if kind in sealed:
+            assert move.pair.destination.seal_answer(kind, BUFFER) > 0
+        else:
+            before = move.pair.destination.state
+            with pytest.raises(LocalProtocolError):
+                move.pair.destination.seal_answer(kind, BUFFER)
+            assert move.pair.destination.state is before
+        move.close()
+
+
+def test_finish_only_once_the_guest_runs() -> None:
+    move = Move()
+    move.pair.until_manifest()
+    move.pair.manifest()
+    with pytest.raises(LocalProtocolError):
+        move.pair.destination.finish()
+    move.pair.ready()
+    move.pair.start()
+    move.pair.running()
+    move.pair.finish()
+    with pytest.raises(KeyPoisoned):
+        move.pair.destination._openers[0]._checked_cipher(0)
+
+
+def test_fail_is_for_good_and_wipes() -> None:
+    move = open_move()
+    move.pair.destination.fail()
+    move.pair.destination.fail()
+    assert move.pair.destination.state is State.FAILED
+    with pytest.raises(KeyPoisoned):
+        move.pair.destination._openers[0]._checked_cipher(0)
+    with pytest.raises(LocalProtocolError):
+        move.pair.destination.answer(9, bytes(80))
+
+
+def test_guest_that_arrived_can_be_moved_on() -> None:
+    """A chain: the destination's guest becomes the source of the next move."""
+    move = Move()
+    move.pair.migrate()
+    memory, gate = GuestMemory.allocate(PAGES * PAGE_SIZE), BytesGate.waiting(VCPUS)
+    SvsmPair(move.memory, move.gate, memory, gate, ATTESTOR).migrate()
+    assert np.array_equal(memory.words, move.guest.memory.words)
+    assert (move.gate.running, gate.running) == (False, True)
+    memory.close()

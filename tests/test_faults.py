@@ -1,0 +1,152 @@
+"""One thing goes wrong at one named point of a migration over real TCP: afterwards exactly one side may run the guest.
+
+Every case is one fault of `pagexfer.testing.proxy` and what both sides have to make of it. That a side goes on is proved by
+the guest itself, which writes on and finds its whole RAM as its history says.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+
+from pagexfer.errors import Outcome, TransferAborted
+from pagexfer.migration import MigrationReport
+from pagexfer.testing.proxy import Action, FaultProxy, after_bytes, at_bundle, at_frame
+from pagexfer.wire.bundle import BundleKind
+from pagexfer.wire.framing import FrameType
+
+from .machines import HOST, PATIENCE_S, Machines, Side, goes_on, is_parked, never_ran, receive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pagexfer.testing.proxy import Frame
+
+# Short where a side has to find out by waiting, long where nothing is to be waited for.
+_SHORT_S: Final = 0.2
+_LONG_S: Final = 10.0
+
+_POINTS: Final[dict[str, Callable[[], Callable[[Frame], bool]]]] = {
+    "channel-open": lambda: at_bundle(BundleKind.CHANNEL_OPEN, 2),
+    "mid-epoch": lambda: after_bytes(1, 1 << 20),
+    "first-barrier": lambda: at_frame(FrameType.BARRIER, channel=1),
+    "last-barrier": lambda: at_frame(FrameType.BARRIER, 2, channel=2),
+    "epoch-token": lambda: at_bundle(BundleKind.EPOCH_TOKEN),
+    "last-epoch-token": lambda: at_bundle(BundleKind.EPOCH_TOKEN, 2),
+    "device-state": lambda: at_frame(FrameType.DEVICE_STATE),
+    "vcpu-state": lambda: at_bundle(BundleKind.VCPU_STATE, 2),
+    "manifest": lambda: at_bundle(BundleKind.MANIFEST),
+    "ready": lambda: at_bundle(BundleKind.READY),
+    "start-token": lambda: at_bundle(BundleKind.START_TOKEN),
+    "running": lambda: at_bundle(BundleKind.RUNNING),
+}
+
+_ACTIONS: Final = [action for action in Action if action not in (Action.PASS, Action.DELAY)]
+
+# Outcome at the source, and whether the guest runs at the destination.
+_ENDED: Final = ({Outcome.ENDED}, False)
+_LOST: Final = ({Outcome.UNDECIDED}, False)
+_UNHEARD: Final = ({Outcome.UNDECIDED}, True)
+_COMPLETED: Final = ({Outcome.COMPLETED}, True)
+
+# Before the start token every fault leaves the guest at the source; these do so, too, or change nothing that matters.
+_EXCEPTIONS: Final = {
+    # A hypervisor's state is opaque and its own business: the SVSM vouches for RAM and vCPUs only.
+    ("device-state", Action.FLIP): _COMPLETED,
+    # The answer that arrived lets the start token leave; what goes wrong after it cannot be undecided by the source.
+    ("ready", Action.HALF_CLOSE): _UNHEARD,
+    ("ready", Action.DUPLICATE): _UNHEARD,
+    ("start-token", Action.HALF_CLOSE): _COMPLETED,
+    ("start-token", Action.DUPLICATE): _COMPLETED,
+    ("running", Action.HALF_CLOSE): _COMPLETED,
+    ("running", Action.DUPLICATE): _COMPLETED,
+}
+_AFTER_START: Final = {"start-token": _LOST, "running": _UNHEARD}
+# A second manifest ends the destination, while its READY may have made the source release the start token.
+_RACES: Final = {("manifest", Action.DUPLICATE): {Outcome.ENDED, Outcome.UNDECIDED}}
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    with Machines() as machines:
+        yield machines
+
+
+def _expected(point: str, action: Action) -> tuple[set[Outcome], bool]:
+    if (point, action) in _RACES:
+        return _RACES[point, action], False
+    return _EXCEPTIONS.get((point, action)) or _AFTER_START.get(point, _ENDED)
+
+
+@pytest.mark.parametrize("action", _ACTIONS)
+@pytest.mark.parametrize("point", _POINTS)
+async def test_one_side_may_run_the_guest(machines: Machines, point: str, action: Action) -> None:
+    outcomes, runs_there = _expected(point, action)
+    stall_timeout_s = _LONG_S if outcomes == {Outcome.COMPLETED} else _SHORT_S
+    source, destination = await _migrate(machines, _POINTS[point], action, stall_timeout_s)
+
+    outcome = _outcome(source)
+    assert outcome in outcomes, source.end
+    _one_clear_line(source)
+    _one_clear_line(destination)
+    if outcome is Outcome.ENDED:
+        assert await goes_on(machines.source)
+    else:
+        assert is_parked(machines.source)
+    assert _outcome(destination) is (Outcome.COMPLETED if runs_there else Outcome.ENDED), destination.end
+    if runs_there:
+        assert await goes_on(machines.destination)
+    else:
+        assert never_ran(machines.destination)
+
+
+async def test_without_a_fault_the_guest_moves(machines: Machines) -> None:
+    source, destination = await _migrate(
+        machines, _POINTS["start-token"], Action.PASS, stall_timeout_s=_LONG_S
+    )
+    assert _outcome(source) is _outcome(destination) is Outcome.COMPLETED
+    assert source.progress[-1].ram.dirty_sync_count >= 2
+    assert is_parked(machines.source)
+    assert await goes_on(machines.destination)
+
+
+async def _migrate(
+    machines: Machines, point: Callable[[], Callable[[Frame], bool]], action: Action, stall_timeout_s: float
+) -> tuple[Side, Side]:
+    """Migrate with one fault; a machine that is too busy to come to its point in time gets more time."""
+    for factor in (1, 4, 16):
+        await machines.start()
+        destination = Side()
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as network, trio.open_nursery() as sides:
+                timeout_s = factor * stall_timeout_s
+                port = await sides.start(receive, machines.destination, destination, timeout_s / 2)
+                proxy = FaultProxy(HOST, port, point(), action)
+                proxy_port = await network.start(proxy.serve)
+                source = await machines.send(proxy_port, timeout_s)
+                if not proxy.reached.is_set():
+                    sides.cancel_scope.cancel()
+                # A side ends on its own; the proxy, which stays silent where it has to, does not end it.
+                while destination.end is None and proxy.reached.is_set():  # noqa: ASYNC110 (a side has no event)
+                    await trio.sleep(0.002)
+                network.cancel_scope.cancel()
+        if proxy.reached.is_set():
+            return source, destination
+    raise AssertionError(f"the point of the fault was not reached: {source.end}")
+
+
+def _outcome(side: Side) -> Outcome:
+    if isinstance(side.end, TransferAborted):
+        return side.end.outcome
+    assert isinstance(side.end, MigrationReport)
+    return Outcome.COMPLETED
+
+
+def _one_clear_line(side: Side) -> None:
+    if isinstance(side.end, TransferAborted):
+        assert str(side.end)
+        assert str(side.end).isprintable()
+        assert side.end.reason
+        assert side.end.reason != "internal"

@@ -1,0 +1,278 @@
+"""One side is a process and dies, or is stopped, at a moment that an event triggers: the other ends with one clear line.
+
+Whoever still may run the guest proves that it does, and no process is left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+import trio
+
+from pagexfer.errors import Outcome, TransferAborted
+from pagexfer.testing.proxy import Action, FaultProxy, after_bytes, at_bundle, at_frame
+from pagexfer.wire.bundle import BundleKind
+from pagexfer.wire.framing import FrameType
+
+from .machines import HOST, PATIENCE_S, RAM_BYTES, VCPUS, Machines, goes_on, never_ran
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+    from pagexfer.testing.proxy import Frame
+
+_PSK: Final = b"a pre-shared key of 32 bytes ..."
+_GUEST: Final = ("--guest", "simulated", "--ram", f"{RAM_BYTES >> 20}MiB", "--vcpus", str(VCPUS), "--json")
+# A guest that writes faster than this limit lets it move: pre-copy goes on until somebody dies.
+_ENDLESS: Final = ("--write-rate", "4GiB", "--downtime-limit", "5ms")
+_CALM: Final = ("--write-rate", "30MiB", "--downtime-limit", "1s")
+
+
+class _Side:
+    """One side of a migration as a process."""
+
+    def __init__(self, process: trio.Process) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.output = b""
+        self.vcpus: list[int] = []
+        self._news = trio.Condition()
+        self._ended = False
+
+    async def read(self) -> None:
+        assert self.process.stderr is not None
+        assert self.process.stdout is not None
+        rest = b""
+        async for part in self.process.stderr:
+            *lines, rest = (rest + part).split(b"\n")
+            async with self._news:
+                self.lines += [line.decode() for line in lines]
+                self._news.notify_all()
+        async for part in self.process.stdout:
+            self.output += part
+        async with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    async def line_with(self, text: str) -> str:
+        """The first line of standard error that contains `text`."""
+        async with self._news:
+            while not any(text in line for line in self.lines):
+                assert not self._ended, self.lines
+                await self._news.wait()
+        return next(line for line in self.lines if text in line)
+
+    async def end(self) -> int:
+        """Its exit code, once it ended and all that it said was read."""
+        async with self._news:
+            while not self._ended:
+                await self._news.wait()
+        return await self.process.wait()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Signal the process alone; its vCPUs are noted, to see later that they are gone."""
+        self.vcpus = _children(self.process.pid)
+        assert len(self.vcpus) == VCPUS
+        os.kill(self.process.pid, number)
+
+    def report(self) -> dict[str, Any]:
+        """The one object on standard output, after a look at the one line on standard error."""
+        report: dict[str, Any] = json.loads(self.output)
+        assert not any("Traceback" in line for line in self.lines), self.lines
+        if "error" in report:
+            assert self.lines[-1] == f"pagexfer: {report['error']['message']}"
+        return report
+
+
+@asynccontextmanager
+async def _side(*arguments: str) -> AsyncIterator[_Side]:
+    async with trio.open_nursery() as nursery:
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-m", "pagexfer", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        side = _Side(process)
+        try:
+            nursery.start_soon(side.read)
+            yield side
+            with trio.fail_after(PATIENCE_S):
+                await side.end()
+                while any(map(_exists, side.vcpus)):  # noqa: ASYNC110 (of a child's child nobody tells us)
+                    await trio.sleep(0.005)
+        finally:
+            if process.returncode is None:
+                process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+            nursery.cancel_scope.cancel()
+
+
+@pytest.fixture
+def psk(tmp_path: Path) -> str:
+    path = tmp_path / "psk"
+    path.touch(mode=0o600)
+    path.write_bytes(_PSK)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    with Machines() as machines:
+        yield machines
+
+
+def _receive(psk: str) -> tuple[str, ...]:
+    return "receive", "--listen", f"{HOST}:0", "--psk-file", psk, "--run-for", "50ms", *_GUEST
+
+
+def _send(psk: str, port: int, *options: str) -> tuple[str, ...]:
+    return "send", "--to", f"{HOST}:{port}", "--psk-file", psk, *options, *_GUEST
+
+
+async def _port(side: _Side) -> int:
+    return int((await side.line_with("listening at ")).rpartition(":")[2])
+
+
+def _exists(process: int) -> bool:
+    return Path(f"/proc/{process}").exists()
+
+
+def _children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def _goes_on(report: dict[str, Any]) -> bool:
+    guest = report["guest"]
+    return guest["consistent"] is True and guest["progressed"] is True and guest["faults"] == []
+
+
+async def test_destination_killed_while_it_waits(psk: str) -> None:
+    with trio.fail_after(PATIENCE_S):
+        async with _side(*_receive(psk)) as destination:
+            port = await _port(destination)
+            destination.signal(signal.SIGKILL)
+        async with _side(*_send(psk, port, *_CALM)) as source:
+            assert await source.end() == Outcome.ENDED
+    report = source.report()
+    assert "Connection refused" in report["error"]["message"]
+    assert _goes_on(report)
+
+
+async def test_destination_killed_in_the_middle_of_an_epoch(psk: str) -> None:
+    with trio.fail_after(PATIENCE_S):
+        async with _side(*_receive(psk)) as destination:
+            async with _side(*_send(psk, await _port(destination), *_ENDLESS)) as source:
+                await source.line_with("active")
+                destination.signal(signal.SIGKILL)
+                assert await source.end() == Outcome.ENDED
+            assert await destination.end() == -signal.SIGKILL
+    report = source.report()
+    assert report["error"]["reason"] == "connection"
+    assert _goes_on(report)
+
+
+@pytest.mark.parametrize(
+    ("point", "outcome"),
+    [
+        (lambda: at_frame(FrameType.HELLO, channel=0), Outcome.ENDED),
+        (lambda: at_bundle(BundleKind.MANIFEST), Outcome.ENDED),
+        (lambda: at_bundle(BundleKind.START_TOKEN), Outcome.UNDECIDED),
+    ],
+    ids=["handshake", "black-out", "start-token"],
+)
+async def test_destination_killed_at(
+    psk: str, point: Callable[[], Callable[[Frame], bool]], outcome: Outcome
+) -> None:
+    with trio.fail_after(PATIENCE_S):
+        async with _side(*_receive(psk)) as destination, trio.open_nursery() as nursery:
+            proxy = FaultProxy(
+                HOST,
+                await _port(destination),
+                point(),
+                Action.DELAY,
+                lambda: destination.signal(signal.SIGKILL),
+            )
+            async with _side(*_send(psk, await nursery.start(proxy.serve), *_CALM)) as source:
+                assert await source.end() == outcome
+            nursery.cancel_scope.cancel()
+    report = source.report()
+    if outcome is Outcome.ENDED:
+        assert report["error"]["reason"] == "connection"
+        assert _goes_on(report)
+    else:
+        assert "stays parked here" in report["error"]["message"]
+        assert "progressed" not in report["guest"]
+
+
+@pytest.mark.parametrize(
+    "point",
+    [lambda: after_bytes(1, 1 << 20), lambda: at_bundle(BundleKind.MANIFEST)],
+    ids=["mid-epoch", "black-out"],
+)
+async def test_destination_stopped_at(
+    psk: str, machines: Machines, point: Callable[[], Callable[[Frame], bool]]
+) -> None:
+    await machines.start()
+    with trio.fail_after(PATIENCE_S):
+        async with _side(*_receive(psk)) as destination, trio.open_nursery() as nursery:
+            port = await _port(destination)
+            proxy = FaultProxy(HOST, port, point(), Action.DELAY, lambda: destination.signal(signal.SIGSTOP))
+            sent = await machines.send(await nursery.start(proxy.serve), 0.3)
+            destination.process.kill()
+            nursery.cancel_scope.cancel()
+    assert isinstance(sent.end, TransferAborted)
+    assert (sent.end.outcome, sent.end.reason) == (Outcome.ENDED, "connection")
+    assert proxy.reached.is_set()
+    assert await goes_on(machines.source)
+    assert never_ran(machines.destination)
+
+
+async def test_source_killed_in_the_middle_of_an_epoch(psk: str) -> None:
+    with trio.fail_after(PATIENCE_S):
+        async with _side(*_receive(psk)) as destination:
+            async with _side(*_send(psk, await _port(destination), *_ENDLESS)) as source:
+                await source.line_with("active")
+                source.signal(signal.SIGKILL)
+            assert await destination.end() == Outcome.ENDED
+    report = destination.report()
+    assert report["error"]["reason"] == "connection"
+    assert "progressed" not in report["guest"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome"),
+    [(BundleKind.MANIFEST, Outcome.ENDED), (BundleKind.START_TOKEN, Outcome.COMPLETED)],
+    ids=["black-out", "start-token"],
+)
+async def test_source_killed_at(psk: str, kind: BundleKind, outcome: Outcome) -> None:
+    with trio.fail_after(PATIENCE_S):
+        async with _side(*_receive(psk)) as destination, trio.open_nursery() as nursery:
+            sources: list[_Side] = []
+            proxy = FaultProxy(
+                HOST,
+                await _port(destination),
+                at_bundle(kind),
+                Action.PASS,
+                lambda: sources[0].signal(signal.SIGKILL),
+            )
+            async with _side(*_send(psk, await nursery.start(proxy.serve), *_CALM)) as source:
+                sources.append(source)
+                assert await source.end() == -signal.SIGKILL
+            assert await destination.end() == outcome
+            nursery.cancel_scope.cancel()
+    report = destination.report()
+    if outcome is Outcome.COMPLETED:
+        assert _goes_on(report)  # the token had left: the guest is the destination's
+    else:
+        assert report["error"]["reason"] == "connection"
+        assert "progressed" not in report["guest"]

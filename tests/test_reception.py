@@ -1,0 +1,273 @@
+"""Strangers at the destination's port: each costs one line and nothing else, and the real source is served."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+import trio.testing
+
+from pagexfer.engine.reception import MAX_STRANGERS, Reception
+from pagexfer.engine.streams import connect, listen
+from pagexfer.errors import Outcome, RefusalCode, SvsmRefused, TransferAborted
+from pagexfer.migration import receive_guest, send_guest
+from pagexfer.testing.proxy import FaultProxy
+from pagexfer.wire.constants import PROTOCOL_VERSION
+from pagexfer.wire.control import Prepare, pack_control
+from pagexfer.wire.framing import (
+    FRAME_HEADER_BYTES,
+    ConnectionHello,
+    FrameHeader,
+    FrameType,
+    Purpose,
+    parse_connection_hello_untrusted,
+)
+
+from .engine_guests import SmallMachine
+from .loopback import HOST
+from .small_guests import ATTESTOR
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from pagexfer.engine.streams import Connection
+    from pagexfer.testing.proxy import Frame
+
+_SHORT_S: Final = 0.4
+_CONTROL: Final = ConnectionHello(Purpose.CONTROL, 0, bytes(16)).pack()
+_CHANNEL: Final = ConnectionHello(Purpose.CHANNEL, 1, bytes(range(16))).pack()
+_HELLO: Final = FrameHeader(FrameType.HELLO, len(_CONTROL)).pack()
+_OTHER_VERSION: Final = _CONTROL[:8] + (PROTOCOL_VERSION + 1).to_bytes(2, "little") + _CONTROL[10:]
+
+# What a stranger sends, and what its line says.
+_STRANGERS: Final = {
+    "garbage": (b"\xde\xad\xbe\xef" * 8, "not a frame of this protocol"),
+    "http": (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", "not a frame of this protocol"),
+    "tls": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(500), "not a frame of this protocol"),
+    "huge length": (FrameHeader(FrameType.HELLO, 2**32 - 1).pack(), "over the cap"),
+    "another frame": (FrameHeader(FrameType.CONTROL, 0).pack(), "CONTROL frame where HELLO is due"),
+    "zeros as hello": (_HELLO + bytes(32), "without the protocol's magic"),
+    "other version": (_HELLO + _OTHER_VERSION, f"protocol version {PROTOCOL_VERSION + 1}"),
+    "half a hello": (_HELLO + _CONTROL[:7], "did not introduce itself within"),
+    "silence": (b"", "did not introduce itself within"),
+    "a control connection and no more": (_HELLO + _CONTROL, "did not introduce itself within"),
+    "a channel of another session": (_HELLO + _CHANNEL, "it names no channel of this migration"),
+    "a control message that is none": (
+        _HELLO + _CONTROL + FrameHeader(FrameType.CONTROL, 3).pack() + b"\xff\xff\xff",
+        "not msgpack",
+    ),
+    "a handshake that is none": (
+        _HELLO
+        + _CONTROL
+        + FrameHeader(FrameType.CONTROL, len(pack_control(Prepare(b"hello")))).pack()
+        + pack_control(Prepare(b"hello")),
+        "did not prove that it belongs to this migration",
+    ),
+}
+
+
+@asynccontextmanager
+async def _destination(
+    machine: SmallMachine, lines: list[str], stall_timeout_s: float = _SHORT_S
+) -> AsyncIterator[int]:
+    """A destination that waits for its source; yields the port and expects the migration to complete."""
+    async with trio.open_nursery() as nursery:
+
+        async def receive(task_status: trio.TaskStatus[int]) -> None:
+            await receive_guest(
+                machine.destination,
+                HOST,
+                0,
+                ATTESTOR,
+                stall_timeout_s=stall_timeout_s,
+                on_listening=task_status.started,
+                on_stranger=lines.append,
+            )
+
+        yield await nursery.start(receive)
+
+
+async def _migrate(machine: SmallMachine, port: int) -> None:
+    await send_guest(machine.source, HOST, port, ATTESTOR, channels=2)
+    assert machine.moved()
+
+
+@pytest.mark.parametrize("stranger", _STRANGERS)
+async def test_a_stranger_costs_one_line(stranger: str) -> None:
+    sent, reason = _STRANGERS[stranger]
+    lines: list[str] = []
+    machine = SmallMachine()
+    with trio.fail_after(10):
+        async with _destination(machine, lines) as port:
+            async with await trio.open_tcp_stream(HOST, port) as stream:
+                await stream.send_all(sent)
+                # Dropped by the destination: an end or a reset, after what it may have answered.
+                try:
+                    while await stream.receive_some(1000):
+                        pass
+                except trio.BrokenResourceError:
+                    pass
+                name = "{}:{}".format(*stream.socket.getsockname())
+            await _migrate(machine, port)
+    assert len(lines) == 1
+    assert lines[0].startswith(f"dropped connection from {name}: ")
+    assert reason in lines[0]
+    assert lines[0].isprintable()
+
+
+@pytest.mark.parametrize("sent", [b"", _HELLO, _HELLO + _CONTROL])
+async def test_a_stranger_that_goes_costs_one_line(sent: bytes) -> None:
+    lines: list[str] = []
+    machine = SmallMachine()
+    with trio.fail_after(10):
+        async with _destination(machine, lines) as port:
+            async with await trio.open_tcp_stream(HOST, port) as stream:
+                await stream.send_all(sent)
+            await _migrate(machine, port)
+    assert len(lines) == 1
+    assert lines[0].endswith("closed the connection")
+
+
+async def test_more_silent_strangers_than_are_heard_at_a_time() -> None:
+    lines: list[str] = []
+    machine = SmallMachine()
+    strangers = MAX_STRANGERS + 8
+    with trio.fail_after(20):
+        async with _destination(machine, lines) as port, AsyncExitStack() as stack:
+            for _ in range(strangers):
+                await stack.enter_async_context(await trio.open_tcp_stream(HOST, port))
+            await _migrate(machine, port)
+    # The source was heard once enough of those before it had been given up.
+    assert len(lines) > strangers - MAX_STRANGERS
+    assert all("did not introduce itself" in line for line in lines)
+
+
+class _Eavesdropper:
+    """Reads the session's name, which is no secret, from a channel's hello on its way through a proxy."""
+
+    def __init__(self) -> None:
+        self.session = b""
+        self.heard = trio.Event()
+
+    def listen(self, frame: Frame) -> bool:
+        if frame.type is FrameType.HELLO and frame.channel == 1:
+            self.session = parse_connection_hello_untrusted(frame.data[FRAME_HEADER_BYTES:]).session
+            self.heard.set()
+        return False
+
+
+async def _migrate_beside(
+    machine: SmallMachine, port: int, disturb: Callable[[bytes], Awaitable[None]]
+) -> None:
+    """Migrate, and let `disturb` run with the session's name while the migration is under way."""
+    eavesdropper = _Eavesdropper()
+    done = trio.Event()
+    machine.source.hypervisor.before_stop = done.wait
+
+    async def disturbance() -> None:
+        await eavesdropper.heard.wait()
+        await disturb(eavesdropper.session)
+        done.set()
+
+    async with trio.open_nursery() as nursery:
+        proxy_port = await nursery.start(FaultProxy(HOST, port, eavesdropper.listen).serve)
+        nursery.start_soon(disturbance)
+        await _migrate(machine, proxy_port)
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("channel", [0, 1])
+async def test_who_only_names_the_session_is_a_stranger(channel: int) -> None:
+    lines: list[str] = []
+    machine = SmallMachine()
+
+    async def disturb(session: bytes) -> None:
+        async with await trio.open_tcp_stream(HOST, port) as stream:
+            await stream.send_all(_HELLO + ConnectionHello(Purpose.CHANNEL, channel, session).pack())
+            await stream.send_all(FrameHeader(FrameType.BUNDLE, 80).pack() + bytes(80))
+            assert await stream.receive_some(1) == b""
+
+    with trio.fail_after(10):
+        async with _destination(machine, lines, 5) as port:
+            await _migrate_beside(machine, port, disturb)
+    assert len(lines) == 1
+    assert "is open already" in lines[0] or "did not prove" in lines[0]
+
+
+async def test_a_second_source_is_told_that_it_came_too_late() -> None:
+    lines: list[str] = []
+    first, second = SmallMachine(), SmallMachine()
+
+    async def disturb(_session: bytes) -> None:
+        with pytest.raises(TransferAborted, match="receives another guest already") as caught:
+            await send_guest(second.source, HOST, port, ATTESTOR, channels=2)
+        assert (caught.value.outcome, caught.value.reason) == (Outcome.ENDED, "busy")
+
+    with trio.fail_after(10):
+        async with _destination(first, lines, 5) as port:
+            await _migrate_beside(first, port, disturb)
+    assert second.stayed()
+    assert len(lines) == 1
+
+
+async def test_of_two_sources_at_once_one_wins() -> None:
+    first, second = SmallMachine(), SmallMachine()
+    ends: list[str] = []
+
+    async def send(machine: SmallMachine, port: int) -> None:
+        try:
+            await send_guest(machine.source, HOST, port, ATTESTOR, channels=2)
+        except TransferAborted as aborted:
+            ends.append(aborted.reason)
+        else:
+            ends.append("completed")
+
+    with trio.fail_after(10):
+        async with _destination(first, [], 5) as port, trio.open_nursery() as nursery:
+            nursery.start_soon(send, first, port)
+            nursery.start_soon(send, second, port)
+    assert sorted(ends) == ["busy", "completed"]
+    assert [first.source.gate.running, second.source.gate.running].count(True) == 1
+    assert first.destination.gate.running
+
+
+# Reception alone
+
+
+async def test_who_is_kept_stays_open_and_who_is_not_is_closed() -> None:
+    listener = await listen(HOST, 0)
+    kept: list[Connection] = []
+
+    async def control(connection: Connection) -> bool:
+        kept.append(connection)
+        return True
+
+    async def channel(_connection: Connection, hello: ConnectionHello) -> bool:
+        if hello.channel == 1:
+            raise SvsmRefused(RefusalCode.INTEGRITY, "SETUP")
+        return False
+
+    lines: list[str] = []
+    reception = Reception(listener, control, channel, lines.append)
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reception.serve)
+            welcome, refused, let_go = [await connect(HOST, listener.port) for _ in range(3)]
+            await refused.send_frame(FrameType.HELLO, _CHANNEL)
+            await let_go.send_frame(
+                FrameType.HELLO, ConnectionHello(Purpose.CHANNEL, 2, bytes(range(16))).pack()
+            )
+            await welcome.send_frame(FrameType.HELLO, _CONTROL)
+            for dropped in (refused, let_go):
+                with pytest.raises(Exception, match="closed the connection"):
+                    await dropped.receive_header()
+            await trio.testing.wait_all_tasks_blocked()
+            await kept[0].send_frame(FrameType.CONTROL, b"")
+            assert (await welcome.receive_header()).type is FrameType.CONTROL
+            nursery.cancel_scope.cancel()
+    assert len(lines) == 1
+    for connection in (welcome, refused, let_go, kept[0]):
+        connection.close()
+    listener.close()
