@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 _PSK: Final = b"a pre-shared key of 32 bytes ..."
 _GUEST: Final = ("--guest", "simulated", "--ram", f"{RAM_BYTES >> 20}MiB", "--vcpus", str(VCPUS), "--json")
-# A guest that writes faster than this limit lets it move: pre-copy goes on until somebody dies.
-_ENDLESS: Final = ("--write-rate", "4GiB", "--downtime-limit", "5ms")
 _CALM: Final = ("--write-rate", "30MiB", "--downtime-limit", "1s")
 
 
@@ -168,27 +166,15 @@ async def test_destination_killed_while_it_waits(psk: str) -> None:
     assert _goes_on(report)
 
 
-async def test_destination_killed_in_the_middle_of_an_epoch(psk: str) -> None:
-    with trio.fail_after(PATIENCE_S):
-        async with _side(*_receive(psk)) as destination:
-            async with _side(*_send(psk, await _port(destination), *_ENDLESS)) as source:
-                await source.line_with("active")
-                destination.signal(signal.SIGKILL)
-                assert await source.end() == Outcome.ENDED
-            assert await destination.end() == -signal.SIGKILL
-    report = source.report()
-    assert report["error"]["reason"] == "connection"
-    assert _goes_on(report)
-
-
 @pytest.mark.parametrize(
     ("point", "outcome"),
     [
         (lambda: at_frame(FrameType.HELLO, channel=0), Outcome.ENDED),
+        (lambda: after_bytes(1, 1 << 20), Outcome.ENDED),
         (lambda: at_bundle(BundleKind.MANIFEST), Outcome.ENDED),
         (lambda: at_bundle(BundleKind.START_TOKEN), Outcome.UNDECIDED),
     ],
-    ids=["handshake", "black-out", "start-token"],
+    ids=["handshake", "mid-epoch", "black-out", "start-token"],
 )
 async def test_destination_killed_at(
     psk: str, point: Callable[[], Callable[[Frame], bool]], outcome: Outcome
@@ -237,31 +223,25 @@ async def test_destination_stopped_at(
     assert never_ran(machines.destination)
 
 
-async def test_source_killed_in_the_middle_of_an_epoch(psk: str) -> None:
-    with trio.fail_after(PATIENCE_S):
-        async with _side(*_receive(psk)) as destination:
-            async with _side(*_send(psk, await _port(destination), *_ENDLESS)) as source:
-                await source.line_with("active")
-                source.signal(signal.SIGKILL)
-            assert await destination.end() == Outcome.ENDED
-    report = destination.report()
-    assert report["error"]["reason"] == "connection"
-    assert "progressed" not in report["guest"]
-
-
 @pytest.mark.parametrize(
-    ("kind", "outcome"),
-    [(BundleKind.MANIFEST, Outcome.ENDED), (BundleKind.START_TOKEN, Outcome.COMPLETED)],
-    ids=["black-out", "start-token"],
+    ("point", "outcome"),
+    [
+        (lambda: after_bytes(1, 1 << 20), Outcome.ENDED),
+        (lambda: at_bundle(BundleKind.MANIFEST), Outcome.ENDED),
+        (lambda: at_bundle(BundleKind.START_TOKEN), Outcome.COMPLETED),
+    ],
+    ids=["mid-epoch", "black-out", "start-token"],
 )
-async def test_source_killed_at(psk: str, kind: BundleKind, outcome: Outcome) -> None:
+async def test_source_killed_at(
+    psk: str, point: Callable[[], Callable[[Frame], bool]], outcome: Outcome
+) -> None:
     with trio.fail_after(PATIENCE_S):
         async with _side(*_receive(psk)) as destination, trio.open_nursery() as nursery:
             sources: list[_Side] = []
             proxy = FaultProxy(
                 HOST,
                 await _port(destination),
-                at_bundle(kind),
+                point(),
                 Action.PASS,
                 lambda: sources[0].signal(signal.SIGKILL),
             )
