@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import resource
 import time
 from dataclasses import dataclass
@@ -169,7 +170,7 @@ def _plain_sender(pipe: Connection, port: int, ram_bytes: int, channels: int) ->
         pipe.send(watch.side(0))
 
     async def pour(stream: trio.SocketStream, size: int) -> None:
-        buffer = bytes(BUFFER_BYTES)
+        buffer = os.urandom(BUFFER_BYTES)  # not zeros, which the kernel would all keep in one page
         for _ in range(size // BUFFER_BYTES):
             await stream.send_all(buffer)
         await stream.send_eof()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from pagexfer.dirty import DirtyBitmap
+from pagexfer.dirty import DirtyBitmap, as_run
 from pagexfer.dirty.bits import BLOCK_WORDS
 from pagexfer.errors import LocalProtocolError
 
@@ -71,6 +71,7 @@ def test_gfns_are_set_cleared_and_tested(case: tuple[int, set[int], set[int]], d
         bitmap = bitmap_of(marked, pages)
         assert bitmap.test(gfns).tolist() == [gfn in marked for gfn in gfns.tolist()]
         assert bitmap.test(gfns).dtype == np.bool_
+        assert bitmap.any_of(gfns) == bool(marked & chosen)
         bitmap.set_gfns(gfns)
         assert marks(bitmap) == marked | chosen
         bitmap = bitmap_of(marked, pages)
@@ -83,6 +84,7 @@ def test_ranges_are_set_and_cleared(case: tuple[DirtyBitmap, set[int]], data: st
     bitmap, marked = case
     start, stop = data.draw(ranges(bitmap.pages))
     cleared = bitmap.copy()
+    assert bitmap.any_of(range(start, stop)) == any(start <= gfn < stop for gfn in marked)
     bitmap.set_range(start, stop)
     cleared.clear_range(start, stop)
     assert marks(bitmap) == marked | set(range(start, stop))
@@ -191,6 +193,13 @@ class BitmapMachine(RuleBasedStateMachine):
         self.marked -= gfns
 
     @rule(data=st.data())
+    def set_and_clear_known_runs(self, data: st.DataObject) -> None:
+        first, second = (range(*data.draw(ranges(self.bitmap.pages))) for _ in range(2))
+        self.bitmap.set_gfns(first)
+        self.bitmap.clear_gfns(second)
+        self.marked = (self.marked | set(first)) - set(second)
+
+    @rule(data=st.data())
     def set_range(self, data: st.DataObject) -> None:
         start, stop = data.draw(ranges(self.bitmap.pages))
         self.bitmap.set_range(start, stop)
@@ -213,7 +222,8 @@ class BitmapMachine(RuleBasedStateMachine):
         """What the export does per bundle."""
         gfns = self.bitmap.first(0, self.bitmap.pages, limit)
         assert gfns.tolist() == sorted(self.marked)[:limit]
-        self.bitmap.clear_gfns(gfns)
+        if gfns.size:
+            self.bitmap.clear_gfns(as_run(gfns))
         self.marked -= set(gfns.tolist())
 
     @rule()
@@ -257,6 +267,13 @@ def test_no_gfns_change_nothing() -> None:
     bitmap.clear_gfns(none)
     assert bitmap.test(none).tolist() == []
     assert marks(bitmap) == {3, 70}
+
+
+def test_a_run_is_a_range_and_anything_else_stays() -> None:
+    assert as_run(array([7])) == range(7, 8)
+    assert as_run(array([3, 4, 5])) == range(3, 6)
+    scattered = array([3, 5, 6])
+    assert as_run(scattered) is scattered
 
 
 @pytest.mark.parametrize("gfns", [[5, 5, 7], [7, 5, 5], [7, 6, 5], [5, 7, 6, 8], [6, 5], [64, 63, 65]])
@@ -319,6 +336,9 @@ def test_gfns_out_of_range_are_refused(gfns: list[int]) -> None:
 @pytest.mark.parametrize(("start", "stop"), [(-1, 5), (0, 101), (6, 5), (101, 101)])
 def test_bad_ranges_are_refused(start: int, stop: int) -> None:
     bitmap = bitmap_of({5, 99}, 100)
+    for on_gfns in (bitmap.set_gfns, bitmap.clear_gfns, bitmap.any_of):
+        with pytest.raises(LocalProtocolError, match="not a range of a guest of 100 pages"):
+            on_gfns(range(start, stop))
     for operation in (bitmap.set_range, bitmap.clear_range, bitmap.gfns):
         with pytest.raises(LocalProtocolError, match="not a range of a guest of 100 pages"):
             operation(start, stop)

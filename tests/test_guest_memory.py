@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagexfer.dirty import as_run
 from pagexfer.errors import LocalProtocolError, PageStateError
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.wire.constants import PAGE_SIZE, WORDS_PER_PAGE
@@ -112,8 +113,9 @@ def test_gfn_out_of_ram_is_refused(memory: GuestMemory, gfn: int) -> None:
             step(gfns(gfn))
     with pytest.raises(PageStateError):
         memory.rmpadjust(gfns(gfn), 1, 0)
-    with pytest.raises(PageStateError):
-        memory.write(gfns(gfn), content(1))
+    for pages in (gfns(gfn), range(gfn, gfn + 1)):
+        with pytest.raises(PageStateError):
+            memory.write(pages, content(1))
 
 
 def test_zero_clears_what_was_written(memory: GuestMemory) -> None:
@@ -180,6 +182,7 @@ def test_against_a_naive_model(steps: list[tuple[str, list[int], int]]) -> None:
     states, words = [0] * 10, [0] * 10
     for step, numbers, value in steps:
         pages = gfns(*numbers)
+        run_or_pages = as_run(pages)
         expected_states, expected_words = list(states), list(words)
         legal = True
         for gfn in numbers:
@@ -205,9 +208,9 @@ def test_against_a_naive_model(steps: list[tuple[str, list[int], int]]) -> None:
                 case "rmpadjust":
                     memory.rmpadjust(pages, value // 32 + 1, value % 32)
                 case "adopt":
-                    memory.adopt_states(pages, np.full(len(numbers), value, dtype=np.uint32))
+                    memory.adopt_states(run_or_pages, np.full(len(numbers), value, dtype=np.uint32))
                 case "write":
-                    memory.write(pages, content(*[value] * len(numbers)))
+                    memory.write(run_or_pages, content(*[value] * len(numbers)))
                 case _:
                     memory.zero(pages)
         except PageStateError:

@@ -1,6 +1,6 @@
 """The dirty bitmap, and the trackers that fill it."""
 
-from .bitmap import DirtyBitmap
+from .bitmap import DirtyBitmap, as_run
 from .tracker import DirtyTracker
 
-__all__ = ["DirtyBitmap", "DirtyTracker"]
+__all__ = ["DirtyBitmap", "DirtyTracker", "as_run"]

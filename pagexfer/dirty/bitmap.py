@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-__all__ = ["WORD_BITS", "DirtyBitmap"]
+__all__ = ["WORD_BITS", "DirtyBitmap", "as_run"]
 
 # Up to this many pages it is cheaper to spread a span of the bitmap to one byte per page than to look for its
 # dirty words first; a chunk of this size is answered in one step.
@@ -44,7 +44,7 @@ class DirtyBitmap:
     Two bitmaps are equal where pages and marks are. Not safe for use by several threads at once.
     """
 
-    __slots__ = ("_octets", "_pages", "_words")
+    __slots__ = ("_octets", "_pages", "_view", "_words")
 
     def __init__(self, pages: int) -> None:
         """No page marked. Raises LocalProtocolError where `pages` is not positive."""
@@ -84,10 +84,13 @@ class DirtyBitmap:
 
     __hash__ = None  # type: ignore[assignment]  # its content changes
 
-    # Single pages and ranges. A contiguous run of gfns, the common case, becomes a range.
+    # Single pages and ranges. A contiguous run of gfns, the common case, becomes a range; who knows it gives one.
 
-    def set_gfns(self, gfns: NDArray[np.int64]) -> None:
+    def set_gfns(self, gfns: NDArray[np.int64] | range) -> None:
         """Mark `gfns` (any order, repeats allowed). Raises LocalProtocolError where one is out of range."""
+        if isinstance(gfns, range):
+            self.set_range(gfns.start, gfns.stop)
+            return
         if not gfns.size:
             return
         first, last, contiguous = self._extent(gfns)
@@ -96,8 +99,11 @@ class DirtyBitmap:
         else:
             np.bitwise_or.at(self._words, gfns >> 6, BIT_OF[gfns & 63])
 
-    def clear_gfns(self, gfns: NDArray[np.int64]) -> None:
+    def clear_gfns(self, gfns: NDArray[np.int64] | range) -> None:
         """Unmark `gfns` (any order, repeats allowed). Raises LocalProtocolError where one is out of range."""
+        if isinstance(gfns, range):
+            self.clear_range(gfns.start, gfns.stop)
+            return
         if not gfns.size:
             return
         first, last, contiguous = self._extent(gfns)
@@ -115,6 +121,13 @@ class DirtyBitmap:
             return spread(self._octets, first, last + 1)
         marked: NDArray[np.bool_] = (self._words[gfns >> 6] & BIT_OF[gfns & 63]) != 0
         return marked
+
+    def any_of(self, gfns: NDArray[np.int64] | range) -> bool:
+        """Whether one of `gfns` is marked. Raises LocalProtocolError where one is out of range."""
+        if not isinstance(gfns, range):
+            return bool(self.test(gfns).any())
+        self._check_range(gfns.start, gfns.stop)
+        return self._bits(gfns.start, gfns.stop) != 0
 
     def set_range(self, start: int, stop: int) -> None:
         """Mark start <= gfn < stop. Raises LocalProtocolError where that is not a range of this guest."""
@@ -207,11 +220,23 @@ class DirtyBitmap:
         if limit < 0:
             raise LocalProtocolError(f"cannot give the first {limit} marked pages")
         near = stop if stop - start <= _SPREAD_PAGES else (start + _SPREAD_PAGES) // WORD_BITS * WORD_BITS
+        run = self._first_run(start, near)
+        if len(run) >= limit:
+            return np.arange(run.start, run.start + limit, dtype=np.int64)
         gfns = np.flatnonzero(spread(self._octets, start, near))[:limit]
         gfns += start
         if near == stop or len(gfns) == limit:
             return gfns
         return np.concatenate([gfns, self._first_far(near, stop, limit - len(gfns))])
+
+    def _first_run(self, start: int, stop: int) -> range:
+        """The first run of marked gfns of start <= gfn < stop, empty where none is marked."""
+        bits = self._bits(start, stop)
+        if not bits:
+            return range(stop, stop)
+        lowest = (bits & -bits).bit_length() - 1
+        gap = ~(bits >> lowest)
+        return range(start + lowest, start + lowest + (gap & -gap).bit_length() - 1)
 
     def _first_far(self, start: int, stop: int, limit: int) -> NDArray[np.int64]:
         """As `first`, from a `start` at a word on: spans grow, so that an empty stretch costs few steps."""
@@ -292,6 +317,8 @@ class DirtyBitmap:
     def _adopt(self, words: NDArray[np.uint64]) -> None:
         self._words = words
         self._octets = words.view(np.uint8)
+        # Single words as Python's integers: a tenth of the cost of numpy's scalars.
+        self._view = words.data
 
     def _like(self, words: NDArray[np.uint64]) -> Self:
         bitmap = object.__new__(type(self))
@@ -305,6 +332,11 @@ class DirtyBitmap:
                 f"gfns {start} to {stop} are not a range of a guest of {self._pages} pages"
             )
 
+    def _bits(self, start: int, stop: int) -> int:
+        """The bits of start <= gfn < stop as one number, `start` the lowest; for a bundle's range, not for a guest's."""
+        octets = self._octets[start >> 3 : (stop + 7) >> 3].tobytes()
+        return (int.from_bytes(octets, "little") & (1 << stop - (start & ~7)) - 1) >> (start & 7)
+
     def _extent(self, gfns: NDArray[np.int64]) -> tuple[int, int, bool]:
         """Lowest and highest of `gfns`, and whether they are exactly these and all between, in order."""
         first, last = int(gfns[0]), int(gfns[-1])
@@ -317,15 +349,21 @@ class DirtyBitmap:
 
     def _set(self, start: int, stop: int) -> None:
         first, last, head, tail = edges(start, stop)
-        self._words[first] |= np.uint64(head)
+        self._view[first] |= head
         self._words[first + 1 : last] = ALL_ONES
-        self._words[last] |= np.uint64(tail)
+        self._view[last] |= tail
 
     def _clear(self, start: int, stop: int) -> None:
         first, last, head, tail = edges(start, stop)
-        self._words[first] &= np.uint64(ALL_ONES ^ head)
+        self._view[first] &= ALL_ONES ^ head
         self._words[first + 1 : last] = 0
-        self._words[last] &= np.uint64(ALL_ONES ^ tail)
+        self._view[last] &= ALL_ONES ^ tail
+
+
+def as_run(gfns: NDArray[np.int64]) -> NDArray[np.int64] | range:
+    """Strictly ascending `gfns` (not empty) as a range where they are a run of consecutive ones, else as they are."""
+    first, last = int(gfns[0]), int(gfns[-1])
+    return range(first, last + 1) if last - first + 1 == len(gfns) else gfns
 
 
 def _count(words: NDArray[np.uint64]) -> int:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _FAREWELL_TIMEOUT_S: Final = 2.0
 # As long as a monitor takes to stop a machine or to save its devices on a busy host.
 HYPERVISOR_TIMEOUT_S: Final = 30.0
+# What a side saw itself says less than the words that the peer has sent, or has left on the control connection.
+SECOND_HAND: Final = ("connection", "destination-failed")
 
 # For each coarse code: the machine-readable reason and what to tell a person.
 _REFUSALS: Final = {
@@ -139,4 +141,6 @@ def _rank(failure: PagexferError) -> int:
         return len(order)
     if isinstance(failure, ChannelClosed):
         return len(order) + 1
+    if isinstance(failure, TransferAborted) and failure.reason in SECOND_HAND:
+        return len(order)
     return next(index for index, kind in enumerate(order) if isinstance(failure, kind))

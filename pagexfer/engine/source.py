@@ -37,7 +37,7 @@ from ..wire.slot import Command, SlotStatus
 from .channel import SourceChannel
 from .control import Control
 from .convergence import Decision, EpochSample, decide
-from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, undecided
+from .failure import SECOND_HAND, as_aborted, first_failure, hypervisor_call, say_farewell, undecided
 from .plan import Chunk, plan_chunks
 from .progress import ChannelTally, Progress, Status
 from .streams import STALL_TIMEOUT_S, connect
@@ -59,8 +59,6 @@ _HINT_BYTES: Final = 1 << 16
 _CANCELLED: Final = TransferAborted(
     Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
 )
-# What this side saw itself says less than the words that the peer may have left on the control connection.
-_SECOND_HAND: Final = ("connection", "destination-failed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +271,7 @@ class SourceEngine:
         stuck = await self._let_go_on() if decided else None
         failure = first_failure(error)
         aborted = _CANCELLED if failure is None else as_aborted(failure)
-        if control is not None and aborted.reason in _SECOND_HAND:
+        if control is not None and aborted.reason in SECOND_HAND:
             aborted = await control.last_words() or aborted
         elif control is not None:
             await say_farewell(control, aborted)

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import errno
 import socket
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import trio
 
 from ..errors import ChannelBroken, ChannelClosed, MalformedData, UsageError
 from ..wire.framing import FRAME_HEADER_BYTES, FrameHeader, FrameType, parse_frame_header_untrusted
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 CONNECT_TIMEOUT_S: Final = 10.0
 # How long a peer may be silent in the middle of something: as long as a TCP connection survives a short outage, and
 # short enough that a parked guest is not kept waiting by a dead peer for minutes.
 STALL_TIMEOUT_S: Final = 30.0
-# Half a bundle: the rest arrives while the first half is copied out of the kernel.
+# A quarter of a bundle: the rest arrives while the first part is copied out of the kernel.
 _WAKE_BYTES: Final = 1 << 18
+# A sender waits until less than a bundle has not left the kernel. The kernel alone would wake it when a third of the buffer
+# is free, and take a bundle in four parts.
+_UNSENT_BYTES: Final = 1 << 20
 _NO_NAME: Final = "this is no host name"
 
 
@@ -42,47 +41,47 @@ class Connection:
         self.stall_timeout = stall_timeout
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         self.peer = _peer_name(sock)
 
     async def send(self, data: memoryview | bytes) -> None:
         """Send all of `data`, and let other tasks run. Raises ChannelBroken or ChannelClosed."""
-        view = memoryview(data)
-        waited = False
         try:
-            while True:
-                try:
-                    view = view[self._socket.send(view) :]
-                    if not view:
-                        break
-                except BlockingIOError:
-                    pass
-                with self._deadline(self.stall_timeout, "takes no data"):
+            rest = self._send_some(memoryview(data))
+            if not rest:
+                await trio.lowlevel.checkpoint()
+                return
+            with trio.CancelScope() as patience:
+                while rest:
+                    patience.deadline = trio.current_time() + self.stall_timeout
                     await trio.lowlevel.wait_writable(self._socket)
-                waited = True
+                    rest = self._send_some(rest)
         except (OSError, trio.ClosedResourceError) as error:
             raise self._broken(error) from None
-        if not waited:
-            await trio.lowlevel.checkpoint()
+        if rest:
+            raise ChannelBroken(f"{self.peer} takes no data for {self.stall_timeout:g} s")
 
     async def receive_into(self, view: memoryview, timeout: float | None = None) -> None:
         """Receive exactly `len(view)` bytes, waiting `timeout` seconds (by default the stall timeout) for each part.
 
         Raises ChannelBroken where the peer ends before or is silent for so long, or ChannelClosed.
         """
+        timeout = self.stall_timeout if timeout is None else timeout
         try:
-            while view:
-                try:
-                    received = self._socket.recv_into(view)
-                    if not received:
-                        raise ChannelBroken(f"{self.peer} closed the connection")
-                    view = view[received:]
-                except BlockingIOError:
-                    self._wake_at(min(len(view), _WAKE_BYTES))
-                    with self._deadline(self.stall_timeout if timeout is None else timeout, "sends nothing"):
-                        await trio.lowlevel.wait_readable(self._socket)
-                    self._turn_due = False
+            rest = self._receive_some(view)
+            if not rest:
+                return
+            self._turn_due = False
+            with trio.CancelScope() as patience:
+                while rest:
+                    self._wake_at(min(len(rest), _WAKE_BYTES))
+                    patience.deadline = trio.current_time() + timeout
+                    await trio.lowlevel.wait_readable(self._socket)
+                    rest = self._receive_some(rest)
         except (OSError, trio.ClosedResourceError) as error:
             raise self._broken(error) from None
+        if rest:
+            raise ChannelBroken(f"{self.peer} sends nothing for {timeout:g} s")
 
     async def send_frame(self, frame_type: FrameType, payload: bytes) -> None:
         """Send one small frame."""
@@ -121,12 +120,22 @@ class Connection:
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
 
-    @contextmanager
-    def _deadline(self, timeout: float, complaint: str) -> Iterator[None]:
-        with trio.CancelScope(deadline=trio.current_time() + timeout) as scope:
-            yield
-        if scope.cancelled_caught:
-            raise ChannelBroken(f"{self.peer} {complaint} for {timeout:g} s")
+    def _send_some(self, view: memoryview) -> memoryview:
+        """Send what the kernel takes now; returns the rest."""
+        try:
+            return view[self._socket.send(view) :]
+        except BlockingIOError:
+            return view
+
+    def _receive_some(self, view: memoryview) -> memoryview:
+        """Receive what the kernel has now; returns the part of `view` that is still empty."""
+        try:
+            received = self._socket.recv_into(view) if view else 0
+        except BlockingIOError:
+            return view
+        if view and not received:
+            raise ChannelBroken(f"{self.peer} closed the connection")
+        return view[received:]
 
     def _wake_at(self, received_bytes: int) -> None:
         """Have the kernel call the socket readable only once so much is there: one wake-up for a bundle, not ten."""

@@ -23,13 +23,12 @@ class ContentTable:
         # full, not zeros: every word will be written, and the page faults belong to the set-up.
         self._carrier = np.full(pages, 0, dtype="<u8")
 
-    def record(self, gfns: NDArray[np.int64], channel: int, incarnation: int, counter: int) -> None:
-        """Pages `gfns` (ascending) have the content that this bundle gave them."""
+    def record(self, gfns: NDArray[np.int64] | range, channel: int, incarnation: int, counter: int) -> None:
+        """Pages `gfns` have the content that this bundle gave them."""
         # A counter stays below 2^32 - 1 (MAX_BUNDLES_PER_KEY), so one more fits: zero means no bundle.
         carrier = channel << 48 | incarnation << 32 | (counter + 1)
-        first, last = int(gfns[0]), int(gfns[-1])
-        if last - first + 1 == len(gfns):
-            self._carrier[first : last + 1] = carrier
+        if isinstance(gfns, range):
+            self._carrier[gfns.start : gfns.stop] = carrier
         else:
             self._carrier[gfns] = carrier
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from ..dirty import DirtyBitmap
+from ..dirty import DirtyBitmap, as_run
 from ..errors import (
     GeometryError,
     IntegrityError,
@@ -247,21 +247,24 @@ class DestinationSvsm:
     ) -> Imported:
         self._machine.advance(Event.IMPORT)
         gfns, operations, states = parse_entries_untrusted(aad[HEADER_BYTES:], header, self._memory.pages)
-        if self._seen.test(gfns).any():
+        pages = as_run(gfns)
+        if self._seen.any_of(pages):
             raise ReplayError("a page came twice in one epoch")
         opener.open_untrusted(header, aad, sealed, plaintext)
-        self._memory.adopt_states(gfns, states)
+        self._memory.adopt_states(pages, states)
         data_pages = header.payload_bytes // PAGE_SIZE
         if data_pages == len(gfns):
-            self._memory.write(gfns, self._staging[:data_pages])
+            self._memory.write(pages, self._staging[:data_pages])
+            zero_pages = 0
         else:
             if data_pages:
                 self._memory.write(gfns[operations == DATA], self._staging[:data_pages])
             self._memory.zero(gfns[operations != DATA])
-        self._seen.set_gfns(gfns)
-        self._content.record(gfns, header.channel, header.incarnation, header.counter)
+            zero_pages = int(np.count_nonzero(operations == ZERO))
+        self._seen.set_gfns(pages)
+        self._content.record(pages, header.channel, header.incarnation, header.counter)
         self._epoch_bundles += 1
-        return Imported(header.kind, len(gfns), int(np.count_nonzero(operations == ZERO)))
+        return Imported(header.kind, len(gfns), zero_pages)
 
     def _close_epoch(self, totals: EpochTotals) -> None:
         self._machine.advance(Event.IMPORT)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
+from ..dirty import as_run
 from ..wire.bundle import DATA, DROP, ZERO, pack_entries
 from ..wire.constants import MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE
 from ..wire.page_state import SHARED, VALIDATED
@@ -45,8 +46,13 @@ class Packager:
 
         RAM may be written meanwhile; every page is classified and read once, and a later write is the dirty tracker's.
         """
-        words, states = self._view(gfns)
-        operations = _classify(words, states)
+        words, states = self._view(as_run(gfns))
+        has_content = (states & _HAS_CONTENT) != 0
+        # Most pages in use differ from zero in their first word: only the others are read whole.
+        in_use = words[:, 0] != 0
+        if len(gfns) <= max_data_pages and (in_use & has_content).all():
+            return _package(gfns, DATA, states, words, 0)
+        operations = _classify(words, in_use, has_content)
         is_data = operations == DATA
         data_pages = int(np.count_nonzero(is_data))
         if data_pages > max_data_pages:
@@ -57,25 +63,35 @@ class Packager:
             words = np.take(
                 words, np.flatnonzero(is_data), axis=0, out=self._compacted[:data_pages], mode="clip"
             )
-        entries = pack_entries(gfns, operations, states)
-        payload = words.reshape(-1).view(np.uint8).data
-        return Package(gfns, entries.tobytes(), payload, int(np.count_nonzero(operations == ZERO)))
+        return _package(gfns, operations, states, words, int(np.count_nonzero(operations == ZERO)))
 
-    def _view(self, gfns: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
-        first, end = int(gfns[0]), int(gfns[-1]) + 1
-        if end - first == len(gfns):
-            return self._memory.words[first:end], self._memory.states[first:end].copy()
+    def _view(self, gfns: NDArray[np.int64] | range) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        if isinstance(gfns, range):
+            run = slice(gfns.start, gfns.stop)
+            return self._memory.words[run], self._memory.states[run].copy()
         # mode="clip" because "raise" would make numpy gather into a buffer of its own first
         words = np.take(self._memory.words, gfns, axis=0, out=self._gathered[: len(gfns)], mode="clip")
         return words, self._memory.states[gfns]
 
 
-def _classify(words: NDArray[np.uint64], states: NDArray[np.uint32]) -> NDArray[np.uint8]:
+def _classify(
+    words: NDArray[np.uint64], in_use: NDArray[np.bool_], has_content: NDArray[np.bool_]
+) -> NDArray[np.uint8]:
     operations = np.full(len(words), DATA, dtype=np.uint8)
-    # Most pages in use differ from zero in their first word: only the others are read whole.
-    candidates = np.flatnonzero(words[:, 0] == 0)
+    candidates = np.flatnonzero(~in_use)
     if candidates.size:
         suspects = words if candidates.size == len(words) else words[candidates]
         operations[candidates[np.bitwise_or.reduce(suspects, axis=1) == 0]] = ZERO
-    operations[(states & _HAS_CONTENT) == 0] = DROP
+    operations[~has_content] = DROP
     return operations
+
+
+def _package(
+    gfns: NDArray[np.int64],
+    operations: NDArray[np.uint8] | np.uint8,
+    states: NDArray[np.uint32],
+    words: NDArray[np.uint64],
+    zero_pages: int,
+) -> Package:
+    entries = pack_entries(gfns, operations, states).tobytes()
+    return Package(gfns, entries, words.reshape(-1).view(np.uint8).data, zero_pages)

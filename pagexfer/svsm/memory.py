@@ -124,23 +124,20 @@ class GuestMemory:
         )
         self.state_changes.set_gfns(gfns)
 
-    def adopt_states(self, gfns: NDArray[np.int64], states: NDArray[np.uint32]) -> None:
+    def adopt_states(self, gfns: NDArray[np.int64] | range, states: NDArray[np.uint32]) -> None:
         """Bring pages to the states that the source recorded: PVALIDATE where that bit differs, RMPADJUST for the others.
 
         Only what differs is set, so no page is validated twice.
         """
         self.states[self._locate(gfns)] = states
 
-    def write(self, gfns: NDArray[np.int64], content: NDArray[np.uint64]) -> None:
+    def write(self, gfns: NDArray[np.int64] | range, content: NDArray[np.uint64]) -> None:
         """Store `content` (uint64, shape (n, 512)) at `gfns`. Raises PageStateError where one may not be written."""
         pages = self._locate(gfns)
         if not (self.states[pages] & _ACCESSIBLE).all():
             raise PageStateError("write to a page that is neither validated nor shared")
         self.words[pages] = content
-        if isinstance(pages, slice):
-            self._populated.set_range(pages.start, pages.stop)
-        else:
-            self._populated.set_gfns(gfns)
+        self._populated.set_gfns(gfns)
 
     def zero(self, gfns: NDArray[np.int64]) -> None:
         """Make pages zero, or forget those that the guest gave up; only pages that may differ from zero are touched."""
@@ -150,17 +147,17 @@ class GuestMemory:
             self.words[used] = 0
             self._populated.clear_gfns(used)
 
-    def _locate(self, gfns: NDArray[np.int64]) -> slice | NDArray[np.int64]:
-        """`gfns` as an index into RAM: a slice where they are a run, which numpy serves without gathering."""
-        if not gfns.size:
-            return gfns
-        first, last = int(gfns[0]), int(gfns[-1])
-        run = (gfns[1:] - gfns[:-1] == 1).all()
-        if not run:
+    def _locate(self, gfns: NDArray[np.int64] | range) -> slice | NDArray[np.int64]:
+        """`gfns` as an index into RAM: a slice for a range, which numpy serves without gathering."""
+        if isinstance(gfns, range):
+            first, last = gfns.start, gfns.stop - 1
+        elif gfns.size:
             first, last = int(gfns.min()), int(gfns.max())
+        else:
+            return gfns
         if first < 0 or last >= self.pages:
             raise PageStateError(f"gfn outside of RAM of {self.pages} pages")
-        return slice(first, last + 1) if run else gfns
+        return slice(first, last + 1) if isinstance(gfns, range) else gfns
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from ..dirty import DirtyBitmap
+from ..dirty import DirtyBitmap, as_run
 from ..errors import IntegrityError, LocalProtocolError, NotReady, RemoteProtocolError
 from ..wire.bundle import (
     ENTRY_BYTES,
@@ -198,8 +198,9 @@ class SourceSvsm:
         gfns, entries, payload, zero_pages = self._packager.package(gfns, capacity)
         counter = sealer.counter
         length = sealer.seal(BundleKind.PAGES, self._epoch, entries, payload, out)
-        self._pending.clear_gfns(gfns)
-        self._content.record(gfns, channel, sealer.incarnation, counter)
+        pages = as_run(gfns)
+        self._pending.clear_gfns(pages)
+        self._content.record(pages, channel, sealer.incarnation, counter)
         self._epoch_bundles += 1
         self._epoch_pages += len(gfns)
         self._zero_run = len(payload) == 0

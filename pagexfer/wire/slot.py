@@ -125,18 +125,20 @@ _STATUS_BODY: Final = struct.Struct("<HHHHIQQ")
 STATUS_OFFSET: Final = 128
 # Data register, host's line at offset 192, SVSM's line at offset 256: for each buffer one u32,
 #   bits 0-7 state, bits 8-31 turn
-_WORD: Final = struct.Struct("<I")
+_WORD_BYTES: Final = 4
 HOST_DATA_OFFSET: Final = 192
 SVSM_DATA_OFFSET: Final = 256
-_WORDS: Final = struct.Struct("<I60xI")  # a buffer's words on both lines
-assert _WORDS.size == SVSM_DATA_OFFSET - HOST_DATA_OFFSET + _WORD.size
+_HOST_DATA: Final = HOST_DATA_OFFSET // _WORD_BYTES
+_SVSM_DATA: Final = SVSM_DATA_OFFSET // _WORD_BYTES
+_COMMAND_SEQUENCE: Final = COMMAND_OFFSET // _WORD_BYTES
+_STATUS_SEQUENCE: Final = STATUS_OFFSET // _WORD_BYTES
 _TURN_MASK: Final = (1 << 24) - 1
 
 _LINE_BYTES: Final = 64
 assert _IDENTITY.size == _COMMAND.size == _STATUS.size == _LINE_BYTES
-assert _COMMAND_BODY.size == 28 - _WORD.size
-assert _STATUS_BODY.size == 32 - _WORD.size
-assert MAX_BUFFERS * _WORD.size <= _LINE_BYTES
+assert _COMMAND_BODY.size == 28 - _WORD_BYTES
+assert _STATUS_BODY.size == 32 - _WORD_BYTES
+assert MAX_BUFFERS * _WORD_BYTES <= _LINE_BYTES
 
 
 class CommandRegisters(NamedTuple):
@@ -214,6 +216,8 @@ class SlotMemory:
                 f"slot memory of {len(view)} bytes, its registers say {self.geometry.slot_bytes}"
             )
         self._registers = view[:REGISTER_PAGE_BYTES]
+        # Words that both sides look at are stored and loaded as one, not byte by byte. The host is little-endian.
+        self._words = self._registers.cast("I")
         size = self.geometry.buffer_bytes
         # Whole buffers with headroom for the host, packages alone for the SVSM.
         self.frames = tuple(
@@ -241,39 +245,40 @@ class SlotMemory:
             HEADROOM_BYTES,
             b"",
         )
+        slot = cls(view)
         for line in (HOST_DATA_OFFSET, SVSM_DATA_OFFSET):
             for index in range(geometry.buffers):
-                _WORD.pack_into(view, line + index * _WORD.size, BufferState.FREE)
-        return cls(view)
+                slot._write_word(index, line, 0, BufferState.FREE)
+        return slot
 
     # The host's side
 
     def write_command(self, registers: CommandRegisters) -> None:
         """Publish a command: all fields, then the sequence word."""
-        _COMMAND_BODY.pack_into(self._registers, COMMAND_OFFSET + _WORD.size, *registers[1:])
-        _WORD.pack_into(self._registers, COMMAND_OFFSET, registers.sequence)
+        _COMMAND_BODY.pack_into(self._registers, COMMAND_OFFSET + _WORD_BYTES, *registers[1:])
+        self._words[_COMMAND_SEQUENCE] = registers.sequence
 
     def read_status_untrusted(self) -> StatusRegisters:
         """The SVSM's answer, copied once. Raises MalformedData where a field is unknown or points outside of the slot."""
         sequence, status, error, session, buffer, length, result, result2, reserved = _STATUS.unpack(
             bytes(self._registers[STATUS_OFFSET : STATUS_OFFSET + _STATUS.size])
         )
-        if any(reserved):
+        if reserved != _NO_RESERVED:
             raise MalformedData("slot answer with reserved bytes set")
-        try:
-            code = RefusalCode(error) if error else None
-            answer = StatusRegisters(
-                sequence,
-                SlotStatus(status),
-                code,
-                SessionStatus(session),
-                buffer,
-                length,
-                result,
-                result2,
+        if status not in _STATUSES or session not in _SESSIONS or (error and error not in _ERRORS):
+            raise MalformedData(
+                f"slot answer with an unknown status {status}, session {session} or error {error}"
             )
-        except ValueError as error_value:
-            raise MalformedData(f"slot answer with an unknown value: {error_value}") from None
+        answer = StatusRegisters(
+            sequence,
+            _STATUSES[status],
+            _ERRORS[error] if error else None,
+            _SESSIONS[session],
+            buffer,
+            length,
+            result,
+            result2,
+        )
         if buffer != NO_BUFFER and (buffer >= len(self.packages) or length > self.geometry.package_bytes):
             raise MalformedData("slot answer that points outside of its buffers")
         return answer
@@ -298,12 +303,12 @@ class SlotMemory:
         """Publish an answer: all fields, then the sequence word."""
         _STATUS_BODY.pack_into(
             self._registers,
-            STATUS_OFFSET + _WORD.size,
+            STATUS_OFFSET + _WORD_BYTES,
             registers.status,
             registers.error or 0,
             *registers[3:],
         )
-        _WORD.pack_into(self._registers, STATUS_OFFSET, registers.sequence)
+        self._words[_STATUS_SEQUENCE] = registers.sequence
 
     # Both sides: the data register
 
@@ -341,23 +346,29 @@ class SlotMemory:
 
     def _expect(self, index: int, state: BufferState) -> int:
         turn, current = self._current(index)
-        if current is not state:
+        if current != state:
             raise LocalProtocolError(f"buffer {index} is {current.name}, not {state.name}")
         return turn
 
     def _current(self, index: int) -> tuple[int, BufferState]:
-        host, svsm = _WORDS.unpack_from(self._registers, HOST_DATA_OFFSET + index * _WORD.size)
+        host, svsm = self._words[_HOST_DATA + index], self._words[_SVSM_DATA + index]
         host_turn, svsm_turn = host >> 8, svsm >> 8
         if host_turn == svsm_turn:
             # READY (3) by the provider, then DRAINING (4) or FREE (1) by the consumer: FREE ends a turn.
-            states = (host & 0xFF, svsm & 0xFF)
-            state = BufferState.FREE if BufferState.FREE in states else max(states)
+            host_state, svsm_state = host & 0xFF, svsm & 0xFF
+            ended = host_state == _FREE or svsm_state == _FREE
+            state = _FREE if ended else max(host_state, svsm_state)
             return host_turn, _BUFFER_STATES.get(state, BufferState.FILLING)
         newer = host if (host_turn - svsm_turn) & _TURN_MASK < 1 << 23 else svsm
         return newer >> 8, _BUFFER_STATES.get(newer & 0xFF, BufferState.FILLING)
 
     def _write_word(self, index: int, line: int, turn: int, state: BufferState) -> None:
-        _WORD.pack_into(self._registers, line + index * _WORD.size, turn << 8 | state)
+        self._words[line // _WORD_BYTES + index] = turn << 8 | state
 
 
 _BUFFER_STATES: Final = {int(state): state for state in BufferState}
+_FREE: Final = int(BufferState.FREE)
+_STATUSES: Final = {int(status): status for status in SlotStatus}
+_SESSIONS: Final = {int(status): status for status in SessionStatus}
+_ERRORS: Final = {int(code): code for code in RefusalCode}
+_NO_RESERVED: Final = bytes(32)
