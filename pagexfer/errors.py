@@ -21,6 +21,9 @@ class RefusalCode(enum.IntEnum):
     EXHAUSTED = 7  # a key reached its limit of bundles or bytes
     GUEST = 8  # the guest's own side (vCPU state, page states) refused
     INTERNAL = 9  # a fault of the SVSM itself; the session is over
+    POLICY = (
+        10  # the peer proved who it is, and the policy does not accept it; nothing of the session is left
+    )
 
 
 class PagexferError(Exception):
@@ -64,7 +67,11 @@ class KeyPoisoned(PagexferError):
 
 
 class AttestationError(RemoteProtocolError):
-    """Evidence does not verify, or the policy does not accept what it says."""
+    """Evidence or key confirmation does not verify, or the policy does not accept what the evidence says."""
+
+
+class PolicyRefused(AttestationError):
+    """Evidence verifies, and the policy does not accept what it says."""
 
 
 class GeometryError(RemoteProtocolError):

@@ -29,7 +29,7 @@ from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from .attestation import Attestor
+    from .attestation import Attestor, Claims
     from .engine.progress import MigrationInfo
     from .engine.streams import Listener
     from .guests.guest import Guest
@@ -47,10 +47,11 @@ _PREFAULT_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class MigrationReport:
-    """A completed migration: its final figures, and who vouched for the dirty pages."""
+    """A completed migration: its final figures, who vouched for the dirty pages, and what the peer proved of itself."""
 
     info: MigrationInfo
     freshness: Freshness
+    peer: Claims
 
 
 async def send_guest(
@@ -91,7 +92,7 @@ async def send_guest(
         SourceOptions(channels, downtime_limit_s, stall_timeout_s),
         on_progress,
     )
-    return MigrationReport(await engine.run(host, port), svsm.freshness)
+    return MigrationReport(await engine.run(host, port), svsm.freshness, svsm.peer)
 
 
 async def receive_guest(
@@ -130,7 +131,7 @@ async def receive_guest(
         info = await _run(engine, listener, guest.memory)
     finally:
         listener.close()
-    return MigrationReport(info, svsm.freshness)
+    return MigrationReport(info, svsm.freshness, svsm.peer)
 
 
 async def _run(engine: DestinationEngine, listener: Listener, memory: GuestMemory) -> MigrationInfo:

@@ -13,8 +13,8 @@ from pagexfer.attestation.snp import parse_endorsements_untrusted, verify_report
 from pagexfer.testing.snp_ca import AT, SnpTestCa
 
 if TYPE_CHECKING:
+    from pagexfer.attestation.insecure.certificates import Leaf
     from pagexfer.attestation.snp import Endorsements, Product, SnpClaims
-    from pagexfer.testing.snp_ca import Leaf
 
 DATA = Path(os.environ.get("PAGEXFER_SNP_DATA", Path(__file__).parents[2] / "shared" / "snp"))
 

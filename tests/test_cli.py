@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import pytest
 
+from pagexfer.attestation.snp.providers import SEV_GUEST, TSM_REPORTS
 from pagexfer.cli.values import Address, Seconds, Size
 from pagexfer.guests import kvm
 
@@ -47,7 +48,7 @@ def key_file(path: Path, key: str) -> str:
 class Destination:
     """A `pagexfer receive` process that listens."""
 
-    def __init__(self, *arguments: str) -> None:
+    def __init__(self, *arguments: str, warned: bool = False) -> None:
         self.process = subprocess.Popen(
             [*COMMAND, "receive", "--listen", "127.0.0.1:0", "--json", *arguments],
             stdout=subprocess.PIPE,
@@ -56,6 +57,8 @@ class Destination:
         )
         assert self.process.stderr is not None
         line = self.process.stderr.readline()
+        if warned:
+            line = self.process.stderr.readline()
         assert "listening at" in line, line
         self.address = line.split()[-1]
 
@@ -121,6 +124,26 @@ def test_demo_of_a_guest_that_cannot_converge_says_so_and_leaves_it_unharmed() -
     assert report["guest"] == {"kind": "simulated", "consistent": True, "progressed": True, "faults": []}
 
 
+def test_demo_with_emulated_attestation_prints_the_claims_of_both_sides() -> None:
+    done = run("demo", "--attest", "emulated", "--json", *GUEST)
+    assert done.returncode == 0, done.stderr
+    assert "emulated attestation proves nothing" in done.stderr
+    report = json.loads(done.stdout)
+    attestation = report["attestation"]
+    assert set(attestation) == {"kind", "source", "destination"}
+    assert attestation["kind"] == "emulated"
+    for side in ("source", "destination"):
+        claims = attestation[side]
+        assert claims["subject"] == "emulated SEV-SNP guest on Genoa"
+        assert (claims["product"], claims["vmpl"], claims["signing_key"]) == ("Genoa", 0, "VCEK")
+        assert len(claims["measurement"]) == 96
+        assert len(claims["chip_id"]) == 128
+        assert claims["reported_tcb"]["microcode"] > 0
+    assert attestation["source"]["chip_id"] != attestation["destination"]["chip_id"]
+    assert report["guest"]["consistent"]
+    assert report["guest"]["progressed"]
+
+
 def test_demo_prints_a_table_for_people() -> None:
     done = run("demo", *GUEST)
     assert done.returncode == 0
@@ -132,6 +155,8 @@ def test_send_and_receive(psk: str, destination: Destination) -> None:
     sent = run("send", "--to", destination.address, "--psk-file", psk, *GUEST, "--channels", "2", "--json")
     assert sent.returncode == 0, sent.stderr
     assert json.loads(sent.stdout)["guest"] == {"kind": "simulated"}
+    psk_peer = {"kind": "psk", "peer": {"subject": "holder of the pre-shared key"}}
+    assert json.loads(sent.stdout)["attestation"] == psk_peer
     code, report, _ = destination.end()
     assert code == 0
     assert report["status"] == "completed"
@@ -155,6 +180,55 @@ def test_wrong_psk(tmp_path: Path, destination: Destination) -> None:
     assert json.loads(sent.stdout)["error"]["reason"] == "authentication"
     assert went_on(sent.stdout)
     assert destination.process.poll() is None  # it still waits for the right source
+
+
+@pytest.fixture(scope="module")
+def ca_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("ca") / "test-ca"
+    made = run("attest", "make-test-ca", str(path))
+    assert (made.returncode, made.stdout) == (0, ""), made.stderr
+    assert path.stat().st_mode & 0o777 == 0o600
+    return str(path)
+
+
+def emulated(ca_file: str, policy: Path | None = None) -> list[str]:
+    rules = [] if policy is None else ["--policy", str(policy)]
+    return ["--attest", "emulated", "--test-ca", ca_file, *rules, *GUEST]
+
+
+@pytest.mark.parametrize("refusing", ["source", "destination"])
+def test_a_policy_that_refuses_the_peer(tmp_path: Path, ca_file: str, refusing: str) -> None:
+    policy = tmp_path / "policy.json"
+    peer = "destination" if refusing == "source" else "source"
+    rules = {"version": 1, "measurements": "any", "minimum_tcb": "any", peer: {"measurements": ["00" * 48]}}
+    policy.write_text(json.dumps(rules))
+    near, far = (policy, None) if refusing == "source" else (None, policy)
+    side = Destination(*emulated(ca_file, far), warned=True)
+    try:
+        sent = run("send", "--to", side.address, *emulated(ca_file, near), "--json")
+        assert side.process.poll() is None  # it still waits for a source that it likes
+    finally:
+        side.process.kill()
+        _, _, errors = side.end()
+    assert sent.returncode == 3
+    report = json.loads(sent.stdout)
+    assert report["error"]["reason"] == "policy"
+    assert "policy does not accept" in sent.stderr
+    assert "Traceback" not in sent.stderr
+    # The rule that refused, to the operator of the side that has it and to nobody else.
+    assert ("rule measurements refuses" in sent.stderr) is (refusing == "source")
+    assert ("rule measurements refuses" in errors) is (refusing == "destination")
+    assert went_on(sent.stdout)
+
+
+def test_emulated_reports_are_refused_by_who_did_not_ask_for_them(
+    psk: str, ca_file: str, destination: Destination
+) -> None:
+    sent = run("send", "--to", destination.address, *emulated(ca_file), "--json")
+    assert sent.returncode == 3
+    assert json.loads(sent.stdout)["error"]["reason"] == "authentication"
+    assert "same kind of attestation" in sent.stderr
+    assert went_on(sent.stdout)
 
 
 @pytest.mark.parametrize(("option", "value", "word"), [("--ram", "32MiB", "RAM"), ("--vcpus", "2", "vCPUs")])
@@ -221,6 +295,15 @@ def test_a_signal_cancels(destination: Destination, number: int) -> None:
         (["demo", "--guest", "xen"], "--guest"),
         (["send", "--to", "nowhere", "--psk-file", "x"], "HOST:PORT"),
         (["send", "--to", "127.0.0.1:4455"], "--psk-file"),
+        (["receive", "--listen", "127.0.0.1:0", "--attest", "emulated"], "--test-ca"),
+        (["receive", "--listen", "127.0.0.1:0", "--attest", "snp"], "--policy"),
+        (["receive", "--listen", "127.0.0.1:0", "--attest", "tdx"], "--attest"),
+        (["receive", "--listen", "127.0.0.1:0", "--psk-file", "x", "--test-ca", "y"], "--test-ca"),
+        (["send", "--to", "127.0.0.1:1", "--attest", "emulated", "--test-ca", "/none"], "/none"),
+        (["send", "--to", "127.0.0.1:1", "--attest", "snp", "--policy", "/none.toml"], "/none.toml"),
+        (["demo", "--attest", "snp"], "--attest"),
+        (["attest", "make-test-ca", "/nonexistent/ca"], "/nonexistent/ca"),
+        (["attest", "make-test-ca", "ca", "--product", "Rome"], "--product"),
         (["send", "--to", "127.0.0.1:4455", "--psk-file", "/nonexistent/psk"], "/nonexistent/psk"),
         (["receive", "--listen", "127.0.0.1:99999", "--psk-file", "x"], "HOST:PORT"),
         (["frobnicate"], "frobnicate"),
@@ -238,6 +321,15 @@ def test_a_key_that_is_too_short(tmp_path: Path) -> None:
     done = run("receive", "--listen", "127.0.0.1:0", "--psk-file", short, *GUEST)
     assert done.returncode == 2
     assert "openssl rand" in one_line(done.stderr)
+
+
+@pytest.mark.skipif(TSM_REPORTS.is_dir() or SEV_GUEST.exists(), reason="this machine gives SNP reports")
+def test_snp_on_a_machine_without_it(tmp_path: Path) -> None:
+    policy = tmp_path / "policy.toml"
+    policy.write_text('version = 1\nmeasurements = "any"\nminimum_tcb = "any"\n')
+    done = run("receive", "--listen", "127.0.0.1:0", "--attest", "snp", "--policy", str(policy), *GUEST)
+    assert done.returncode == 2
+    assert "no SNP reports on this machine" in one_line(done.stderr)
 
 
 def test_an_address_in_use(psk: str) -> None:

@@ -11,9 +11,9 @@ import pytest
 from click.testing import CliRunner
 from cryptography import x509
 
+from pagexfer.attestation.insecure.reports import pack_report
 from pagexfer.attestation.snp import Product, SigningKey
 from pagexfer.cli import commands
-from pagexfer.testing.snp_ca import pack_report
 
 from . import snp_data
 from .snp_data import authority, needs_data

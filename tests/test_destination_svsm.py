@@ -36,7 +36,7 @@ def open_move() -> Move:
 
 def test_nothing_is_known_before_the_handshake() -> None:
     svsm = DestinationSvsm(GuestMemory.allocate(PAGE_SIZE), BytesGate.waiting(1), ATTESTOR)
-    for read in (lambda: svsm.freshness, lambda: svsm.session, lambda: svsm.channels):
+    for read in (lambda: svsm.freshness, lambda: svsm.session, lambda: svsm.channels, lambda: svsm.peer):
         with pytest.raises(LocalProtocolError):
             read()
     with pytest.raises(LocalProtocolError):

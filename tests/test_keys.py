@@ -14,8 +14,14 @@ from hypothesis import strategies as st
 from pagexfer.attestation import PskAttestor
 from pagexfer.attestation.psk import MAX_PSK_BYTES, MIN_PSK_BYTES, readable_by_others
 from pagexfer.attestation.secret import Secret
-from pagexfer.errors import AttestationError, KeyPoisoned, UsageError
-from pagexfer.svsm.keys import KeySchedule, report_data, session_id, transcript_digest
+from pagexfer.errors import AttestationError, KeyPoisoned, LocalProtocolError, UsageError
+from pagexfer.svsm.keys import (
+    KeySchedule,
+    proved_digest,
+    report_data,
+    session_id,
+    transcript_digest,
+)
 from pagexfer.wire.bundle import Direction
 from pagexfer.wire.handshake import AttestorKind, Role
 
@@ -29,7 +35,11 @@ SESSION = VECTORS["sessions"][0]
 
 
 def schedule(vector: Vector = SESSION) -> KeySchedule:
-    return KeySchedule(Secret(bytes.fromhex(vector["contribution"])), bytes.fromhex(vector["transcript"]))
+    return schedule_of(*(bytes.fromhex(vector[part]) for part in ("shared", "contribution", "transcript")))
+
+
+def schedule_of(shared: bytes, contribution: bytes, transcript: bytes) -> KeySchedule:
+    return KeySchedule(Secret(shared), Secret(contribution), transcript)
 
 
 # Pre-shared key
@@ -114,14 +124,51 @@ def test_schedule_of_vector(vector: Vector) -> None:
     assert session_id(transcript).hex() == vector["session_id"]
     assert report_data(Role.SOURCE, transcript).hex() == vector["report_data_source"]
     assert report_data(Role.DESTINATION, transcript).hex() == vector["report_data_destination"]
-    attestor = PskAttestor(bytes.fromhex(vector["psk"]))
-    assert attestor.contribution().reveal().hex() == vector["contribution"]
+    if vector["psk"] is not None:
+        attestor = PskAttestor(bytes.fromhex(vector["psk"]))
+        assert attestor.contribution().reveal().hex() == vector["contribution"]
     keys = schedule(vector)
     assert keys.session.hex() == vector["session_id"]
     assert keys._secret.reveal().hex() == vector["session_secret"]
     for expected in vector["traffic_keys"]:
         stream = Direction(expected["direction"]), expected["channel"], expected["incarnation"]
         assert keys.traffic_key(*stream).reveal().hex() == expected["key"]
+    proved = proved_digest(
+        transcript, bytes.fromhex(vector["destination_evidence"]), bytes.fromhex(vector["source_evidence"])
+    )
+    assert proved.hex() == vector["proved"]
+    for role in Role:
+        shown = vector[f"confirmation_{role.name.lower()}"]
+        assert keys.confirmation(role, proved).hex() == shown
+        keys.check_confirmation(role, proved, bytes.fromhex(shown))
+
+
+def test_a_confirmation_is_of_one_role_one_handshake_and_one_secret() -> None:
+    keys, proved = schedule(), bytes.fromhex(SESSION["proved"])
+    shown = keys.confirmation(Role.SOURCE, proved)
+    assert keys.confirmation(Role.DESTINATION, proved) != shown
+    with pytest.raises(AttestationError, match="destination did not confirm"):
+        keys.check_confirmation(Role.DESTINATION, proved, shown)
+    for other_proved, wrong in ((bytes(48), shown), (proved, shown[:-1]), (proved, b""), (proved, bytes(48))):
+        with pytest.raises(AttestationError, match="source did not confirm"):
+            keys.check_confirmation(Role.SOURCE, other_proved, wrong)
+    without = schedule(VECTORS["sessions"][1])
+    with pytest.raises(AttestationError, match="source did not confirm"):
+        without.check_confirmation(Role.SOURCE, proved, shown)
+
+
+def test_evidence_is_confirmed_by_its_side() -> None:
+    digest = proved_digest(bytes(48), b"one", b"two")
+    assert (
+        len({digest, proved_digest(bytes(48), b"two", b"one"), proved_digest(bytes(48), b"onet", b"wo")}) == 3
+    )
+
+
+@pytest.mark.parametrize(("shared", "contribution"), [(63, 49), (65, 47), (64, 47), (111, 1)])
+def test_the_parts_of_the_input_have_one_size_each(shared: int, contribution: int) -> None:
+    """Bytes that move from one part to another would be the same input."""
+    with pytest.raises(LocalProtocolError):
+        schedule_of(bytes(shared), bytes(contribution), bytes(48))
 
 
 streams = st.tuples(st.sampled_from(Direction), st.integers(0, 0xFFFF), st.integers(0, 0xFFFF))
@@ -138,13 +185,23 @@ def test_each_stream_has_its_own_key(
 
 @given(st.binary(min_size=48, max_size=48), st.binary(min_size=48, max_size=48))
 def test_each_transcript_has_its_own_session(one: bytes, other: bytes) -> None:
-    contribution = bytes.fromhex(SESSION["contribution"])
-    first, second = KeySchedule(Secret(contribution), one), KeySchedule(Secret(contribution), other)
+    parts = bytes.fromhex(SESSION["shared"]), bytes.fromhex(SESSION["contribution"])
+    first, second = schedule_of(*parts, one), schedule_of(*parts, other)
     same_key = (
         first.traffic_key(Direction.FORWARD, 0, 0).reveal()
         == second.traffic_key(Direction.FORWARD, 0, 0).reveal()
     )
     assert (first.session == second.session) is same_key is (one == other)
+
+
+@given(st.binary(min_size=64, max_size=64), st.binary(min_size=64, max_size=64))
+def test_a_contribution_alone_is_no_key(one: bytes, other: bytes) -> None:
+    """Forward secrecy: with transcript and pre-shared key known, the key is as unknown as what the exchange gave."""
+    rest = bytes.fromhex(SESSION["contribution"]), bytes.fromhex(SESSION["transcript"])
+    keys = [
+        schedule_of(shared, *rest).traffic_key(Direction.FORWARD, 0, 0).reveal() for shared in (one, other)
+    ]
+    assert (keys[0] == keys[1]) is (one == other)
 
 
 def test_a_transcript_says_who_is_who() -> None:
@@ -161,6 +218,8 @@ def test_a_wiped_schedule_gives_no_key() -> None:
     keys.wipe()
     with pytest.raises(KeyPoisoned):
         keys.traffic_key(Direction.FORWARD, 0, 0)
+    with pytest.raises(KeyPoisoned):
+        keys.confirmation(Role.SOURCE, bytes(48))
 
 
 # Secret

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pagexfer.attestation.insecure.certificates import CSP_ID
+from pagexfer.attestation.insecure.reports import default_tcb, pack_tcb
 from pagexfer.attestation.policy import MinimumTcb, Policy, check_policy, check_report_data
 from pagexfer.attestation.policy_file import load_policies, parse_policies
 from pagexfer.attestation.snp import Product, SigningKey, Tcb
 from pagexfer.attestation.snp.bits import PlatformBit
 from pagexfer.errors import AttestationError, UsageError
-from pagexfer.testing.snp_ca import CSP_ID, default_tcb, pack_tcb
 
 from .snp_data import authority, verified
 

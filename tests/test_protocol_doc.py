@@ -33,6 +33,7 @@ STRUCTS: Final[dict[str, struct.Struct]] = {
     "Command line": slot._COMMAND,
     "Status line": slot._STATUS,
     "Hello": handshake._HELLO,
+    "End of the handshake": handshake._ESTABLISHED,
     "Bundle header": bundle._HEADER,
     "Nonce": bundle._NONCE,
     "Epoch totals": token._EPOCH_TOTALS,
@@ -62,6 +63,7 @@ MODULES: Final[tuple[ModuleType, ...]] = (
     framing,
     slot,
     psk,
+    keys,
     destination,
     reception,
 )
@@ -240,6 +242,7 @@ def test_offsets_of_the_slot_lines() -> None:
 
 def test_labels() -> None:
     labels = [keys._TRANSCRIPT_LABEL, keys._SESSION_LABEL, keys._EVIDENCE_LABEL, keys._TRAFFIC_LABEL]
+    labels += [keys._PROVED_LABEL, *keys._CONFIRMATION_LABELS.values()]
     labels += [*keys._ROLE_LABELS.values(), psk._SALT, psk._EVIDENCE_INFO, psk._CONTRIBUTION_INFO]
     schedule = sections()["6. Key schedule"]
     assert sorted(re.findall(r'"(pagexfer [^"]+)"', schedule)) == sorted(label.decode() for label in labels)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 VECTORS = load("bundles")
+SHARED = bytes.fromhex(VECTORS["session"]["shared"])
 CONTRIBUTION = bytes.fromhex(VECTORS["session"]["contribution"])
 TRANSCRIPT = bytes.fromhex(VECTORS["session"]["transcript"])
 OUT_BYTES = 1 << 16
@@ -55,7 +56,7 @@ FIELDS: dict[str, tuple[int, int, type[Exception] | None]] = {
 
 
 def schedule(contribution: bytes = CONTRIBUTION, transcript: bytes = TRANSCRIPT) -> KeySchedule:
-    return KeySchedule(Secret(contribution), transcript)
+    return KeySchedule(Secret(SHARED), Secret(contribution), transcript)
 
 
 def pair(

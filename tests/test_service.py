@@ -23,6 +23,7 @@ from pagexfer.errors import (
     NotReady,
     PageStateError,
     PagexferError,
+    PolicyRefused,
     ReflectionError,
     RefusalCode,
     ReplayError,
@@ -78,9 +79,10 @@ def test_whole_move_by_commands(move: Move) -> None:
     control, channels, far_control, far_channels = slots
     hello = ok(control, Command.PREPARE, 2)
     reply = ok(far_control, Command.PREPARE, 5, package=hello)
-    evidence = ok(control, Command.SETUP, package=reply)
-    answer, session = far_control.call(Command.SETUP, 5, package=evidence)
-    assert (answer.result, len(session)) == (2, 16)
+    proof = ok(control, Command.SETUP, package=reply)
+    answer, established = far_control.call(Command.SETUP, 5, package=proof)
+    assert (answer.result, len(established)) == (2, 64)
+    assert ok(control, Command.CONFIRM, package=established) == b""
     for near, far in zip(channels, far_channels, strict=True):
         ok(far, Command.SETUP, package=ok(near, Command.SETUP))
     one_epoch(slots, PAGES)
@@ -127,7 +129,18 @@ def test_blackout_is_incomplete_while_a_vcpu_runs(move: Move) -> None:
 
 # How far a session is, and what each command is refused with then
 
-STAGES = ("idle", "prepared", "keyed", "precopy", "parked", "verified", "started", "finished", "aborted")
+STAGES = (
+    "idle",
+    "prepared",
+    "proved",
+    "keyed",
+    "precopy",
+    "parked",
+    "verified",
+    "started",
+    "finished",
+    "aborted",
+)
 
 
 def bring_to(move: Move, stage: str) -> None:
@@ -135,6 +148,7 @@ def bring_to(move: Move, stage: str) -> None:
     steps: dict[str, list[Callable[[], object]]] = {
         "idle": [],
         "prepared": [lambda: pair.source.prepare(2)],
+        "proved": [lambda: pair.source.establish(pair.destination.answer(1, pair.source.prepare(2)))],
         "keyed": [pair.handshake],
         "precopy": [pair.until_precopy],
         "parked": [pair.until_manifest],
@@ -148,18 +162,19 @@ def bring_to(move: Move, stage: str) -> None:
 
 
 _S, _N, _C = RefusalCode.STATE, RefusalCode.NOT_READY, RefusalCode.COMMAND
-_BEFORE = {"idle": _S, "prepared": _S, "keyed": _S}
+_BEFORE = {"idle": _S, "prepared": _S, "proved": _S, "keyed": _S}
 _AFTER = {"started": _S, "finished": _S, "aborted": _S}
 # For each slot, command and argument: the stages in which it is refused so that nothing changes, and the code.
 SOURCE_REFUSALS: dict[tuple[str, Command, int], dict[str, RefusalCode]] = {
     ("control", Command.PREPARE, 2): {stage: _S for stage in STAGES if stage != "idle"},
     ("control", Command.PREPARE, 0): dict.fromkeys(STAGES, _S),
     ("control", Command.PREPARE, 1 << 16): dict.fromkeys(STAGES, _S),
-    ("control", Command.EPOCH, 0): {"idle": _S, "prepared": _S, "verified": _S} | _AFTER,
+    ("control", Command.EPOCH, 0): {"idle": _S, "prepared": _S, "proved": _S, "verified": _S} | _AFTER,
     ("control", Command.BLACKOUT, 0): _BEFORE | {"parked": _S, "verified": _S} | _AFTER,
     ("control", Command.FINISH, 0): {stage: _S for stage in STAGES if stage != "finished"},
     ("control", Command.ABORT, 0): {"started": _S, "finished": _S},
     ("control", Command.SETUP, 0): dict.fromkeys(STAGES, _C),
+    ("control", Command.CONFIRM, 0): dict.fromkeys(STAGES, _C),
     ("control", Command.HINT, 0): dict.fromkeys(STAGES, _C),
     ("control", Command.EXPORT, 0): dict.fromkeys(STAGES, _C),
     ("channel", Command.SETUP, 0): {stage: _S for stage in STAGES if stage != "keyed"},
@@ -232,7 +247,7 @@ def test_each_command_out_of_place_gets_its_code_and_changes_nothing(
         assert snapshot(move) == before, (command, argument)
 
 
-@pytest.mark.parametrize("command", [0, 12, 255, 0xFFFF])
+@pytest.mark.parametrize("command", [0, max(Command) + 1, 255, 0xFFFF])
 def test_unknown_command(move: Move, command: int) -> None:
     for slot in HostSlots.of(move.pair).each():
         assert refused(slot, command) is RefusalCode.COMMAND
@@ -279,6 +294,7 @@ def test_answer_that_does_not_fit_the_buffer_uses_no_number(move: Move) -> None:
         (LocalProtocolError("x"), RefusalCode.STATE),
         (KeyPoisoned("x"), RefusalCode.STATE),
         (AttestationError("x"), RefusalCode.AUTHENTICATION),
+        (PolicyRefused("x"), RefusalCode.POLICY),
         (GeometryError("x"), RefusalCode.GEOMETRY),
         (KeyExhausted("x"), RefusalCode.EXHAUSTED),
         (MalformedData("x"), RefusalCode.INTEGRITY),

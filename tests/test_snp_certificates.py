@@ -15,6 +15,15 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pagexfer.attestation.insecure.certificates import (
+    CSP_ID,
+    amd_name,
+    amd_pss,
+    der_integer,
+    der_string,
+    issue,
+)
+from pagexfer.attestation.insecure.reports import default_tcb
 from pagexfer.attestation.snp import (
     AMD_ROOTS,
     Product,
@@ -27,24 +36,13 @@ from pagexfer.attestation.snp import (
 from pagexfer.attestation.snp.certificates import Endorsements, check_chain
 from pagexfer.attestation.snp.leaf import parse_leaf_untrusted
 from pagexfer.errors import AttestationError, MalformedData
-from pagexfer.testing.snp_ca import (
-    AT,
-    CSP_ID,
-    VALID,
-    SnpTestCa,
-    amd_name,
-    amd_pss,
-    default_tcb,
-    der_integer,
-    der_string,
-    issue,
-)
+from pagexfer.testing.snp_ca import AT, VALID, SnpTestCa
 
 from . import snp_data
 from .snp_data import authority, endorsements, needs_data
 
 if TYPE_CHECKING:
-    from pagexfer.testing.snp_ca import Leaf
+    from pagexfer.attestation.insecure.certificates import Leaf
 
 MILAN = Product.MILAN
 EARLIER = (AT - timedelta(days=90), AT - timedelta(days=60))
@@ -87,6 +85,7 @@ def intermediate(
         ca=is_ca,
         ca_bit=ca_bit,
         key_cert_sign=sign,
+        valid=VALID,
         pss=pss,
     )
 
@@ -252,7 +251,7 @@ def test_a_leaf_that_is_a_ca_is_refused(ca: SnpTestCa) -> None:
     name = amd_name("SEV-VCEK")
     issuer = ca.intermediates[SigningKey.VCEK].subject
     key = ec.generate_private_key(ec.SECP384R1()).public_key()
-    leaf = issue(name, key, issuer, ca.intermediate_keys[SigningKey.VCEK], ca=True)
+    leaf = issue(name, key, issuer, ca.intermediate_keys[SigningKey.VCEK], ca=True, valid=VALID)
     refused(
         ca, Endorsements(leaf, ca.intermediates[SigningKey.VCEK], ca.root_certificate, None), "is one of a CA"
     )
@@ -303,7 +302,7 @@ def test_a_crl_with_an_unknown_critical_extension_is_refused(ca: SnpTestCa) -> N
 
 def test_a_root_that_may_not_sign_crls(ca: SnpTestCa) -> None:
     name = ca.root_certificate.subject
-    root = issue(name, ca.root_key.public_key(), name, ca.root_key, ca=True, crl_sign=False)
+    root = issue(name, ca.root_key.public_key(), name, ca.root_key, ca=True, crl_sign=False, valid=VALID)
     pin = Root(MILAN, root.fingerprint(SHA256()))
     good = endorsements(ca, ca.leaf(), ca.crl())
     check_chain(Endorsements(good.leaf, good.intermediate, root, None), SigningKey.VCEK, at=AT, roots=[pin])

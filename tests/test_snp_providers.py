@@ -9,15 +9,19 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+from pagexfer.attestation.insecure.reports import FIELDS, REPORT_BYTES
 from pagexfer.attestation.snp import Product, find_provider
 from pagexfer.attestation.snp.providers import SevGuestProvider, TsmProvider
 from pagexfer.errors import AttestationError, UsageError
-from pagexfer.testing.snp_ca import FIELDS, REPORT_BYTES, SnpTestCa
 
 from .snp_data import authority
+
+if TYPE_CHECKING:
+    from pagexfer.testing.snp_ca import SnpTestCa
 
 DATA = bytes(range(64))
 TABLE = b"table of the host"

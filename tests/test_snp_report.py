@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pagexfer.attestation.insecure.reports import FIELDS, REPORT_BYTES, default_tcb, pack_report, pack_tcb
 from pagexfer.attestation.snp import (
     CertificateTable,
     Product,
@@ -21,7 +22,6 @@ from pagexfer.attestation.snp.describe import describe_report
 from pagexfer.attestation.snp.product import Cpuid, parse_tcb_untrusted
 from pagexfer.attestation.snp.report import PREFIX
 from pagexfer.errors import MalformedData
-from pagexfer.testing.snp_ca import FIELDS, REPORT_BYTES, default_tcb, pack_report, pack_tcb
 
 from . import snp_data
 from .snp_data import needs_data

@@ -13,6 +13,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pagexfer.attestation.insecure.certificates import CSP_ID, der_integer, der_string
+from pagexfer.attestation.insecure.reports import (
+    CPUID,
+    FIELDS,
+    REPORT_BYTES,
+    SIGNED_BYTES,
+    default_tcb,
+    pack_tcb,
+    sign,
+    with_signature,
+)
 from pagexfer.attestation.snp import (
     AMD_ROOTS,
     Product,
@@ -24,28 +35,14 @@ from pagexfer.attestation.snp import (
 )
 from pagexfer.attestation.snp.describe import describe_claims
 from pagexfer.errors import AttestationError, MalformedData, UsageError
-from pagexfer.testing.snp_ca import (
-    AT,
-    CPUID,
-    CSP_ID,
-    FIELDS,
-    REPORT_BYTES,
-    SIGNED_BYTES,
-    SnpTestCa,
-    default_tcb,
-    der_integer,
-    der_string,
-    pack_tcb,
-    sign,
-    with_signature,
-)
+from pagexfer.testing.snp_ca import AT, SnpTestCa
 
 from . import snp_data
 from .snp_data import authority, endorsements, needs_data, verified
 
 if TYPE_CHECKING:
+    from pagexfer.attestation.insecure.certificates import Leaf
     from pagexfer.attestation.snp import SnpClaims
-    from pagexfer.testing.snp_ca import Leaf
 
 P384_ORDER = (
     0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFC7634D81F4372DDF581A0DB248B0A77AECEC196ACCC52973

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 # Written out once more by hand, from section 6 of the design: what each state allows.
 EXPECTED_SOURCE = {
     State.IDLE: {Event.PREPARE: State.PREPARED, Event.ABORT: State.ABORTED},
-    State.PREPARED: {Event.ESTABLISH: State.KEYED, Event.ABORT: State.ABORTED},
+    State.PREPARED: {Event.ESTABLISH: State.PROVED, Event.ABORT: State.ABORTED},
+    State.PROVED: {Event.KEY_CONFIRMED: State.KEYED, Event.ABORT: State.ABORTED},
     State.KEYED: {Event.EPOCH: State.PRECOPY, Event.ABORT: State.ABORTED},
     State.PRECOPY: {Event.EPOCH: State.PRECOPY, Event.PARK: State.PARKED, Event.ABORT: State.ABORTED},
     State.PARKED: {Event.EPOCH: State.PARKED, Event.START: State.STARTED, Event.ABORT: State.ABORTED},
@@ -108,6 +109,16 @@ def test_started_has_one_way_in_and_running_too() -> None:
     assert [pair for pair, target in DESTINATION.items() if target is State.RUNNING] == [
         (State.VERIFIED, Event.START)
     ]
+
+
+def test_a_source_has_no_way_around_the_destinations_key_confirmation() -> None:
+    without = frozenset({Event.KEY_CONFIRMED})
+    assert reachable(SOURCE, State.IDLE, without) == {
+        State.IDLE,
+        State.PREPARED,
+        State.PROVED,
+        State.ABORTED,
+    }
 
 
 def test_every_state_before_the_point_of_no_return_can_abort() -> None:

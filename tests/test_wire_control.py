@@ -36,7 +36,7 @@ messages: st.SearchStrategy[ControlMessage] = st.one_of(
     st.builds(Prepare, handshake=st.binary(max_size=1000)),
     st.builds(Accept, handshake=st.binary(max_size=1000)),
     st.builds(Confirm, handshake=st.binary(max_size=1000)),
-    st.builds(Established, session=st.binary(max_size=32)),
+    st.builds(Established, handshake=st.binary(max_size=1000)),
     st.builds(ChannelsOpen, channels=numbers),
     st.builds(EpochClosed, epoch=numbers),
     st.builds(DeviceState, size=numbers),

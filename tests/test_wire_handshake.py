@@ -1,4 +1,4 @@
-"""Handshake messages: hello and reply."""
+"""Handshake messages: hello, reply, proof and end."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from hypothesis import strategies as st
 
 from pagexfer.wire.constants import MAX_CHANNELS, MAX_PAGES, MAX_VCPUS
 from pagexfer.wire.handshake import (
-    HELLO_BYTES,
+    CONFIRMATION_BYTES,
+    DESTINATION_HELLO_BYTES,
     MAX_EVIDENCE_BYTES,
+    SOURCE_HELLO_BYTES,
     AttestorKind,
     Freshness,
     Hello,
     Role,
+    pack_established,
+    parse_established_untrusted,
     parse_hello_untrusted,
+    split_proof_untrusted,
     split_reply_untrusted,
 )
 
@@ -22,16 +27,32 @@ from .wire_vectors import Vector, data_of, is_refused, load, name_of, only_whole
 
 VECTORS = load("handshake")
 
+KEM_BYTES = {Role.SOURCE: 1184, Role.DESTINATION: 1088}
+
+
+def exactly(size: int) -> st.SearchStrategy[bytes]:
+    return st.binary(min_size=size, max_size=size)
+
+
+def hello_of(role: Role, kem: bytes, **fields: object) -> Hello:
+    return Hello(role=role, kem=kem[: KEM_BYTES[role]], **fields)  # type: ignore[arg-type]  # the strategies below
+
+
 hellos = st.builds(
-    Hello,
+    hello_of,
     role=st.sampled_from(Role),
+    kem=st.randoms(use_true_random=False).map(lambda random: random.randbytes(1184)),
     attestor=st.sampled_from(AttestorKind),
-    nonce=st.binary(min_size=32, max_size=32),
-    guest_id=st.binary(min_size=16, max_size=16),
+    nonce=exactly(32),
+    guest_id=exactly(16),
     ram_pages=st.integers(1, MAX_PAGES),
     vcpus=st.integers(1, MAX_VCPUS),
     channels=st.integers(1, MAX_CHANNELS),
     freshness=st.sampled_from(Freshness),
+    session_counter=st.integers(1, (1 << 64) - 1),
+    policy_digest=exactly(48),
+    ledger_key=exactly(32),
+    x25519=exactly(32),
 )
 
 
@@ -64,9 +85,37 @@ def test_refused_reply(vector: Vector) -> None:
 
 
 def test_evidence_up_to_its_cap_is_taken() -> None:
-    data = bytes(HELLO_BYTES + MAX_EVIDENCE_BYTES)
-    assert split_reply_untrusted(data) == (data[:HELLO_BYTES], data[HELLO_BYTES:])
-    assert len(split_reply_untrusted(data[: HELLO_BYTES + 1])[1]) == 1
+    for split, head_bytes in (
+        (split_reply_untrusted, DESTINATION_HELLO_BYTES),
+        (split_proof_untrusted, CONFIRMATION_BYTES),
+    ):
+        data = bytes(head_bytes + MAX_EVIDENCE_BYTES)
+        assert split(data) == (data[:head_bytes], data[head_bytes:])
+        assert len(split(data[: head_bytes + 1])[1]) == 1
+
+
+@pytest.mark.parametrize("vector", VECTORS["proofs"], ids=name_of)
+def test_proof_of_vector(vector: Vector) -> None:
+    confirmation, evidence = split_proof_untrusted(data_of(vector))
+    assert (confirmation.hex(), evidence.hex()) == (vector["confirmation"], vector["evidence"])
+
+
+@pytest.mark.parametrize("vector", VECTORS["refused_proofs"], ids=name_of)
+def test_refused_proof(vector: Vector) -> None:
+    is_refused(split_proof_untrusted, data_of(vector))
+
+
+@pytest.mark.parametrize("vector", VECTORS["ends"], ids=name_of)
+def test_end_of_vector(vector: Vector) -> None:
+    session, confirmation = parse_established_untrusted(data_of(vector))
+    assert (session.hex(), confirmation.hex()) == (vector["session"], vector["confirmation"])
+    assert pack_established(session, confirmation) == data_of(vector)
+    only_whole(parse_established_untrusted, data_of(vector))
+
+
+@pytest.mark.parametrize("vector", VECTORS["refused_ends"], ids=name_of)
+def test_refused_end(vector: Vector) -> None:
+    is_refused(parse_established_untrusted, data_of(vector))
 
 
 @given(hellos)
@@ -74,7 +123,7 @@ def test_hello_round_trip(hello: Hello) -> None:
     assert parse_hello_untrusted(hello.pack()) == hello
 
 
-@given(hellos, st.integers(0, HELLO_BYTES * 8 - 1))
+@given(hellos, st.integers(0, 200 * 8 - 1) | st.integers(0, DESTINATION_HELLO_BYTES * 8 - 1))
 def test_a_hello_has_one_encoding(hello: Hello, bit: int) -> None:
     flipped = bytearray(hello.pack())
     flipped[bit // 8] ^= 1 << bit % 8
@@ -84,11 +133,14 @@ def test_a_hello_has_one_encoding(hello: Hello, bit: int) -> None:
         assert parsed.pack() == bytes(flipped)
 
 
-@given(st.binary(max_size=2 * HELLO_BYTES) | st.binary(min_size=HELLO_BYTES, max_size=HELLO_BYTES))
+@given(st.binary(max_size=300) | st.sampled_from([SOURCE_HELLO_BYTES, DESTINATION_HELLO_BYTES]).map(bytes))
 def test_any_bytes_are_a_message_or_malformed(data: bytes) -> None:
     value_or_malformed(parse_hello_untrusted, data)
     value_or_malformed(split_reply_untrusted, data)
+    value_or_malformed(split_proof_untrusted, data)
+    value_or_malformed(parse_established_untrusted, data)
 
 
-def test_labels_of_freshness() -> None:
+def test_labels() -> None:
+    assert [kind.label for kind in AttestorKind] == ["psk", "snp", "emulated"]
     assert [mode.label for mode in Freshness] == ["svsm-tracked", "host-reported"]

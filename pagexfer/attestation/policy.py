@@ -9,7 +9,7 @@ import hmac
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from ..errors import AttestationError, UsageError
+from ..errors import AttestationError, PolicyRefused, UsageError
 from .snp.bits import GuestPolicyBit, PlatformBit
 from .snp.product import Product
 from .snp.report import NO_MIGRATION_AGENT, REPORT_DATA_BYTES, SigningKey
@@ -71,7 +71,7 @@ def check_policy(policy: Policy, claims: SnpClaims, *, own: SnpClaims | None, mo
     """Check verified claims of a peer against a policy.
 
     `own` is what this side's own report says, `moves` the number that the coming move has in the guest's life; None where
-    that is not known, as for a report in a file: the rules that need it are then not checked. Raises AttestationError.
+    that is not known, as for a report in a file: the rules that need it are then not checked. Raises PolicyRefused.
     """
     _check_product(policy, claims)
     _check_guest(policy, claims.report)
@@ -92,7 +92,9 @@ def check_report_data(claims: SnpClaims, expected: bytes) -> None:
     if len(expected) != REPORT_DATA_BYTES:
         raise UsageError(f"report data has {REPORT_DATA_BYTES} bytes, not {len(expected)}")
     if not hmac.compare_digest(claims.report.report_data, expected):
-        raise _refusal("report_data", claims.report.report_data.hex(), expected.hex())
+        raise AttestationError(
+            f"the report covers report_data {claims.report.report_data.hex()}, wanted {expected.hex()}"
+        )
 
 
 def _check_product(policy: Policy, claims: SnpClaims) -> None:
@@ -204,8 +206,8 @@ def _check_other_machine(claims: SnpClaims, own: SnpClaims) -> None:
         raise _refusal("allow_same_machine", claims.chip.hex(), "another chip than ours")
 
 
-def _refusal(rule: str, value: object, limit: str) -> AttestationError:
-    return AttestationError(f"the policy's rule {rule} refuses: found {value}, wanted {limit}")
+def _refusal(rule: str, value: object, limit: str) -> PolicyRefused:
+    return PolicyRefused(f"the policy's rule {rule} refuses: found {value}, wanted {limit}")
 
 
 def _one_of(values: Iterable[str]) -> str:

@@ -4,8 +4,8 @@
     evidence      = HMAC-SHA-384(HKDF-Expand(secret, "pagexfer v1 psk evidence", 48), report data)
     contribution  = HKDF-Expand(secret, "pagexfer v1 psk contribution", 48)
 
-It proves possession of the key and nothing of the platform, and there is no forward secrecy: whoever learns the key later
-can open recorded traffic.
+It proves possession of the key and nothing of the platform. Whoever learns the key later can pretend to be either side, but
+not open recorded traffic: the session's secret comes from ephemeral keys too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from ..errors import AttestationError, UsageError
 from ..wire.constants import DIGEST_BYTES
 from ..wire.handshake import AttestorKind
-from .attestor import Claims
+from .attestor import NOTHING, Claims
 from .secret import Secret
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ class PskAttestor:
     @property
     def kind(self) -> AttestorKind:
         return AttestorKind.PSK
+
+    @property
+    def policy_digest(self) -> bytes:
+        return NOTHING
 
     def evidence(self, report_data: bytes) -> bytes:
         return hmac.digest(self._expand(_EVIDENCE_INFO), report_data, "sha384")

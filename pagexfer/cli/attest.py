@@ -1,6 +1,6 @@
-"""`pagexfer attest verify` and `pagexfer attest show`: attestation reports in files.
+"""`pagexfer attest verify` and `pagexfer attest show`: attestation reports in files; `attest make-test-ca`: emulated ones.
 
-Exit codes: 0 verified and accepted; 2 bad usage; 3 it does not verify, or the policy refuses it.
+Exit codes: 0 verified and accepted, or made; 2 bad usage; 3 it does not verify, or the policy refuses it.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Final
 
 import click
 
+from ..attestation.insecure import EmulatedAuthority
 from ..attestation.policy import Policy, check_policy, check_report_data
 from ..attestation.policy_file import load_policies
-from ..attestation.snp import parse_endorsements_untrusted, parse_report_untrusted, verify_report
+from ..attestation.snp import Product, parse_endorsements_untrusted, parse_report_untrusted, verify_report
 from ..attestation.snp.describe import describe_claims, describe_report
 from ..attestation.snp.report import REPORT_DATA_BYTES
 from ..errors import AttestationError, MalformedData, Outcome, UsageError
+from .files import read_file
 from .output import note, print_json, print_table
 
 if TYPE_CHECKING:
     from ..attestation.snp import SnpClaims
-
-MAX_FILE_BYTES: Final = 1 << 16
 
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 _JSON: Final = click.option(
@@ -66,7 +66,7 @@ class ReportData(click.ParamType[bytes]):
 
 @click.group()
 def attest() -> None:
-    """Show and verify attestation reports of AMD SEV-SNP."""
+    """Show, verify and emulate attestation reports of AMD SEV-SNP."""
 
 
 @attest.command()
@@ -138,6 +138,25 @@ def show(report: Path, as_json: bool) -> int:
     return Outcome.COMPLETED
 
 
+@attest.command()
+@click.argument("file", type=_FILE)
+@click.option(
+    "--product",
+    type=click.Choice([product.value for product in Product]),
+    default=Product.GENOA.value,
+    show_default=True,
+    help="What the emulated processors are.",
+)
+def make_test_ca(file: Path, product: str) -> int:
+    """Make a certificate authority for emulated reports, which prove nothing, for --attest emulated.
+
+    Both sides need the same file. It is valid for a year.
+    """
+    EmulatedAuthority.generate(Product(product), now=datetime.now(UTC)).save(file)
+    note(f"made {file}: give it to both sides, for tests only")
+    return Outcome.COMPLETED
+
+
 def _policy(path: Path | None, role: str) -> Policy:
     if path is None:
         return Policy(measurements=None, minimum_tcb=None)
@@ -150,14 +169,7 @@ def _verified(report: bytes, leaf: bytes, chain: bytes, crl: bytes | None, *, at
 
 
 def _read(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise UsageError(f"{path} has more than {MAX_FILE_BYTES} bytes: not a report, certificate or CRL")
-    return data
+    return read_file(path, "report, certificate or CRL")
 
 
 def _refused(error: AttestationError | MalformedData, *, as_json: bool) -> int:

@@ -7,29 +7,30 @@ Exit codes: 0 completed; 1 ended, the guest goes on at the source; 2 bad usage; 
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 import trio
 
-from ..attestation import PskAttestor
-from ..attestation.psk import readable_by_others
 from ..engine.progress import MigrationInfo, Status
 from ..errors import GuestError, Outcome, TransferAborted, UsageError
 from ..guests.checked import boot_guest, empty_guest, prove, start
 from ..guests.pattern import Layout
 from ..migration import receive_guest, send_guest
 from ..wire.constants import MAX_CHANNELS
-from .attest import attest
+from ..wire.handshake import AttestorKind, Role
+from .attest import attest as attest_commands
+from .attestor import attest_option, attestor_options, describe_peer, make_attestor
 from .demo import run_demo
 from .output import ProgressLine, note, print_json, print_table
 from .values import Address, Seconds, Size
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
     from typing import Any
 
+    from ..attestation import Attestor
     from ..guests.checked import CheckedGuest, GuestKind, Proof
 from ..migration import MigrationReport
 
@@ -59,7 +60,7 @@ def cli() -> None:
     """Live-migrate confidential guests over many sealed TCP channels."""
 
 
-cli.add_command(attest)
+cli.add_command(attest_commands)
 
 
 def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -104,22 +105,14 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-_psk_option = click.option(
-    "--psk-file",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="File with the pre-shared key; the same on both sides.",
-)
-
-
 @cli.command()
 @click.option("--to", "address", type=Address(), required=True, help="Where the destination listens.")
-@_psk_option
+@attestor_options
 @_source_options
 @_guest_options
 def send(
     address: tuple[str, int],
-    psk_file: Path,
+    attest: str,
     channels: int,
     write_rate: int,
     downtime_limit: float,
@@ -128,16 +121,17 @@ def send(
     vcpus: int,
     *,
     as_json: bool,
+    **files: Path | None,
 ) -> int:
     """Boot a test guest and migrate it to a destination."""
-    attestor = _attestor(psk_file)
+    attestor = make_attestor(Role.SOURCE, attest, files)
     with boot_guest(kind, ram, vcpus, write_rate) as guest:
         return trio.run(_send, guest, address, attestor, channels, downtime_limit, as_json)
 
 
 @cli.command()
 @click.option("--listen", "address", type=Address(), required=True, help="Port 0 lets the kernel choose.")
-@_psk_option
+@attestor_options
 @click.option(
     "--run-for",
     type=Seconds(),
@@ -148,25 +142,28 @@ def send(
 @_guest_options
 def receive(
     address: tuple[str, int],
-    psk_file: Path,
+    attest: str,
     run_for: float,
     kind: GuestKind,
     ram: int,
     vcpus: int,
     *,
     as_json: bool,
+    **files: Path | None,
 ) -> int:
     """Receive one test guest, let it run on, and check its whole RAM."""
-    attestor = _attestor(psk_file)
+    attestor = make_attestor(Role.DESTINATION, attest, files)
     Layout.plan(ram, vcpus)
     with empty_guest(kind, ram, vcpus) as guest:
         return trio.run(_receive, guest, address, attestor, run_for, as_json)
 
 
 @cli.command()
+@attest_option(AttestorKind.PSK, AttestorKind.EMULATED)
 @_source_options
 @_guest_options
 def demo(
+    attest: str,
     channels: int,
     write_rate: int,
     downtime_limit: float,
@@ -183,13 +180,13 @@ def demo(
         "--downtime-limit": f"{downtime_limit}s",
     }
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
-    return run_demo(options, kind, ram, vcpus, as_json=as_json)
+    return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, as_json=as_json)
 
 
 async def _send(
     guest: CheckedGuest,
     address: tuple[str, int],
-    attestor: PskAttestor,
+    attestor: Attestor,
     channels: int,
     downtime_limit: float,
     as_json: bool,
@@ -210,7 +207,7 @@ async def _send(
 async def _receive(
     guest: CheckedGuest,
     address: tuple[str, int],
-    attestor: PskAttestor,
+    attestor: Attestor,
     run_for: float,
     as_json: bool,
 ) -> int:
@@ -253,7 +250,7 @@ async def _run(
         nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
         try:
             done = await work(show)
-            report = {"freshness": done.freshness.label}
+            report = {"freshness": done.freshness.label, "attestation": describe_peer(done.peer)}
         except TransferAborted as aborted:
             outcome = aborted.outcome
             report = {"error": {"reason": aborted.reason, "message": str(aborted)}}
@@ -289,10 +286,3 @@ async def _cancel_on_signal(scope: trio.CancelScope) -> None:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for _ in signals:
             scope.cancel()
-
-
-def _attestor(psk_file: Path) -> PskAttestor:
-    attestor = PskAttestor.from_file(psk_file)
-    if readable_by_others(psk_file):
-        note(f"warning: others can read the pre-shared key in {psk_file}: run 'chmod 600 {psk_file}'")
-    return attestor

@@ -1,7 +1,8 @@
 """The main job on one machine: a destination and a source as two processes, joined by loopback.
 
-Both children are the same `receive` and `send` that work between two hosts; this parent gives them a fresh key, passes
-their progress on, and merges their reports: figures from the source, the guest's proof from the destination.
+Both children are the same `receive` and `send` that work between two hosts; this parent gives them a fresh key or test CA,
+passes their progress on, and merges their reports: figures from the source, the guest's proof from the destination, and
+from each what the other proved of itself.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import subprocess
 import sys
 import tempfile
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from ..attestation.insecure import EmulatedAuthority
+from ..attestation.snp import Product
 from ..errors import Outcome
 from ..guests.checked import resolve_kind
+from ..wire.handshake import AttestorKind
 from .output import note, print_json, print_table
 
 if TYPE_CHECKING:
@@ -37,29 +42,48 @@ class _Ended(NamedTuple):
     last_line: str
 
 
-def run_demo(source_options: dict[str, str], kind: GuestKind, ram: int, vcpus: int, *, as_json: bool) -> int:
+def run_demo(
+    attest: AttestorKind,
+    source_options: dict[str, str],
+    kind: GuestKind,
+    ram: int,
+    vcpus: int,
+    *,
+    as_json: bool,
+) -> int:
     """Run both sides and print the merged report; returns the exit code."""
     guest = ["--guest", resolve_kind(kind), "--ram", str(ram), "--vcpus", str(vcpus), "--json"]
     options = [part for pair in source_options.items() for part in pair]
     with tempfile.TemporaryDirectory(prefix="pagexfer-") as folder:
-        psk = Path(folder) / "psk"
-        psk.touch(mode=0o600)
-        psk.write_text(secrets.token_hex(32))
-        with _Child(["receive", "--listen", "127.0.0.1:0", "--psk-file", str(psk), *guest]) as destination:
+        proof = _attestation(attest, Path(folder))
+        with _Child(["receive", "--listen", "127.0.0.1:0", *proof, *guest]) as destination:
             address = destination.wait_for(_LISTENING)
             if address is None:
                 ended = destination.end(wait=True)
                 return _report(_Ended(ended.code, {}, ""), ended, as_json=as_json)
-            with _Child(["send", "--to", address, "--psk-file", str(psk), *options, *guest]) as source:
+            with _Child(["send", "--to", address, *proof, *options, *guest]) as source:
                 sent = source.end(wait=True)
             # A source that did not complete leaves a destination behind that may still wait for one.
             return _report(sent, destination.end(wait=sent.code == Outcome.COMPLETED), as_json=as_json)
+
+
+def _attestation(kind: AttestorKind, folder: Path) -> list[str]:
+    """The options with which both children know each other."""
+    if kind is AttestorKind.EMULATED:
+        ca = folder / "test-ca"
+        EmulatedAuthority.generate(Product.GENOA, now=datetime.now(UTC)).save(ca)
+        return ["--attest", kind.label, "--test-ca", str(ca)]
+    psk = folder / "psk"
+    psk.touch(mode=0o600)
+    psk.write_text(secrets.token_hex(32))
+    return ["--psk-file", str(psk)]
 
 
 def _report(sent: _Ended, received: _Ended, *, as_json: bool) -> int:
     code = sent.code if sent.code != Outcome.COMPLETED else received.code
     report = dict(sent.report)
     if sent.code == Outcome.COMPLETED:
+        report["attestation"] = _both(sent.report, received.report)
         report["guest"] = received.report.get("guest", {"consistent": False, "progressed": False})
         if received.code != Outcome.COMPLETED:
             report["error"] = received.report.get("error", _error(received))
@@ -77,6 +101,17 @@ def _report(sent: _Ended, received: _Ended, *, as_json: bool) -> int:
     else:
         print_table(report)
     return code
+
+
+def _both(sent: dict[str, object], received: dict[str, object]) -> dict[str, object]:
+    """Each side's attestation as the other side saw it."""
+    by_source, by_destination = sent.get("attestation"), received.get("attestation")
+    merged: dict[str, object] = {}
+    if isinstance(by_destination, dict):
+        merged |= {"kind": by_destination["kind"], "source": by_destination["peer"]}
+    if isinstance(by_source, dict):
+        merged |= {"kind": by_source["kind"], "destination": by_source["peer"]}
+    return merged
 
 
 def _error(ended: _Ended) -> dict[str, object]:

@@ -33,6 +33,7 @@ from ..wire.control import (
     Prepare,
 )
 from ..wire.framing import FrameType, parse_barrier_untrusted
+from ..wire.handshake import parse_established_untrusted
 from ..wire.slot import Command
 from .channel import DestinationChannel
 from .control import Control
@@ -118,6 +119,7 @@ class DestinationEngine:
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
         self._attempts = 0
         self._session = b""
+        self._established_message = b""
         self._slots: list[Slot] = []
         self._channels: dict[int, DestinationChannel] = {}
         self._control: Control | None = None
@@ -164,8 +166,8 @@ class DestinationEngine:
         try:
             _, reply = await self._control_slot.exchange(Command.PREPARE, attempt, hello)
             await control.send(Accept(reply))
-            evidence = (await control.receive_first(Confirm)).handshake
-            answer, session = await self._control_slot.exchange(Command.SETUP, attempt, evidence)
+            proof = (await control.receive_first(Confirm)).handshake
+            answer, established = await self._control_slot.exchange(Command.SETUP, attempt, proof)
         except SvsmRefused as refused:
             aborted = _BUSY if self._established.is_set() else as_aborted(refused)
             if refused.code is RefusalCode.GEOMETRY:
@@ -176,7 +178,8 @@ class DestinationEngine:
             self._refused = aborted
             self._established.set()
             return False
-        self._session = session
+        self._established_message = established
+        self._session, _ = parse_established_untrusted(established)
         self._slots = [self._make_slot(channel) for channel in range(answer.result)]
         self._progress.channels = [ChannelTally(channel) for channel in range(answer.result)]
         self._control = control
@@ -207,7 +210,7 @@ class DestinationEngine:
             raise self._refused
         if self._control is None:
             raise LocalProtocolError("established without a control connection")
-        await self._control.send(Established(self._session))
+        await self._control.send(Established(self._established_message))
         return self._control
 
     async def _wait_for_channels(self, control: Control) -> None:

@@ -41,7 +41,11 @@ _REFUSALS: Final = {
     RefusalCode.INTEGRITY: ("integrity", "received data was forged, damaged, replayed or incomplete"),
     RefusalCode.AUTHENTICATION: (
         "authentication",
-        "the peer did not prove that it has the same pre-shared key",
+        "one side did not prove who it is: both need the same kind of attestation, and the same pre-shared key or roots",
+    ),
+    RefusalCode.POLICY: (
+        "policy",
+        "one side proved who it is, and the other side's policy does not accept it",
     ),
     RefusalCode.GEOMETRY: ("geometry", "source and destination guests differ in RAM size or number of vCPUs"),
     RefusalCode.EXHAUSTED: ("key-exhausted", "a channel's key reached its limit: use more channels"),
@@ -71,7 +75,7 @@ def as_aborted(failure: PagexferError) -> TransferAborted:
             return failure
         case SvsmRefused():
             reason, message = _REFUSALS[failure.code]
-            refused = failure.code is RefusalCode.AUTHENTICATION
+            refused = failure.code in (RefusalCode.AUTHENTICATION, RefusalCode.POLICY)
             return TransferAborted(Outcome.REFUSED if refused else Outcome.ENDED, reason, message)
         case ChannelBroken() | ChannelClosed():
             return TransferAborted(Outcome.ENDED, "connection", str(failure))

@@ -33,6 +33,7 @@ from ..wire.control import (
     Prepare,
 )
 from ..wire.framing import ConnectionHello, FrameType, Purpose
+from ..wire.handshake import parse_established_untrusted
 from ..wire.slot import Command, SlotStatus
 from .channel import SourceChannel
 from .control import Control
@@ -136,9 +137,12 @@ class SourceEngine:
         _, hello = await self._control_slot.exchange(Command.PREPARE, self._options.channels)
         await control.send(Prepare(hello))
         reply = (await control.receive_first(Accept)).handshake
-        _, evidence = await self._control_slot.exchange(Command.SETUP, package=reply)
-        await control.send(Confirm(evidence))
-        return (await control.receive_first(Established)).session
+        _, proof = await self._control_slot.exchange(Command.SETUP, package=reply)
+        await control.send(Confirm(proof))
+        established = (await control.receive_first(Established)).handshake
+        session, _ = parse_established_untrusted(established)
+        await self._control_slot.exchange(Command.CONFIRM, package=established)
+        return session
 
     async def _open_channels(self, control: Control, session: bytes, host: str, port: int) -> None:
         for channel, slot in enumerate(self._slots):

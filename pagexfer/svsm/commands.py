@@ -35,6 +35,10 @@ def source_control(slot: SlotMemory, svsm: SourceSvsm, *, shared: bool = True) -
         room = call.room()
         return Answer(_store(svsm.establish(bytes(call.package())), room))
 
+    def confirm(call: Call) -> Answer:
+        svsm.confirm(bytes(call.package()))
+        return Answer()
+
     def hint(call: Call) -> Answer:
         svsm.hint(call.argument, bytes(call.package()))
         return Answer()
@@ -70,6 +74,7 @@ def source_control(slot: SlotMemory, svsm: SourceSvsm, *, shared: bool = True) -
         {
             Command.PREPARE: prepare,
             Command.SETUP: setup,
+            Command.CONFIRM: confirm,
             Command.HINT: hint,
             Command.EPOCH: epoch,
             Command.BLACKOUT: blackout,
@@ -127,8 +132,8 @@ def destination_control(slot: SlotMemory, svsm: DestinationSvsm, *, shared: bool
 
     def setup(call: Call) -> Answer:
         room = call.room()
-        session = svsm.establish(call.argument, bytes(call.package()))
-        return Answer(_store(session, room), svsm.channels, svsm.freshness)
+        established = svsm.establish(call.argument, bytes(call.package()))
+        return Answer(_store(established, room), svsm.channels, svsm.freshness)
 
     def finish(_call: Call) -> Answer:
         svsm.finish()

@@ -47,7 +47,7 @@ from .sealing import Opener, Sealer
 from .states import DESTINATION, Event, StateMachine
 
 if TYPE_CHECKING:
-    from ..attestation import Attestor
+    from ..attestation import Attestor, Claims
     from ..wire.handshake import Freshness
     from .gate import VcpuGate
     from .memory import GuestMemory
@@ -107,41 +107,46 @@ class DestinationSvsm:
         """Channels of the session. Raises LocalProtocolError before the handshake."""
         return self._established().channels
 
+    @property
+    def peer(self) -> Claims:
+        """What the source proved of itself. Raises LocalProtocolError before the handshake."""
+        return self._established().peer
+
     # Handshake
 
     def answer(self, attempt: int, hello: bytes) -> bytes:
         """Answer a source's hello; `attempt` names this handshake. Refused ones leave no trace."""
         self._machine.require(Event.ESTABLISH)
         opened = DestinationAttempt(self._attestor, hello, self._memory.pages, self._gate.vcpus)
-        reply = opened.reply()
-        self._attempts.pop(attempt, None)
+        self._drop_attempt(attempt)
         if len(self._attempts) >= MAX_ATTEMPTS:
-            del self._attempts[next(iter(self._attempts))]
+            self._drop_attempt(next(iter(self._attempts)))
         self._attempts[attempt] = opened
-        return reply
+        return opened.reply()
 
-    def establish(self, attempt: int, evidence: bytes) -> bytes:
-        """Take a source's evidence; returns the session's name. A handshake works once, and the first proven one wins.
+    def establish(self, attempt: int, proof: bytes) -> bytes:
+        """Take a source's proof; returns the last message. A handshake works once, and the first proven one wins.
 
-        Raises AttestationError, after which other attempts are still welcome, or GeometryError, which ends this side.
+        Raises MalformedData or AttestationError, after which other attempts are still welcome, or GeometryError, which ends
+        this side.
         """
         self._machine.require(Event.ESTABLISH)
         opened = self._attempts.pop(attempt, None)
         if opened is None:
             raise LocalProtocolError("no such handshake is open")
         try:
-            self._session = opened.finish(evidence)
+            self._session, established = opened.finish(proof)
         except GeometryError:
             self.fail()
             raise
-        self._attempts.clear()
+        self._drop_attempts()
         keys = self._session.keys
         self._openers = [
             Opener(keys, Direction.FORWARD, channel) for channel in range(self._session.channels)
         ]
         self._sealer = Sealer(keys, Direction.BACKWARD, channel=0)
         self._machine.advance(Event.ESTABLISH)
-        return keys.session
+        return established
 
     def open_channel_untrusted(self, channel: int, package: memoryview) -> None:
         """Check that whoever sent `package` knows this session, before a connection becomes its `channel`.
@@ -327,8 +332,17 @@ class DestinationSvsm:
             raise LocalProtocolError(f"there is no channel {channel}")
         return self._openers[channel]
 
+    def _drop_attempt(self, attempt: int) -> None:
+        opened = self._attempts.pop(attempt, None)
+        if opened is not None:
+            opened.wipe()
+
+    def _drop_attempts(self) -> None:
+        for attempt in list(self._attempts):
+            self._drop_attempt(attempt)
+
     def _wipe(self) -> None:
-        self._attempts.clear()
+        self._drop_attempts()
         for stream in (*self._openers, *([self._sealer] if self._sealer else [])):
             stream.wipe()
         if self._session is not None:

@@ -1,63 +1,144 @@
-"""The handshake, sans-I/O: two hellos, two pieces of evidence over both, then keys.
+"""The handshake, sans-I/O: two hellos, evidence of both sides over them, and proof of both that they have the same keys.
 
     source       -> destination   hello
     destination  -> source        hello · evidence over the transcript
-    source       -> destination   evidence over the transcript
+    source       -> destination   confirmation · evidence over the transcript
+    destination  -> source        session id · confirmation
 
-Each side's evidence covers both hellos with a label of its role, so it confirms what the other side sees and cannot be
-sent back. Nonces are fresh for every attempt: an attempt that ends leaves nothing that a later one accepts.
+Each side's evidence covers both hellos, and with them the ephemeral keys, under a label of its role: it cannot be sent back
+or moved to another session. The confirmations cover the evidence too, so that both sides end with the same four messages
+or without a session. Every handshake is one-shot: what it holds is gone after its last step, and after any that fails.
 """
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..errors import AttestationError, GeometryError, MalformedData
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from ..errors import AttestationError, GeometryError, KeyPoisoned, MalformedData, RemoteProtocolError
 from ..wire.constants import NONCE_BYTES, PAGE_SIZE
-from ..wire.handshake import Freshness, Hello, Role, parse_hello_untrusted, split_reply_untrusted
-from .keys import KeySchedule, report_data, transcript_digest
+from ..wire.handshake import (
+    Hello,
+    Role,
+    pack_established,
+    parse_established_untrusted,
+    parse_hello_untrusted,
+    split_proof_untrusted,
+    split_reply_untrusted,
+)
+from .exchange import SourceExchange, answer_exchange
+from .keys import KeySchedule, proved_digest, report_data, transcript_digest
 
 if TYPE_CHECKING:
     from ..attestation import Attestor, Claims
+    from ..attestation.secret import Secret
+    from ..wire.handshake import Freshness
 
 
 @dataclass(frozen=True, slots=True)
 class Established:
-    """What both sides have after the handshake."""
+    """What a side has after the handshake.
+
+    `hello` is its own and `peer_hello` the other's, `evidence_digests` are SHA-384 of the source's evidence and of the
+    destination's, `ledger_key` the private key to the own hello's ledger key.
+    """
 
     keys: KeySchedule
     peer: Claims
-    channels: int
-    freshness: Freshness
+    hello: Hello
+    peer_hello: Hello
+    evidence_digests: tuple[bytes, bytes]
+    ledger_key: Ed25519PrivateKey
+
+    @property
+    def channels(self) -> int:
+        return self.hello.channels
+
+    @property
+    def freshness(self) -> Freshness:
+        return self.hello.freshness
 
 
-def source_hello(
-    attestor: Attestor, guest_id: bytes, ram_pages: int, vcpus: int, channels: int, freshness: Freshness
-) -> Hello:
-    """A source's hello with a fresh nonce."""
-    nonce = secrets.token_bytes(NONCE_BYTES)
-    return Hello(Role.SOURCE, attestor.kind, nonce, guest_id, ram_pages, vcpus, channels, freshness)
+class SourceHandshake:
+    """One handshake at the source: `hello`, `prove`, `confirm`, each once and in this order."""
 
+    def __init__(
+        self,
+        attestor: Attestor,
+        guest_id: bytes,
+        ram_pages: int,
+        vcpus: int,
+        channels: int,
+        freshness: Freshness,
+        session_counter: int,
+    ) -> None:
+        self._attestor = attestor
+        self._exchange = SourceExchange.fresh()
+        self._ledger_key = Ed25519PrivateKey.generate()
+        self._own = Hello(
+            Role.SOURCE,
+            attestor.kind,
+            secrets.token_bytes(NONCE_BYTES),
+            guest_id,
+            ram_pages,
+            vcpus,
+            channels,
+            freshness,
+            session_counter,
+            attestor.policy_digest,
+            self._ledger_key.public_key().public_bytes_raw(),
+            self._exchange.x25519_public,
+            self._exchange.encapsulation_key,
+        )
+        self._proved = b""
+        self._session: Established | None = None
 
-def finish_source(attestor: Attestor, hello: Hello, reply: bytes) -> tuple[Established, bytes]:
-    """Check the destination's reply; returns the session and this side's evidence.
+    def hello(self) -> bytes:
+        """The first message."""
+        return self._own.pack()
 
-    Raises MalformedData or AttestationError.
-    """
-    packed, evidence = split_reply_untrusted(reply)
-    peer = parse_hello_untrusted(packed)
-    if peer.role is not Role.DESTINATION or peer.attestor is not attestor.kind:
-        raise AttestationError("the peer is no destination with this kind of evidence")
-    transcript = transcript_digest(hello.pack(), packed)
-    claims = attestor.verify(evidence, report_data(Role.DESTINATION, transcript))
-    if (peer.guest_id, peer.channels, peer.freshness) != (hello.guest_id, hello.channels, hello.freshness):
-        raise MalformedData("the destination answered for another guest or other terms")
-    # Whether the guests fit is the destination's to say: once it has this evidence, neither side is a stranger.
-    keys = KeySchedule(attestor.contribution(), transcript)
-    own = attestor.evidence(report_data(Role.SOURCE, transcript))
-    return Established(keys, claims, hello.channels, hello.freshness), own
+    def prove(self, reply: bytes) -> bytes:
+        """Check the destination's reply; returns the third message: this side's confirmation and evidence.
+
+        Raises MalformedData or AttestationError, and KeyPoisoned where it was called before.
+        """
+        packed, evidence = split_reply_untrusted(reply)
+        peer = parse_hello_untrusted(packed)
+        if peer.role is not Role.DESTINATION or peer.attestor is not self._attestor.kind:
+            raise AttestationError("the peer is no destination with this kind of evidence")
+        transcript = transcript_digest(self._own.pack(), packed)
+        claims = self._attestor.verify(evidence, report_data(Role.DESTINATION, transcript))
+        if _terms(peer) != _terms(self._own):
+            raise MalformedData("the destination answered for another guest or other terms")
+        # Whether the guests fit is the destination's to say: once it has this evidence, neither side is a stranger.
+        shared = self._exchange.finish(peer.x25519, peer.kem)
+        keys = _schedule(shared, self._attestor, transcript)
+        own = self._attestor.evidence(report_data(Role.SOURCE, transcript))
+        self._proved = proved_digest(transcript, evidence, own)
+        digests = hashlib.sha384(own).digest(), hashlib.sha384(evidence).digest()
+        self._session = Established(keys, claims, self._own, peer, digests, self._ledger_key)
+        return keys.confirmation(Role.SOURCE, self._proved) + own
+
+    def confirm(self, message: bytes) -> Established:
+        """Check the destination's last message. Raises MalformedData, AttestationError, or KeyPoisoned without `prove`."""
+        session = self._session
+        if session is None:
+            raise KeyPoisoned("nothing was proved in this handshake")
+        named, confirmation = parse_established_untrusted(message)
+        session.keys.check_confirmation(Role.DESTINATION, self._proved, confirmation)
+        if named != session.keys.session:
+            raise AttestationError("the destination names another session")
+        return session
+
+    def wipe(self) -> None:
+        """Forget everything that a key could be made of."""
+        self._exchange.drop()
+        if self._session is not None:
+            self._session.keys.wipe()
 
 
 class DestinationAttempt:
@@ -71,25 +152,69 @@ class DestinationAttempt:
         self._source = parse_hello_untrusted(hello)
         if self._source.role is not Role.SOURCE or self._source.attestor is not attestor.kind:
             raise AttestationError("the peer is no source with this kind of evidence")
+        x25519, ciphertext, self._shared = answer_exchange(self._source.x25519, self._source.kem)
+        self._ledger_key = Ed25519PrivateKey.generate()
         self._own = replace(
             self._source,
             role=Role.DESTINATION,
             nonce=secrets.token_bytes(NONCE_BYTES),
             ram_pages=ram_pages,
             vcpus=vcpus,
+            policy_digest=attestor.policy_digest,
+            ledger_key=self._ledger_key.public_key().public_bytes_raw(),
+            x25519=x25519,
+            kem=ciphertext,
         )
         self._transcript = transcript_digest(hello, self._own.pack())
+        self._evidence = attestor.evidence(report_data(Role.DESTINATION, self._transcript))
 
     def reply(self) -> bytes:
-        """This side's hello and evidence."""
-        return self._own.pack() + self._attestor.evidence(report_data(Role.DESTINATION, self._transcript))
+        """The second message: this side's hello and evidence."""
+        return self._own.pack() + self._evidence
 
-    def finish(self, evidence: bytes) -> Established:
-        """Check the source's evidence. Raises AttestationError, or GeometryError once the peer has proved itself."""
+    def finish(self, message: bytes) -> tuple[Established, bytes]:
+        """Check the source's evidence and confirmation; returns the session and the last message.
+
+        Raises MalformedData or AttestationError, GeometryError once the peer has proved itself, and KeyPoisoned where it
+        was called before.
+        """
+        try:
+            return self._finish(message)
+        finally:
+            self.wipe()
+
+    def wipe(self) -> None:
+        """Forget what a key could be made of."""
+        self._shared.wipe()
+
+    def _finish(self, message: bytes) -> tuple[Established, bytes]:
+        confirmation, evidence = split_proof_untrusted(message)
         claims = self._attestor.verify(evidence, report_data(Role.SOURCE, self._transcript))
-        _check_geometry(source=self._source, destination=self._own)
-        keys = KeySchedule(self._attestor.contribution(), self._transcript)
-        return Established(keys, claims, self._source.channels, self._source.freshness)
+        keys = _schedule(self._shared, self._attestor, self._transcript)
+        proved = proved_digest(self._transcript, self._evidence, evidence)
+        try:
+            keys.check_confirmation(Role.SOURCE, proved, confirmation)
+            _check_geometry(source=self._source, destination=self._own)
+        except RemoteProtocolError:
+            keys.wipe()
+            raise
+        digests = hashlib.sha384(evidence).digest(), hashlib.sha384(self._evidence).digest()
+        session = Established(keys, claims, self._own, self._source, digests, self._ledger_key)
+        return session, pack_established(keys.session, keys.confirmation(Role.DESTINATION, proved))
+
+
+def _terms(hello: Hello) -> tuple[bytes, int, Freshness, int]:
+    """What a destination repeats of the source's hello."""
+    return hello.guest_id, hello.channels, hello.freshness, hello.session_counter
+
+
+def _schedule(shared: Secret, attestor: Attestor, transcript: bytes) -> KeySchedule:
+    contribution = attestor.contribution()
+    try:
+        return KeySchedule(shared, contribution, transcript)
+    finally:
+        shared.wipe()
+        contribution.wipe()
 
 
 def _check_geometry(source: Hello, destination: Hello) -> None:

@@ -51,6 +51,7 @@ class GuestMemory:
         # Pages that may differ from zero: all, unless `allocate` knows better.
         self._populated = DirtyBitmap.full(self.pages)
         self._claimed = False
+        self._sessions = 0
 
     @classmethod
     def allocate(cls, ram_bytes: int, name: str = "guest-ram") -> GuestMemory:
@@ -87,11 +88,16 @@ class GuestMemory:
     def ram_bytes(self) -> int:
         return self.pages * PAGE_SIZE
 
-    def claim(self) -> None:
-        """Make this guest one session's to move (G5). Raises LocalProtocolError where it is another's, or was moved."""
+    def claim(self) -> int:
+        """Make this guest one session's to move (G5); returns how many sessions had it by now, this one counted.
+
+        Raises LocalProtocolError where it is another's, or was moved.
+        """
         if self._claimed:
             raise LocalProtocolError("another session moves this guest, or has moved it")
         self._claimed = True
+        self._sessions += 1
+        return self._sessions
 
     def disclaim(self) -> None:
         """The session that claimed this guest has ended, and the guest goes on here."""

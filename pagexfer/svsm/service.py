@@ -20,6 +20,7 @@ from ..errors import (
     NotReady,
     PageStateError,
     PagexferError,
+    PolicyRefused,
     RefusalCode,
     RemoteProtocolError,
 )
@@ -216,6 +217,7 @@ _CODES: Final[tuple[tuple[type[PagexferError], RefusalCode], ...]] = (
     (BadCommand, RefusalCode.COMMAND),
     (NotReady, RefusalCode.NOT_READY),
     (LocalProtocolError, RefusalCode.STATE),
+    (PolicyRefused, RefusalCode.POLICY),
     (AttestationError, RefusalCode.AUTHENTICATION),
     (GeometryError, RefusalCode.GEOMETRY),
     (KeyExhausted, RefusalCode.EXHAUSTED),

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from ..dirty import DirtyBitmap, as_run
-from ..errors import IntegrityError, LocalProtocolError, NotReady, RemoteProtocolError
+from ..errors import (
+    IntegrityError,
+    LocalProtocolError,
+    NotReady,
+    PagexferError,
+    RemoteProtocolError,
+)
 from ..wire.bundle import (
     ENTRY_BYTES,
     HEADER_BYTES,
@@ -29,17 +35,17 @@ from ..wire.constants import (
     PAGE_SIZE,
     TAG_BYTES,
 )
-from ..wire.handshake import Freshness, Hello
+from ..wire.handshake import Freshness
 from ..wire.slot import SessionStatus as State
 from ..wire.token import EpochTotals, Manifest
 from .content import ContentTable, state_digest, vcpu_digest
 from .export import Packager
-from .handshake import Established, finish_source, source_hello
+from .handshake import Established, SourceHandshake
 from .sealing import Opener, Sealer
 from .states import SOURCE, Event, StateMachine
 
 if TYPE_CHECKING:
-    from ..attestation import Attestor
+    from ..attestation import Attestor, Claims
     from ..dirty import DirtyTracker
     from .gate import VcpuGate
     from .memory import GuestMemory
@@ -82,7 +88,7 @@ class SourceSvsm:
         self._attestor = attestor
         self._guest_id = guest_id
         self._machine = StateMachine(SOURCE)
-        self._hello: Hello | None = None
+        self._handshake: SourceHandshake | None = None
         self._session: Established | None = None
         self._sealers: list[Sealer] = []
         self._opener: Opener | None = None
@@ -108,6 +114,13 @@ class SourceSvsm:
         """Who vouches for this guest's dirty pages."""
         return Freshness.HOST_REPORTED if self._tracker is None else Freshness.SVSM_TRACKED
 
+    @property
+    def peer(self) -> Claims:
+        """What the destination proved of itself. Raises LocalProtocolError before the handshake."""
+        if self._session is None:
+            raise LocalProtocolError("there is no session yet")
+        return self._session.peer
+
     # Handshake
 
     def prepare(self, channels: int) -> bytes:
@@ -118,25 +131,38 @@ class SourceSvsm:
         self._machine.require(Event.PREPARE)
         if not 1 <= channels <= MAX_CHANNELS:
             raise LocalProtocolError(f"a session has 1 to {MAX_CHANNELS} channels, not {channels}")
-        self._memory.claim()
+        session_counter = self._memory.claim()
         self._claimed = True
         self._machine.advance(Event.PREPARE)
-        self._hello = source_hello(
+        self._handshake = SourceHandshake(
             self._attestor,
             self._guest_id,
             self._memory.pages,
             self._gate.vcpus,
             channels,
             self.freshness,
+            session_counter,
         )
-        return self._hello.pack()
+        return self._handshake.hello()
 
     def establish(self, reply: bytes) -> bytes:
-        """Take the destination's reply; returns the evidence to send. A refused reply aborts the session."""
+        """Take the destination's reply; returns the proof to send. A failure aborts the session."""
         self._machine.require(Event.ESTABLISH)
-        assert self._hello is not None
+        assert self._handshake is not None
         try:
-            self._session, evidence = finish_source(self._attestor, self._hello, reply)
+            proof = self._handshake.prove(reply)
+        except PagexferError:  # also where this side's own evidence cannot be had
+            self.abort()
+            raise
+        self._machine.advance(Event.ESTABLISH)
+        return proof
+
+    def confirm(self, established: bytes) -> None:
+        """Take the destination's last message, before which nothing is sealed. A refused one aborts the session."""
+        self._machine.require(Event.KEY_CONFIRMED)
+        assert self._handshake is not None
+        try:
+            self._session = self._handshake.confirm(established)
         except RemoteProtocolError:
             self.abort()
             raise
@@ -145,8 +171,7 @@ class SourceSvsm:
             Sealer(keys, Direction.FORWARD, channel) for channel in range(self._session.channels)
         ]
         self._opener = Opener(keys, Direction.BACKWARD, channel=0)
-        self._machine.advance(Event.ESTABLISH)
-        return evidence
+        self._machine.advance(Event.KEY_CONFIRMED)
 
     def open_channel(self, channel: int, out: memoryview) -> int:
         """Seal the bundle that proves to the destination that a connection is this session's `channel`."""
@@ -373,5 +398,5 @@ class SourceSvsm:
     def _wipe(self) -> None:
         for stream in (*self._sealers, *([self._opener] if self._opener else [])):
             stream.wipe()
-        if self._session is not None:
-            self._session.keys.wipe()
+        if self._handshake is not None:
+            self._handshake.wipe()

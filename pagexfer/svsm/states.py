@@ -22,6 +22,7 @@ class Event(enum.Enum):
 
     PREPARE = "prepare"
     ESTABLISH = "establish"
+    KEY_CONFIRMED = "key confirmed"  # the destination showed that it has the same keys
     EPOCH = "epoch"
     PARK = "park"
     START = "start"
@@ -35,7 +36,8 @@ class Event(enum.Enum):
 
 SOURCE: Final[Mapping[tuple[State, Event], State]] = {
     (State.IDLE, Event.PREPARE): State.PREPARED,
-    (State.PREPARED, Event.ESTABLISH): State.KEYED,
+    (State.PREPARED, Event.ESTABLISH): State.PROVED,
+    (State.PROVED, Event.KEY_CONFIRMED): State.KEYED,
     (State.KEYED, Event.EPOCH): State.PRECOPY,
     (State.PRECOPY, Event.EPOCH): State.PRECOPY,
     (State.PRECOPY, Event.PARK): State.PARKED,
@@ -45,6 +47,7 @@ SOURCE: Final[Mapping[tuple[State, Event], State]] = {
     (State.STARTED, Event.PEER_FAILED): State.ABORTED,
     (State.IDLE, Event.ABORT): State.ABORTED,
     (State.PREPARED, Event.ABORT): State.ABORTED,
+    (State.PROVED, Event.ABORT): State.ABORTED,
     (State.KEYED, Event.ABORT): State.ABORTED,
     (State.PRECOPY, Event.ABORT): State.ABORTED,
     (State.PARKED, Event.ABORT): State.ABORTED,

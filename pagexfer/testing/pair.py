@@ -85,7 +85,7 @@ class SvsmPair:
     def handshake(self) -> None:
         """Both sides have keys."""
         reply = self.destination.answer(1, self.source.prepare(self.channels))
-        self.destination.establish(1, self.source.establish(reply))
+        self.source.confirm(self.destination.establish(1, self.source.establish(reply)))
 
     def open_channels(self) -> None:
         """Every channel has proved itself."""

@@ -31,16 +31,16 @@ class Accept:
 
 @dataclass(frozen=True, slots=True)
 class Confirm:
-    """Source: its SVSM's evidence."""
+    """Source: its SVSM's confirmation and evidence."""
 
     handshake: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Established:
-    """Destination: both SVSMs have keys; channels may connect and name this session."""
+    """Destination: its SVSM has keys and confirms them; channels may connect and name the session in these bytes."""
 
-    session: bytes
+    handshake: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,9 +2,10 @@
 
     source       -> destination   hello
     destination  -> source        hello · evidence
-    source       -> destination   evidence
+    source       -> destination   confirmation · evidence
+    destination  -> source        session id · confirmation
 
-Everything here is authenticated by the evidence, so it is fixed-layout bytes with one encoding.
+Everything here is authenticated, by the evidence or by the confirmations, so it is fixed-layout bytes with one encoding.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Final
 
 from ..errors import MalformedData
 from .constants import (
+    DIGEST_BYTES,
     GUEST_ID_BYTES,
     MAX_CHANNELS,
     MAX_PAGES,
@@ -23,11 +25,19 @@ from .constants import (
     NONCE_BYTES,
     PAGE_SIZE,
     PROTOCOL_VERSION,
+    SESSION_ID_BYTES,
 )
 
 HELLO_MAGIC: Final = int.from_bytes(b"PGXH", "little")
 # An SNP report with its certificate table stays below 32 KiB.
 MAX_EVIDENCE_BYTES: Final = 1 << 16
+
+X25519_BYTES: Final = 32  # RFC 7748
+LEDGER_KEY_BYTES: Final = 32  # Ed25519, RFC 8032
+# ML-KEM-768 (FIPS 203, table 3)
+ENCAPSULATION_KEY_BYTES: Final = 1184
+CIPHERTEXT_BYTES: Final = 1088
+CONFIRMATION_BYTES: Final = DIGEST_BYTES  # HMAC-SHA-384
 
 
 class Role(enum.IntEnum):
@@ -41,6 +51,13 @@ class AttestorKind(enum.IntEnum):
     """What kind of evidence a side gives and expects."""
 
     PSK = 1
+    SNP = 2
+    EMULATED = 3  # SNP reports under a certificate authority that anybody can make
+
+    @property
+    def label(self) -> str:
+        """The name used in reports and on command lines."""
+        return self.name.lower()
 
 
 class Freshness(enum.IntEnum):
@@ -69,17 +86,33 @@ class Freshness(enum.IntEnum):
 #       72     2  channels
 #       74     1  freshness mode
 #       75     5  reserved, zero
-_HELLO: Final = struct.Struct("<IHBB32s16sQIIHB5s")
-HELLO_BYTES: Final = 80
-assert _HELLO.size == HELLO_BYTES
+#       80     8  session counter
+#       88    48  policy digest
+#      136    32  ledger key
+#      168    32  X25519 public key
+# Then the KEM part: of a source the encapsulation key, of a destination the ciphertext.
+_HELLO: Final = struct.Struct("<IHBB32s16sQIIHB5sQ48s32s32s")
+_KEM_BYTES: Final = {Role.SOURCE: ENCAPSULATION_KEY_BYTES, Role.DESTINATION: CIPHERTEXT_BYTES}
+SOURCE_HELLO_BYTES: Final = 1384
+DESTINATION_HELLO_BYTES: Final = 1288
+assert _HELLO.size == 200
 assert struct.calcsize("<IHBB32s16s") == 56
+assert struct.calcsize("<IHBB32s16sQIIHB5sQ48s") == 136
+assert _HELLO.size + ENCAPSULATION_KEY_BYTES == SOURCE_HELLO_BYTES
+assert _HELLO.size + CIPHERTEXT_BYTES == DESTINATION_HELLO_BYTES
+
+# Fourth message: session id, the destination's confirmation
+_ESTABLISHED: Final = struct.Struct("<16s48s")
+assert _ESTABLISHED.size == SESSION_ID_BYTES + CONFIRMATION_BYTES == 64
 
 
 @dataclass(frozen=True, slots=True)
 class Hello:
     """What one side says of itself before anything is proved.
 
-    A destination repeats the source's guest id, channels and freshness mode: it accepts them by going on.
+    A destination repeats the source's guest id, channels, freshness mode and session counter: it accepts them by going on.
+    `policy_digest` is that of the policy under which this side judges its peer, `ledger_key` what this side will sign its
+    ledger record with. `kem` is an encapsulation key of 1184 bytes from a source, a ciphertext of 1088 from a destination.
     """
 
     role: Role
@@ -90,9 +123,14 @@ class Hello:
     vcpus: int
     channels: int
     freshness: Freshness
+    session_counter: int
+    policy_digest: bytes
+    ledger_key: bytes
+    x25519: bytes
+    kem: bytes
 
     def pack(self) -> bytes:
-        return _HELLO.pack(
+        head = _HELLO.pack(
             HELLO_MAGIC,
             PROTOCOL_VERSION,
             self.role,
@@ -105,13 +143,18 @@ class Hello:
             self.channels,
             self.freshness,
             bytes(5),
+            self.session_counter,
+            self.policy_digest,
+            self.ledger_key,
+            self.x25519,
         )
+        return head + self.kem
 
 
 def parse_hello_untrusted(data: bytes) -> Hello:
-    """A hello of exactly 80 bytes. Raises MalformedData where any field is outside of its range."""
-    if len(data) != HELLO_BYTES:
-        raise MalformedData(f"hello of {len(data)} bytes, expected {HELLO_BYTES}")
+    """A hello of exactly the size of its role. Raises MalformedData where any field is outside of its range."""
+    if len(data) < _HELLO.size:
+        raise MalformedData(f"hello of {len(data)} bytes, expected at least {_HELLO.size}")
     (
         magic,
         version,
@@ -125,7 +168,11 @@ def parse_hello_untrusted(data: bytes) -> Hello:
         channels,
         freshness,
         reserved,
-    ) = _HELLO.unpack(data)
+        session_counter,
+        policy_digest,
+        ledger_key,
+        x25519,
+    ) = _HELLO.unpack_from(data)
     if magic != HELLO_MAGIC:
         raise MalformedData("not a hello: wrong magic")
     if version != PROTOCOL_VERSION:
@@ -134,8 +181,13 @@ def parse_hello_untrusted(data: bytes) -> Hello:
         raise MalformedData(f"hello with pages of {page_size} bytes, this side has {PAGE_SIZE}")
     if not (0 < ram_pages <= MAX_PAGES and 0 < vcpus <= MAX_VCPUS and 0 < channels <= MAX_CHANNELS):
         raise MalformedData("hello with RAM, vCPUs or channels out of range")
+    if not session_counter:
+        raise MalformedData("hello with session counter 0, the first one is 1")
     if reserved != bytes(5):
         raise MalformedData("hello with reserved bytes set")
+    kem = data[_HELLO.size :]
+    if len(kem) != _KEM_BYTES.get(role):
+        raise MalformedData(f"hello of {len(data)} bytes does not fit its role {role}")
     try:
         return Hello(
             Role(role),
@@ -146,6 +198,11 @@ def parse_hello_untrusted(data: bytes) -> Hello:
             vcpus,
             channels,
             Freshness(freshness),
+            session_counter,
+            policy_digest,
+            ledger_key,
+            x25519,
+            kem,
         )
     except ValueError as error:
         raise MalformedData(f"hello with an unknown value: {error}") from None
@@ -153,9 +210,32 @@ def parse_hello_untrusted(data: bytes) -> Hello:
 
 def split_reply_untrusted(data: bytes) -> tuple[bytes, bytes]:
     """A destination's answer as (hello, evidence). Raises MalformedData where it cannot be one."""
-    if not HELLO_BYTES < len(data) <= HELLO_BYTES + MAX_EVIDENCE_BYTES:
-        raise MalformedData(f"handshake reply of {len(data)} bytes")
-    return data[:HELLO_BYTES], data[HELLO_BYTES:]
+    return _split_untrusted(data, DESTINATION_HELLO_BYTES, "reply")
+
+
+def split_proof_untrusted(data: bytes) -> tuple[bytes, bytes]:
+    """A source's proof as (confirmation, evidence). Raises MalformedData where it cannot be one."""
+    return _split_untrusted(data, CONFIRMATION_BYTES, "proof")
+
+
+def pack_established(session: bytes, confirmation: bytes) -> bytes:
+    """The destination's last message."""
+    return _ESTABLISHED.pack(session, confirmation)
+
+
+def parse_established_untrusted(data: bytes) -> tuple[bytes, bytes]:
+    """The destination's last message as (session id, confirmation). Raises MalformedData where it cannot be one."""
+    if len(data) != _ESTABLISHED.size:
+        raise MalformedData(f"end of a handshake with {len(data)} bytes, expected {_ESTABLISHED.size}")
+    session, confirmation = _ESTABLISHED.unpack(data)
+    return session, confirmation
+
+
+def _split_untrusted(data: bytes, head_bytes: int, what: str) -> tuple[bytes, bytes]:
+    """A head of fixed size and the evidence after it."""
+    if not head_bytes < len(data) <= head_bytes + MAX_EVIDENCE_BYTES:
+        raise MalformedData(f"handshake {what} of {len(data)} bytes")
+    return data[:head_bytes], data[head_bytes:]
 
 
 assert NONCE_BYTES == 32

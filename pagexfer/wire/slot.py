@@ -42,7 +42,7 @@ class Command(enum.IntEnum):
     """What the host asks for; named after the phases of the KVM migration RFC. Wire numbers: never reused, 0 invalid."""
 
     PREPARE = 1  # control: produce or answer a hello
-    SETUP = 2  # control: take the peer's evidence; channel (source): produce the channel's opening bundle
+    SETUP = 2  # control: take the peer's evidence; channel: produce or check the channel's opening bundle
     EPOCH = 3  # control: take what was written since the last epoch; counts per region come back
     EXPORT = 4  # channel: seal pending pages of a gfn range
     IMPORT = 5  # channel: open one bundle
@@ -52,6 +52,7 @@ class Command(enum.IntEnum):
     FINISH = 9  # control: the move is complete; wipe keys
     ABORT = 10  # control: give up; the source's vCPUs go on
     HINT = 11  # control: part of the hypervisor's dirty log
+    CONFIRM = 12  # control: take the destination's key confirmation
 
 
 class SlotStatus(enum.IntEnum):
@@ -77,6 +78,9 @@ class SessionStatus(enum.IntEnum):
     VERIFIED = 10
     RUNNING = 11
     FAILED = 12
+    PROVED = (
+        13  # between PREPARED and KEYED: the evidence is exchanged, the destination's confirmation is due
+    )
 
 
 class BufferState(enum.IntEnum):

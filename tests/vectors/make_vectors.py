@@ -1,6 +1,6 @@
 """Makes the test vectors of the protocol from its description alone: nothing here imports the library.
 
-Layouts, HKDF and msgpack are written out by hand; only hashes and the AES-GCM primitive come from elsewhere. So a vector
+Layouts, HKDF and msgpack are written out by hand; only hashes, AES-GCM, X25519 and ML-KEM come from elsewhere. So a vector
 that the library agrees with was computed twice. The same files come out of every run:
 
     python tests/vectors/make_vectors.py            write the files
@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, the repository is not on the path
 
-from tests.vectors import plain, sealed  # noqa: E402
+from tests.vectors import plain, policies, sealed  # noqa: E402
 
 
 def main() -> int:
@@ -28,6 +28,7 @@ def main() -> int:
         "framing": plain.framing(),
         "control": plain.control(),
         "tokens": sealed.tokens(),
+        "policy": policies.policies(),
     }
     texts = {HERE / f"{name}.json": json.dumps(value, indent=1) + "\n" for name, value in made.items()}
     if "--check" in sys.argv[1:]:

@@ -86,9 +86,9 @@ def slot() -> Json:
     refused_status = {
         "status 0": (1, 0, 0, 1, 0xFFFF, 0, 0, 0),
         "status 4": (1, 4, 0, 1, 0xFFFF, 0, 0, 0),
-        "error 10": (1, 3, 10, 1, 0xFFFF, 0, 0, 0),
+        "error 255": (1, 3, 255, 1, 0xFFFF, 0, 0, 0),
         "session status 0": (1, 1, 0, 0, 0xFFFF, 0, 0, 0),
-        "session status 13": (1, 1, 0, 13, 0xFFFF, 0, 0, 0),
+        "session status 255": (1, 1, 0, 255, 0xFFFF, 0, 0, 0),
         "buffer 2 of 2": (1, 1, 0, 1, 2, 0, 0, 0),
         "package longer than a buffer": (1, 1, 0, 1, 0, package + 1, 0, 0),
     }
@@ -260,11 +260,11 @@ def message(kind: str, *items: bytes) -> bytes:
 
 def control() -> Json:
     valid: list[tuple[str, str, dict[str, bytes | int | str]]] = [
-        ("prepare", "Prepare", {"handshake": noise("hello", 80)}),
+        ("prepare", "Prepare", {"handshake": noise("hello", 1384)}),
         ("accept", "Accept", {"handshake": noise("reply", 128)}),
         ("accept", "Accept", {"handshake": noise("long reply", 300)}),
         ("confirm", "Confirm", {"handshake": noise("evidence", 48)}),
-        ("established", "Established", {"session": noise("session", 16)}),
+        ("established", "Established", {"handshake": noise("established", 64)}),
         ("channels-open", "ChannelsOpen", {"channels": 8}),
         ("device-state", "DeviceState", {"size": 0}),
         ("device-state", "DeviceState", {"size": 1 << 28}),

@@ -41,6 +41,16 @@ class CertificateTable:
     root: bytes | None = None
     crl: bytes | None = None
 
+    def pack(self) -> bytes:
+        """The table as a host gives it."""
+        contents = [(guid, content) for guid, name in _GUIDS.items() if (content := getattr(self, name))]
+        entries, data = b"", b""
+        header_bytes = (len(contents) + 1) * _ENTRY.size
+        for guid, content in contents:
+            entries += _ENTRY.pack(guid.bytes, header_bytes + len(data), len(content))
+            data += content
+        return entries + _END + data
+
 
 def parse_certificate_table_untrusted(data: bytes) -> CertificateTable:
     """A table; an empty one has no bytes, or only zeros. Entries with unknown GUIDs are passed over.
