@@ -21,6 +21,7 @@ class RefusalCode(enum.IntEnum):
     EXHAUSTED = 7  # a key reached its limit of bundles or bytes
     GUEST = 8  # the guest's own side (vCPU state, page states) refused
     INTERNAL = 9  # a fault of the SVSM itself; the session is over
+    JOURNAL = 11  # a decision could not be written down, so it was not taken; the session cannot go on
 
 
 class PagexferError(Exception):
@@ -77,6 +78,10 @@ class GateError(PagexferError):
 
 class PageStateError(PagexferError):
     """An access or a change that the RMP refuses: unvalidated page, second PVALIDATE, page out of range."""
+
+
+class JournalError(PagexferError):
+    """The journal cannot be written: what was to be recorded has not happened."""
 
 
 class SvsmRefused(PagexferError):

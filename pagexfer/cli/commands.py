@@ -24,6 +24,7 @@ from ..wire.constants import MAX_CHANNELS
 from .attest import attest
 from .demo import run_demo
 from .output import ProgressLine, note, print_json, print_table
+from .recover import recover
 from .values import Address, Seconds, Size
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def cli() -> None:
 
 
 cli.add_command(attest)
+cli.add_command(recover)
 
 
 def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,14 +114,23 @@ _psk_option = click.option(
 )
 
 
+_journal_option = click.option(
+    "--journal",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File that says after a crash who may run the guest: see 'pagexfer recover'.",
+)
+
+
 @cli.command()
 @click.option("--to", "address", type=Address(), required=True, help="Where the destination listens.")
 @_psk_option
+@_journal_option
 @_source_options
 @_guest_options
 def send(
     address: tuple[str, int],
     psk_file: Path,
+    journal: Path | None,
     channels: int,
     write_rate: int,
     downtime_limit: float,
@@ -132,7 +143,7 @@ def send(
     """Boot a test guest and migrate it to a destination."""
     attestor = _attestor(psk_file)
     with boot_guest(kind, ram, vcpus, write_rate) as guest:
-        return trio.run(_send, guest, address, attestor, channels, downtime_limit, as_json)
+        return trio.run(_send, guest, address, attestor, journal, channels, downtime_limit, as_json)
 
 
 @cli.command()
@@ -145,10 +156,12 @@ def send(
     show_default=True,
     help="Let the guest run this long, then check it.",
 )
+@_journal_option
 @_guest_options
 def receive(
     address: tuple[str, int],
     psk_file: Path,
+    journal: Path | None,
     run_for: float,
     kind: GuestKind,
     ram: int,
@@ -160,7 +173,7 @@ def receive(
     attestor = _attestor(psk_file)
     Layout.plan(ram, vcpus)
     with empty_guest(kind, ram, vcpus) as guest:
-        return trio.run(_receive, guest, address, attestor, run_for, as_json)
+        return trio.run(_receive, guest, address, attestor, journal, run_for, as_json)
 
 
 @cli.command()
@@ -190,13 +203,20 @@ async def _send(
     guest: CheckedGuest,
     address: tuple[str, int],
     attestor: PskAttestor,
+    journal: Path | None,
     channels: int,
     downtime_limit: float,
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
         return await send_guest(
-            guest, *address, attestor, channels=channels, downtime_limit_s=downtime_limit, on_progress=show
+            guest,
+            *address,
+            attestor,
+            channels=channels,
+            downtime_limit_s=downtime_limit,
+            journal=journal,
+            on_progress=show,
         )
 
     async def aftermath(outcome: Outcome) -> Proof | None:
@@ -211,6 +231,7 @@ async def _receive(
     guest: CheckedGuest,
     address: tuple[str, int],
     attestor: PskAttestor,
+    journal: Path | None,
     run_for: float,
     as_json: bool,
 ) -> int:
@@ -219,6 +240,7 @@ async def _receive(
             guest,
             *address,
             attestor,
+            journal=journal,
             on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
             on_progress=show,
             on_stranger=note,

@@ -31,6 +31,7 @@ class Established:
     peer: Claims
     channels: int
     freshness: Freshness
+    guest_id: bytes
 
 
 def source_hello(
@@ -57,7 +58,7 @@ def finish_source(attestor: Attestor, hello: Hello, reply: bytes) -> tuple[Estab
     # Whether the guests fit is the destination's to say: once it has this evidence, neither side is a stranger.
     keys = KeySchedule(attestor.contribution(), transcript)
     own = attestor.evidence(report_data(Role.SOURCE, transcript))
-    return Established(keys, claims, hello.channels, hello.freshness), own
+    return Established(keys, claims, hello.channels, hello.freshness, hello.guest_id), own
 
 
 class DestinationAttempt:
@@ -89,7 +90,8 @@ class DestinationAttempt:
         claims = self._attestor.verify(evidence, report_data(Role.SOURCE, self._transcript))
         _check_geometry(source=self._source, destination=self._own)
         keys = KeySchedule(self._attestor.contribution(), self._transcript)
-        return Established(keys, claims, self._source.channels, self._source.freshness)
+        source = self._source
+        return Established(keys, claims, source.channels, source.freshness, source.guest_id)
 
 
 def _check_geometry(source: Hello, destination: Hello) -> None:

@@ -28,6 +28,7 @@ def main() -> int:
         "framing": plain.framing(),
         "control": plain.control(),
         "tokens": sealed.tokens(),
+        "journal": plain.journal(),
     }
     texts = {HERE / f"{name}.json": json.dumps(value, indent=1) + "\n" for name, value in made.items()}
     if "--check" in sys.argv[1:]:
