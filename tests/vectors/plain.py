@@ -1,4 +1,4 @@
-"""Vectors of all that no key protects: slot registers, frames, control messages, the journal. Every byte is written out by hand."""
+"""Vectors of all that no key protects: slot registers, frames, control messages, journal. Every byte is written by hand."""
 
 from __future__ import annotations
 
