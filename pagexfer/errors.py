@@ -24,6 +24,7 @@ class RefusalCode(enum.IntEnum):
     POLICY = (
         10  # the peer proved who it is, and the policy does not accept it; nothing of the session is left
     )
+    JOURNAL = 11  # a decision could not be written down, so it was not taken; the session cannot go on
 
 
 class PagexferError(Exception):
@@ -84,6 +85,10 @@ class GateError(PagexferError):
 
 class PageStateError(PagexferError):
     """An access or a change that the RMP refuses: unvalidated page, second PVALIDATE, page out of range."""
+
+
+class JournalError(PagexferError):
+    """The journal cannot be written: what was to be recorded has not happened."""
 
 
 class SvsmRefused(PagexferError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import secrets
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -22,12 +23,14 @@ from .engine.streams import STALL_TIMEOUT_S, listen
 from .errors import TransferAborted, UsageError
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
 from .svsm.destination import DestinationSvsm
+from .svsm.journal import FileJournal
 from .svsm.source import SourceSvsm
 from .wire.constants import GUEST_ID_BYTES, MAX_CHANNELS
 from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from .attestation import Attestor, Claims
     from .engine.progress import MigrationInfo
@@ -63,11 +66,13 @@ async def send_guest(
     channels: int = 4,
     downtime_limit_s: float = 0.3,
     stall_timeout_s: float = STALL_TIMEOUT_S,
+    journal: Path | None = None,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
 ) -> MigrationReport:
     """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
 
-    A destination that is silent, or takes nothing, for `stall_timeout_s` is taken for dead.
+    A destination that is silent, or takes nothing, for `stall_timeout_s` is taken for dead. With a file as `journal`,
+    `pagexfer recover` answers after a crash who may run the guest; without one nobody can.
 
     When it returns, the guest runs at the destination and stays parked here for good. Raises UsageError for bad arguments
     and TransferAborted otherwise: its `outcome` says whether the guest goes on here (ENDED, REFUSED) or nobody may know
@@ -79,7 +84,8 @@ async def send_guest(
         raise UsageError(f"a downtime limit is above 0 and below 2000 s, not {downtime_limit_s:g} s")
     _check_network(port, 1, stall_timeout_s)
     guest_id = secrets.token_bytes(GUEST_ID_BYTES)
-    svsm = SourceSvsm(guest.memory, guest.gate, guest.tracker, attestor, guest_id)
+    kept = None if journal is None else FileJournal.for_session(journal)
+    svsm = SourceSvsm(guest.memory, guest.gate, guest.tracker, attestor, guest_id, kept)
     engine = SourceEngine(
         _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
         [
@@ -92,7 +98,8 @@ async def send_guest(
         SourceOptions(channels, downtime_limit_s, stall_timeout_s),
         on_progress,
     )
-    return MigrationReport(await engine.run(host, port), svsm.freshness, svsm.peer)
+    with kept or nullcontext():
+        return MigrationReport(await engine.run(host, port), svsm.freshness, svsm.peer)
 
 
 async def receive_guest(
@@ -102,6 +109,7 @@ async def receive_guest(
     attestor: Attestor,
     *,
     stall_timeout_s: float = STALL_TIMEOUT_S,
+    journal: Path | None = None,
     on_listening: Callable[[int], None] = lambda _port: None,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
     on_stranger: Callable[[str], None] = lambda _line: None,
@@ -109,11 +117,13 @@ async def receive_guest(
     """Receive one guest into `guest`, which has fresh RAM and vCPUs that never ran, listening at `host`:`port`.
 
     `on_listening` gets the port, which the kernel chooses for 0; `on_stranger` one line for each connection that was not
-    the source's. When it returns, the guest runs here. Raises UsageError where the address cannot be listened at, and
-    TransferAborted where the migration failed: the guest then never runs here, except with outcome UNDECIDED.
+    the source's; `journal` is as for `send_guest`. When it returns, the guest runs here. Raises UsageError where address or
+    journal cannot be used, and TransferAborted where the migration failed: the guest then never
+    runs here, except with outcome UNDECIDED.
     """
     _check_network(port, 0, stall_timeout_s)
-    svsm = DestinationSvsm(guest.memory, guest.gate, attestor)
+    kept = None if journal is None else FileJournal.for_session(journal)
+    svsm = DestinationSvsm(guest.memory, guest.gate, attestor, kept)
     engine = DestinationEngine(
         _local_slot(CONTROL_SLOT, partial(destination_control, svsm=svsm, shared=False)),
         lambda channel: _local_slot(
@@ -125,12 +135,13 @@ async def receive_guest(
         on_stranger,
         stall_timeout_s,
     )
-    listener = await listen(host, port, stall_timeout_s)
-    try:
-        on_listening(listener.port)
-        info = await _run(engine, listener, guest.memory)
-    finally:
-        listener.close()
+    with kept or nullcontext():
+        listener = await listen(host, port, stall_timeout_s)
+        try:
+            on_listening(listener.port)
+            info = await _run(engine, listener, guest.memory)
+        finally:
+            listener.close()
     return MigrationReport(info, svsm.freshness, svsm.peer)
 
 

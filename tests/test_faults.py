@@ -55,6 +55,8 @@ _COMPLETED: Final = ({Outcome.COMPLETED}, True)
 _EXCEPTIONS: Final = {
     # A hypervisor's state is opaque and its own business: the SVSM vouches for RAM and vCPUs only.
     ("device-state", Action.FLIP): _COMPLETED,
+    # A destination that is VERIFIED and finds the token damaged says so with an abort token, and the guest goes on.
+    ("start-token", Action.FLIP): _ENDED,
     # The answer that arrived lets the start token leave; what goes wrong after it cannot be undecided by the source.
     ("ready", Action.HALF_CLOSE): _UNHEARD,
     ("ready", Action.DUPLICATE): _UNHEARD,

@@ -16,6 +16,7 @@ from pagexfer.errors import (
     GeometryError,
     GuestError,
     IntegrityError,
+    JournalError,
     KeyExhausted,
     KeyPoisoned,
     LocalProtocolError,
@@ -303,6 +304,7 @@ def test_answer_that_does_not_fit_the_buffer_uses_no_number(move: Move) -> None:
         (ReflectionError("x"), RefusalCode.INTEGRITY),
         (GateError("x"), RefusalCode.GUEST),
         (PageStateError("x"), RefusalCode.GUEST),
+        (JournalError("x"), RefusalCode.JOURNAL),
         (GuestError("x"), RefusalCode.INTERNAL),
     ],
 )

@@ -7,6 +7,7 @@ Exit codes: 0 completed; 1 ended, the guest goes on at the source; 2 bad usage; 
 from __future__ import annotations
 
 import signal
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
@@ -23,11 +24,11 @@ from .attest import attest as attest_commands
 from .attestor import attest_option, attestor_options, describe_peer, make_attestor
 from .demo import run_demo
 from .output import ProgressLine, note, print_json, print_table
+from .recover import recover
 from .values import Address, Seconds, Size
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
-    from pathlib import Path
     from typing import Any
 
     from ..attestation import Attestor
@@ -61,6 +62,7 @@ def cli() -> None:
 
 
 cli.add_command(attest_commands)
+cli.add_command(recover)
 
 
 def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -105,14 +107,23 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_journal_option = click.option(
+    "--journal",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File that says after a crash who may run the guest: see 'pagexfer recover'.",
+)
+
+
 @cli.command()
 @click.option("--to", "address", type=Address(), required=True, help="Where the destination listens.")
 @attestor_options
+@_journal_option
 @_source_options
 @_guest_options
 def send(
     address: tuple[str, int],
     attest: str,
+    journal: Path | None,
     channels: int,
     write_rate: int,
     downtime_limit: float,
@@ -126,7 +137,7 @@ def send(
     """Boot a test guest and migrate it to a destination."""
     attestor = make_attestor(Role.SOURCE, attest, files)
     with boot_guest(kind, ram, vcpus, write_rate) as guest:
-        return trio.run(_send, guest, address, attestor, channels, downtime_limit, as_json)
+        return trio.run(_send, guest, address, attestor, journal, channels, downtime_limit, as_json)
 
 
 @cli.command()
@@ -139,10 +150,12 @@ def send(
     show_default=True,
     help="Let the guest run this long, then check it.",
 )
+@_journal_option
 @_guest_options
 def receive(
     address: tuple[str, int],
     attest: str,
+    journal: Path | None,
     run_for: float,
     kind: GuestKind,
     ram: int,
@@ -155,7 +168,7 @@ def receive(
     attestor = make_attestor(Role.DESTINATION, attest, files)
     Layout.plan(ram, vcpus)
     with empty_guest(kind, ram, vcpus) as guest:
-        return trio.run(_receive, guest, address, attestor, run_for, as_json)
+        return trio.run(_receive, guest, address, attestor, journal, run_for, as_json)
 
 
 @cli.command()
@@ -187,13 +200,20 @@ async def _send(
     guest: CheckedGuest,
     address: tuple[str, int],
     attestor: Attestor,
+    journal: Path | None,
     channels: int,
     downtime_limit: float,
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
         return await send_guest(
-            guest, *address, attestor, channels=channels, downtime_limit_s=downtime_limit, on_progress=show
+            guest,
+            *address,
+            attestor,
+            channels=channels,
+            downtime_limit_s=downtime_limit,
+            journal=journal,
+            on_progress=show,
         )
 
     async def aftermath(outcome: Outcome) -> Proof | None:
@@ -208,6 +228,7 @@ async def _receive(
     guest: CheckedGuest,
     address: tuple[str, int],
     attestor: Attestor,
+    journal: Path | None,
     run_for: float,
     as_json: bool,
 ) -> int:
@@ -216,6 +237,7 @@ async def _receive(
             guest,
             *address,
             attestor,
+            journal=journal,
             on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
             on_progress=show,
             on_stranger=note,

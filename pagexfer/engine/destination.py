@@ -173,7 +173,8 @@ class DestinationEngine:
             if refused.code is RefusalCode.GEOMETRY:
                 aborted = unfit(hello, reply)
             await say_farewell(control, aborted)
-            if refused.code is not RefusalCode.GEOMETRY:
+            # The peer is the source and this side cannot serve it: waiting for another one would not help.
+            if refused.code not in (RefusalCode.GEOMETRY, RefusalCode.JOURNAL):
                 raise
             self._refused = aborted
             self._established.set()

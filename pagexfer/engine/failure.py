@@ -51,6 +51,7 @@ _REFUSALS: Final = {
     RefusalCode.EXHAUSTED: ("key-exhausted", "a channel's key reached its limit: use more channels"),
     RefusalCode.GUEST: ("guest", "the guest's vCPU or page state was refused"),
     RefusalCode.INTERNAL: ("internal", "internal fault of the SVSM"),
+    RefusalCode.JOURNAL: ("journal", "the journal could not be written: look at its disk and its folder"),
 }
 
 

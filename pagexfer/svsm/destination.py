@@ -1,7 +1,8 @@
 """The destination's SVSM: opens what comes, checks that it is all there, and decides when the guest may run.
 
 Every bundle comes in private memory (`service` sees to that) and reaches guest RAM only after its tag held (R10). The
-first thing that is wrong ends the session for good (R8): FAILED, keys wiped, and the guest never runs here.
+first thing that is wrong ends the session for good (R8): FAILED, keys wiped, and the guest never runs here. Once the
+source may wait for an answer, one key outlives that end: the abort token's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..dirty import DirtyBitmap, as_run
 from ..errors import (
     GeometryError,
     IntegrityError,
+    JournalError,
     LocalProtocolError,
     MalformedData,
     PagexferError,
@@ -39,10 +41,12 @@ from ..wire.constants import (
     TAG_BYTES,
     WORDS_PER_PAGE,
 )
+from ..wire.handshake import Role
 from ..wire.slot import SessionStatus as State
 from ..wire.token import EpochTotals, Manifest, parse_epoch_totals_untrusted, parse_manifest_untrusted
 from .content import ContentTable, state_digest, vcpu_digest
 from .handshake import DestinationAttempt, Established
+from .journal import SessionJournal
 from .sealing import Opener, Sealer
 from .states import DESTINATION, Event, StateMachine
 
@@ -50,12 +54,18 @@ if TYPE_CHECKING:
     from ..attestation import Attestor, Claims
     from ..wire.handshake import Freshness
     from .gate import VcpuGate
+    from .journal import Journal
     from .memory import GuestMemory
 
 # Open handshakes of peers that proved nothing yet; more than this many strangers at once push out the oldest.
 MAX_ATTEMPTS: Final = 16
 
 _VCPU: Final = struct.Struct("<I")
+_STATE_FOR: Final = {
+    BundleKind.READY: State.VERIFIED,
+    BundleKind.RUNNING: State.RUNNING,
+    BundleKind.ABORT_TOKEN: State.FAILED,
+}
 
 
 class Imported(NamedTuple):
@@ -69,11 +79,14 @@ class Imported(NamedTuple):
 class DestinationSvsm:
     """The trusted side of one incoming migration. The vCPUs behind `gate` are parked and never ran."""
 
-    def __init__(self, memory: GuestMemory, gate: VcpuGate, attestor: Attestor) -> None:
+    def __init__(
+        self, memory: GuestMemory, gate: VcpuGate, attestor: Attestor, journal: Journal | None = None
+    ) -> None:
         self._memory = memory
         self._gate = gate
         self._attestor = attestor
-        self._machine = StateMachine(DESTINATION)
+        self._journal = SessionJournal(Role.DESTINATION, journal)
+        self._machine = StateMachine(DESTINATION, self._journal.before_entering)
         self._attempts: dict[int, DestinationAttempt] = {}
         self._session: Established | None = None
         self._openers: list[Opener] = []
@@ -127,8 +140,8 @@ class DestinationSvsm:
     def establish(self, attempt: int, proof: bytes) -> bytes:
         """Take a source's proof; returns the last message. A handshake works once, and the first proven one wins.
 
-        Raises MalformedData or AttestationError, after which other attempts are still welcome, or GeometryError, which ends
-        this side.
+        Raises MalformedData or AttestationError, after which other attempts are still welcome; GeometryError and
+        JournalError end this side.
         """
         self._machine.require(Event.ESTABLISH)
         opened = self._attempts.pop(attempt, None)
@@ -145,7 +158,12 @@ class DestinationSvsm:
             Opener(keys, Direction.FORWARD, channel) for channel in range(self._session.channels)
         ]
         self._sealer = Sealer(keys, Direction.BACKWARD, channel=0)
-        self._machine.advance(Event.ESTABLISH)
+        self._journal.begin(keys.session, self._session.hello.guest_id)
+        try:
+            self._machine.advance(Event.ESTABLISH)
+        except JournalError:
+            self.fail()
+            raise
         return established
 
     def open_channel_untrusted(self, channel: int, package: memoryview) -> None:
@@ -187,20 +205,18 @@ class DestinationSvsm:
             raise
 
     def seal_answer(self, kind: BundleKind, out: memoryview) -> int:
-        """Seal READY (once verified), RUNNING (once running) or the abort token (once FAILED for good)."""
-        state_for = {
-            BundleKind.READY: State.VERIFIED,
-            BundleKind.RUNNING: State.RUNNING,
-            BundleKind.ABORT_TOKEN: State.VERIFIED,
-        }
-        if self._sealer is None or state_for.get(kind) is not self._machine.state:
+        """Seal READY (once verified), RUNNING (once running) or, once, the abort token of a side that was verified.
+
+        Raises LocalProtocolError out of place, JournalError where FAILED cannot be written down before the abort token.
+        """
+        if kind is BundleKind.ABORT_TOKEN and self._machine.state is State.VERIFIED:
+            self.fail()
+        if self._sealer is None or _STATE_FOR.get(kind) is not self._machine.state:
             raise LocalProtocolError(f"{kind.name} does not fit a session that is {self._machine.state.name}")
-        digest = hashlib.sha384(self._manifest).digest()
-        sealer = self._sealer
         if kind is BundleKind.ABORT_TOKEN:
-            # FAILED first, and only then the word that lets the source go on (R7).
-            self._machine.advance(Event.FAIL)
-        length = sealer.seal(kind, FINAL_EPOCH, b"", digest, out)
+            # FAILED for good first, and only then the word that lets the source go on (R7).
+            self._journal.insist(State.FAILED)
+        length = self._sealer.seal(kind, FINAL_EPOCH, b"", hashlib.sha384(self._manifest).digest(), out)
         if kind is BundleKind.ABORT_TOKEN:
             self._wipe()
         return length
@@ -212,9 +228,13 @@ class DestinationSvsm:
         self._wipe()
 
     def fail(self) -> None:
-        """End the session for good: FAILED, keys wiped. Raises LocalProtocolError once the guest runs here."""
+        """End the session for good: FAILED, keys wiped. Raises LocalProtocolError once the guest runs here.
+
+        Where READY may have left, the source may wait for a word: the key for one abort token stays.
+        """
+        keep_answer = self._machine.state in (State.VERIFIED, State.FAILED)
         self._machine.advance(Event.FAIL)
-        self._wipe()
+        self._wipe(keep_answer=keep_answer)
 
     def _import(self, channel: int, package: memoryview) -> Imported:
         opener = self._opener(channel)
@@ -341,9 +361,12 @@ class DestinationSvsm:
         for attempt in list(self._attempts):
             self._drop_attempt(attempt)
 
-    def _wipe(self) -> None:
+    def _wipe(self, *, keep_answer: bool = False) -> None:
         self._drop_attempts()
-        for stream in (*self._openers, *([self._sealer] if self._sealer else [])):
-            stream.wipe()
+        for opener in self._openers:
+            opener.wipe()
+        if self._sealer is not None and not keep_answer:
+            self._sealer.wipe()
+            self._sealer = None
         if self._session is not None:
             self._session.keys.wipe()

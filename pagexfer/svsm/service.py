@@ -13,6 +13,7 @@ from ..errors import (
     AttestationError,
     GateError,
     GeometryError,
+    JournalError,
     KeyExhausted,
     KeyPoisoned,
     LocalProtocolError,
@@ -226,5 +227,6 @@ _CODES: Final[tuple[tuple[type[PagexferError], RefusalCode], ...]] = (
     (RemoteProtocolError, RefusalCode.INTEGRITY),
     (GateError, RefusalCode.GUEST),
     (PageStateError, RefusalCode.GUEST),
+    (JournalError, RefusalCode.JOURNAL),
 )
 _COMMANDS: Final = {int(command): command for command in Command}

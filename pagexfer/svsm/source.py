@@ -35,12 +35,13 @@ from ..wire.constants import (
     PAGE_SIZE,
     TAG_BYTES,
 )
-from ..wire.handshake import Freshness
+from ..wire.handshake import Freshness, Role
 from ..wire.slot import SessionStatus as State
 from ..wire.token import EpochTotals, Manifest
 from .content import ContentTable, state_digest, vcpu_digest
 from .export import Packager
 from .handshake import Established, SourceHandshake
+from .journal import SessionJournal
 from .sealing import Opener, Sealer
 from .states import SOURCE, Event, StateMachine
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from ..attestation import Attestor, Claims
     from ..dirty import DirtyTracker
     from .gate import VcpuGate
+    from .journal import Journal
     from .memory import GuestMemory
 
 # 1 MiB of payload. Half of it keeps plaintext and ciphertext in a core's L2 cache and costs as much again in calls; twice
@@ -81,13 +83,15 @@ class SourceSvsm:
         tracker: DirtyTracker | None,
         attestor: Attestor,
         guest_id: bytes,
+        journal: Journal | None = None,
     ) -> None:
         self._memory = memory
         self._gate = gate
         self._tracker = tracker
         self._attestor = attestor
         self._guest_id = guest_id
-        self._machine = StateMachine(SOURCE)
+        self._journal = SessionJournal(Role.SOURCE, journal)
+        self._machine = StateMachine(SOURCE, self._journal.before_entering)
         self._handshake: SourceHandshake | None = None
         self._session: Established | None = None
         self._sealers: list[Sealer] = []
@@ -167,6 +171,7 @@ class SourceSvsm:
             self.abort()
             raise
         keys = self._session.keys
+        self._journal.begin(keys.session, self._guest_id)
         self._sealers = [
             Sealer(keys, Direction.FORWARD, channel) for channel in range(self._session.channels)
         ]
@@ -289,9 +294,10 @@ class SourceSvsm:
         return self._seal(BundleKind.MANIFEST, self._epoch, self._manifest, out)
 
     def start_token(self, out: memoryview) -> int:
-        """Seal the start token: the point of no return.
+        """Seal the start token: the point of no return, and durably so before the token exists (R7).
 
-        Raises NotReady before the destination's READY, and for good where a page changed after the manifest (R6).
+        Raises NotReady before the destination's READY, and for good where a page changed after the manifest (R6);
+        JournalError, with the session still PARKED, where STARTED cannot be written down.
         """
         self._machine.require(Event.START)
         if not self._peer_ready:

@@ -14,7 +14,7 @@ from ..errors import LocalProtocolError
 from ..wire.slot import SessionStatus as State
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 
 class Event(enum.Enum):
@@ -69,10 +69,18 @@ DESTINATION: Final[Mapping[tuple[State, Event], State]] = {
 
 
 class StateMachine:
-    """The state of one session under one of the tables."""
+    """The state of one session under one of the tables.
 
-    def __init__(self, table: Mapping[tuple[State, Event], State]) -> None:
+    `before_entering` hears of each new state before it is entered; what it raises keeps the session where it was.
+    """
+
+    def __init__(
+        self,
+        table: Mapping[tuple[State, Event], State],
+        before_entering: Callable[[State], None] = lambda _state: None,
+    ) -> None:
         self._table = table
+        self._before_entering = before_entering
         self.state = State.IDLE
 
     def allows(self, event: Event) -> bool:
@@ -87,5 +95,8 @@ class StateMachine:
     def advance(self, event: Event) -> State:
         """Let `event` happen. Raises LocalProtocolError, changing nothing, where the table does not allow it."""
         self.require(event)
-        self.state = self._table[self.state, event]
+        target = self._table[self.state, event]
+        if target is not self.state:
+            self._before_entering(target)
+        self.state = target
         return self.state

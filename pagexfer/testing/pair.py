@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..attestation import Attestor
     from ..dirty import DirtyTracker
     from ..svsm.gate import VcpuGate
+    from ..svsm.journal import Journal
     from ..svsm.memory import GuestMemory
     from ..wire.bundle import BundleHeader
 
@@ -68,10 +69,14 @@ class SvsmPair:
         tracker: DirtyTracker | None = None,
         channels: int = 2,
         intercept: Callable[[Message], Iterable[Message]] = lambda message: (message,),
+        source_journal: Journal | None = None,
+        destination_journal: Journal | None = None,
     ) -> None:
         guest_id = secrets.token_bytes(GUEST_ID_BYTES)
-        self.source = SourceSvsm(source_memory, source_gate, tracker, attestor, guest_id)
-        self.destination = DestinationSvsm(destination_memory, destination_gate, attestor)
+        self.source = SourceSvsm(source_memory, source_gate, tracker, attestor, guest_id, source_journal)
+        self.destination = DestinationSvsm(
+            destination_memory, destination_gate, attestor, destination_journal
+        )
         self.channels = channels
         self.intercept = intercept
         self.sent: list[Message] = []

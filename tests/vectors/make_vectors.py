@@ -29,6 +29,7 @@ def main() -> int:
         "control": plain.control(),
         "tokens": sealed.tokens(),
         "policy": policies.policies(),
+        "journal": plain.journal(),
     }
     texts = {HERE / f"{name}.json": json.dumps(value, indent=1) + "\n" for name, value in made.items()}
     if "--check" in sys.argv[1:]:

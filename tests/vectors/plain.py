@@ -1,7 +1,8 @@
-"""Vectors of all that no key protects: slot registers, frames, control messages. Every byte is written out by hand."""
+"""Vectors of all that no key protects: slot registers, frames, control messages, journal. Every byte is written by hand."""
 
 from __future__ import annotations
 
+import hashlib
 import struct
 
 from .parts import Json, bad, coded, noise, patched
@@ -357,3 +358,72 @@ def refused_messages() -> list[Json]:
         ),
     }
     return [bad(name, data) for name, data in cases.items()]
+
+
+# Journal
+
+
+def journal_record(
+    role: int,
+    status: int,
+    *,
+    magic: bytes = b"PGXJ",
+    version: int = 1,
+    session: bytes = b"",
+    guest_id: bytes = b"",
+) -> bytes:
+    """A record whose check holds, whatever its fields say."""
+    body = struct.pack(
+        "<4sHBB16s16s",
+        magic,
+        version,
+        role,
+        status,
+        session or noise("session id", 16),
+        guest_id or noise("guest id", 16),
+    )
+    return body + hashlib.sha384(body).digest()
+
+
+def journal() -> Json:
+    """Source: KEYED 3, STARTED 6, FINISHED 7, ABORTED 8. Destination: KEYED 3, VERIFIED 10, RUNNING 11, FAILED 12."""
+    kept = {1: (3, 6, 7, 8), 2: (3, 10, 11, 12)}
+    started = journal_record(1, 6)
+    foreign = {
+        f"role {role}, status {status}": journal_record(role, status)
+        for role in kept
+        for status in range(14)
+        if status not in kept[role]
+    }
+    return {
+        "records": [
+            {
+                "name": f"role {role}, status {status}",
+                "fields": {
+                    "role": role,
+                    "status": status,
+                    "session": noise("session id", 16).hex(),
+                    "guest_id": noise("guest id", 16).hex(),
+                },
+                **coded(journal_record(role, status)),
+            }
+            for role, statuses in kept.items()
+            for status in statuses
+        ],
+        "refused_records": [
+            *(bad(name, data) for name, data in foreign.items()),
+            bad("empty", b""),
+            bad("all zero", bytes(88)),
+            bad("role 0", journal_record(0, 3)),
+            bad("role 3", journal_record(3, 3)),
+            bad("status 255", journal_record(1, 255)),
+            bad("magic", journal_record(1, 6, magic=b"PGXH")),
+            bad("version 0", journal_record(1, 6, version=0)),
+            bad("version 2", journal_record(1, 6, version=2)),
+            bad("trailing byte", started + b"\0"),
+            *(
+                bad(f"byte {index} damaged", patched(started, index, bytes([started[index] ^ 1])))
+                for index in (6, 7, 8, 24, 39, 40, 87)
+            ),
+        ],
+    }

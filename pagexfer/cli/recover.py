@@ -1,0 +1,81 @@
+"""`pagexfer recover`: who may run the guest, from the journal of one side or of both.
+
+Exit codes: 0 decided; 2 bad usage, or a file that is no journal; 4 undecided, and the advice says what decides it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import JournalError, Outcome, UsageError
+from ..svsm.journal import abandon as abandon_journal
+from ..svsm.journal import read_journal
+from ..svsm.recovery import MayRun, judge, judge_both
+from .output import note, print_json, print_table
+
+if TYPE_CHECKING:
+    from ..wire.journal import JournalRecord
+
+
+@click.command()
+@click.argument("journals", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--abandon",
+    is_flag=True,
+    help="Make a dead destination that is VERIFIED FAILED for good, so that the source may run the guest.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def recover(journals: tuple[Path, ...], *, abandon: bool, as_json: bool) -> int:
+    """Say who may run a guest whose move was cut off, from one side's JOURNALS file or from both sides'.
+
+    Exit code 0: decided. 4: undecided, do what it says and ask again. 2: not the journals of one move.
+    """
+    if len(journals) > 2 or (abandon and len(journals) > 1):
+        raise UsageError(
+            "give one journal" if abandon else "give one journal, or the source's and the destination's"
+        )
+    if abandon:
+        try:
+            abandon_journal(journals[0])
+        except JournalError as error:
+            raise UsageError(str(error)) from None
+    found = [read_journal(path) for path in journals]
+    report, decided = _report_one(*found[0]) if len(found) == 1 else _report_both(found)
+    if as_json:
+        print_json({**report, "decided": decided})
+    else:
+        print_table(report)
+    if not decided:
+        note(f"undecided: {report['what-to-do']}")
+    return Outcome.COMPLETED if decided else Outcome.UNDECIDED
+
+
+def _report_one(record: JournalRecord, active: bool) -> tuple[dict[str, object], bool]:
+    verdict = judge(record, active=active)
+    return {
+        "role": record.role.name.lower(),
+        "session": record.session.hex(),
+        "guest-id": record.guest_id.hex(),
+        "state": record.status.name,
+        "in-use": active,
+        "may-run": verdict.may_run.value,
+        "what-to-do": verdict.advice,
+    }, verdict.decided
+
+
+def _report_both(found: list[tuple[JournalRecord, bool]]) -> tuple[dict[str, object], bool]:
+    active = any(live for _, live in found)
+    source, destination = sorted((record for record, _ in found), key=lambda record: record.role)
+    verdict = judge_both(source, destination, active=active)
+    return {
+        "session": source.session.hex(),
+        "guest-id": source.guest_id.hex(),
+        "source-state": source.status.name,
+        "destination-state": destination.status.name,
+        "in-use": active,
+        "may-run": MayRun.UNDECIDED.value if verdict.runner is None else f"the {verdict.runner.name.lower()}",
+        "what-to-do": verdict.advice,
+    }, verdict.runner is not None

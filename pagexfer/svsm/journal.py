@@ -1,0 +1,232 @@
+"""The journal: what a side decided about its session, durably, for whoever asks after a crash who may run the guest.
+
+A decision is written down before it takes effect: the source's STARTED before the start token leaves (R7), and the
+destination's VERIFIED before READY leaves, its RUNNING before a vCPU is released, its FAILED before the abort token leaves.
+
+A file has one record (`wire.journal`), replaced as a whole. On hardware the SVSM would have the host store it, sealed under
+a key that the processor derives; here the trusted side writes the file itself.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from typing import TYPE_CHECKING, Final, Protocol
+
+from ..errors import JournalError, MalformedData, UsageError
+from ..wire.handshake import Role
+from ..wire.journal import JOURNAL_BYTES, JOURNALED, JournalRecord, parse_journal_untrusted
+from ..wire.slot import SessionStatus as State
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+# What cannot be written down is not done. For the other statuses the record before leaves whoever asks with no wrong
+# answer, and a guest that goes on, a move that is complete or a session that has failed is not undone by a full disk:
+# KEYED says the same as ABORTED and FAILED, and STARTED sends to a destination that is RUNNING, or FAILED, durably.
+_DURABLE_FIRST: Final = frozenset({State.KEYED, State.STARTED, State.VERIFIED, State.RUNNING})
+# Records that a new session may replace: they say of the old one that its guest stayed at the source.
+_REPLACEABLE: Final = frozenset({State.KEYED, State.ABORTED, State.FAILED})
+
+
+class Journal(Protocol):
+    """Port to where a side keeps its record. A new record replaces the one before."""
+
+    def record(self, record: JournalRecord) -> None:
+        """Keep `record`: durable when it returns. Raises JournalError where that cannot be said."""
+        ...
+
+
+class SessionJournal:
+    """What one session writes down, each status before it is entered; nothing where there is no journal."""
+
+    def __init__(self, role: Role, journal: Journal | None) -> None:
+        self._role = role
+        self._journal = journal
+        self._ids: tuple[bytes, bytes] | None = None
+
+    def begin(self, session: bytes, guest_id: bytes) -> None:
+        """The session has a name from here on; what came before is nobody's to recover."""
+        self._ids = session, guest_id
+
+    def before_entering(self, status: State) -> None:
+        """For `StateMachine`. Raises JournalError where `status` must not be entered without a record of it."""
+        if status not in JOURNALED[self._role]:
+            return
+        try:
+            self.insist(status)
+        except JournalError:
+            if status in _DURABLE_FIRST:
+                raise
+
+    def insist(self, status: State) -> None:
+        """Make sure that `status` stands in the journal. Raises JournalError where it does not."""
+        if self._journal is not None and self._ids is not None:
+            self._journal.record(JournalRecord(self._role, status, *self._ids))
+
+
+class FileJournal:
+    """A journal in a file, which is this object's alone until `close`: `last` is its record, None for a new file.
+
+    There is a whole record at `path` at every moment: the next one is written beside it, as `path` with `.new`, and renamed
+    over it. Whichever of the two files exists is locked (flock), so that others see whether its process still lives.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises UsageError where the file is no journal, cannot be written, or is another process's."""
+        self.path = path
+        self.last: JournalRecord | None = None
+        self._new = path.parent / f"{path.name}.new"
+        self._current: int | None = None
+        self._next: int | None = None
+        try:
+            self._current = _open_existing(path)
+            if self._current is not None:
+                self._lock(self._current)
+                self.last = _read(self._current, path)
+            self._next = self._prepare()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, OSError):
+                raise UsageError(f"cannot use the journal {path}: {error.strerror}") from None
+            raise
+
+    @classmethod
+    def for_session(cls, path: Path) -> FileJournal:
+        """The journal of a session that begins. Raises UsageError also where the file says that a guest has left."""
+        journal = cls(path)
+        last = journal.last
+        if last is None or last.status in _REPLACEABLE:
+            return journal
+        journal.close()
+        raise UsageError(
+            f"the journal {path} is still needed: it says {last.status.name} of a {last.role.name.lower()}'s session; "
+            f"run 'pagexfer recover {path}', and give a new move a file of its own"
+        )
+
+    def record(self, record: JournalRecord) -> None:
+        """See `Journal`; after an error either the record before or this one is at `path`, and both are whole."""
+        try:
+            if self._next is None:
+                self._next = self._prepare()
+            os.ftruncate(self._next, 0)
+            if os.pwrite(self._next, record.pack(), 0) != JOURNAL_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._next)
+            os.replace(self._new, self.path)
+            replaced, self._current, self._next = self._current, self._next, None
+            if replaced is not None:
+                os.close(replaced)
+            _sync_folder(self.path)
+        except OSError as error:
+            raise JournalError(f"cannot write the journal {self.path}: {error.strerror}") from error
+        self.last = record
+
+    def close(self) -> None:
+        """Give the file back. It stays, with its last record."""
+        if self._next is not None:
+            self._new.unlink(missing_ok=True)
+        for descriptor in (self._current, self._next):
+            if descriptor is not None:
+                os.close(descriptor)
+        self._current = self._next = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _prepare(self) -> int:
+        descriptor = os.open(
+            self._new, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600
+        )
+        try:
+            os.fchmod(descriptor, 0o600)
+            self._lock(descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"the journal {self.path} is in use: its process still runs") from None
+
+
+def read_journal(path: Path) -> tuple[JournalRecord, bool]:
+    """The record at `path`, and whether the process that writes it still lives. Raises UsageError where there is none."""
+    try:
+        descriptor = _open_existing(path)
+        if descriptor is None:
+            raise UsageError(f"there is no journal {path}: no session of its side got as far as keys")
+        try:
+            return _read(descriptor, path), _is_locked(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise UsageError(f"cannot read the journal {path}: {error.strerror}") from None
+
+
+def abandon(path: Path) -> None:
+    """Make the journal of a destination that died VERIFIED say FAILED, so that the source may run the guest.
+
+    The operator's word instead of an abort token: nothing authenticates it. Raises UsageError where the journal is not that
+    of such a destination or its process still lives, JournalError where it cannot be written.
+    """
+    with FileJournal(path) as journal:
+        last = journal.last
+        if last is None:
+            raise UsageError(f"there is no journal {path}")
+        if (last.role, last.status) != (Role.DESTINATION, State.VERIFIED):
+            raise UsageError(
+                f"only a destination that is VERIFIED can be abandoned; {path} is of a {last.role.name.lower()} that is "
+                f"{last.status.name}"
+            )
+        journal.record(JournalRecord(last.role, State.FAILED, last.session, last.guest_id))
+
+
+def _open_existing(path: Path) -> int | None:
+    """A descriptor of the regular file at `path`, None where there is nothing. Raises OSError or UsageError."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UsageError(f"{path} is no journal: not a regular file")
+    return descriptor
+
+
+def _read(descriptor: int, path: Path) -> JournalRecord:
+    try:
+        return parse_journal_untrusted(os.pread(descriptor, JOURNAL_BYTES + 1, 0))
+    except MalformedData as error:
+        raise UsageError(f"{path} is no journal: {error}") from None
+
+
+def _is_locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    return False
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

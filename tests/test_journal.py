@@ -1,0 +1,293 @@
+"""The journal of a session: each decision is written down before it takes effect, and not taken where it cannot be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from pagexfer.errors import IntegrityError, JournalError, KeyPoisoned, LocalProtocolError
+from pagexfer.testing import SvsmPair
+from pagexfer.wire.bundle import HEADER_BYTES, MAX_BUNDLE_BYTES, BundleKind
+from pagexfer.wire.handshake import Role
+from pagexfer.wire.slot import SessionStatus as State
+
+from .small_guests import ATTESTOR, Move
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pagexfer.wire.journal import JournalRecord
+
+
+class Moment:
+    """What was true when a record was written."""
+
+    def __init__(self, journaled: JournaledMove, record: JournalRecord) -> None:
+        pair = journaled.move.pair
+        self.record = record
+        self.status = record.status
+        side = pair.source if record.role is Role.SOURCE else pair.destination
+        self.before = side.state
+        self.source_runs = journaled.move.guest.gate.running
+        self.destination_runs = journaled.move.gate.running
+        self.sealed = any(journaled.out)
+
+
+class Probe:
+    """A journal that notes the moments of its records, and has no room for those in `full`."""
+
+    def __init__(self, journaled: JournaledMove) -> None:
+        self._journaled = journaled
+        self.moments: list[Moment] = []
+        self.full: set[State] = set()
+
+    def record(self, record: JournalRecord) -> None:
+        self.moments.append(Moment(self._journaled, record))
+        if record.status in self.full:
+            raise JournalError("no space left on device")
+
+    def statuses(self) -> list[State]:
+        return [moment.status for moment in self.moments]
+
+    def moment(self, status: State) -> Moment:
+        return next(moment for moment in self.moments if moment.status is status)
+
+
+class JournaledMove:
+    """A small move with a journal at both sides. `out` is where `seal` has bundles sealed."""
+
+    def __init__(self) -> None:
+        self.source, self.destination = Probe(self), Probe(self)
+        self.out = bytearray(MAX_BUNDLE_BYTES)
+        self.move = Move()
+        self.move.pair = self.pair = SvsmPair(
+            self.move.guest.memory,
+            self.move.guest.gate,
+            self.move.memory,
+            self.move.gate,
+            ATTESTOR,
+            tracker=self.move.guest.tracker,
+            source_journal=self.source,
+            destination_journal=self.destination,
+        )
+
+    def until_ready(self) -> None:
+        self.pair.until_manifest()
+        self.pair.manifest()
+        self.pair.ready()
+
+    def seal(self, call: Callable[..., int], *arguments: object) -> int:
+        """Seal into a clean buffer."""
+        self.out[:] = bytes(len(self.out))
+        return call(*arguments, memoryview(self.out))
+
+
+@pytest.fixture
+def journaled() -> Iterator[JournaledMove]:
+    journaled = JournaledMove()
+    yield journaled
+    journaled.move.close()
+
+
+# What is written, and when
+
+
+def test_a_whole_move(journaled: JournaledMove) -> None:
+    journaled.pair.migrate()
+    assert journaled.source.statuses() == [State.KEYED, State.STARTED, State.FINISHED]
+    assert journaled.destination.statuses() == [State.KEYED, State.VERIFIED, State.RUNNING]
+    records = [moment.record for side in (journaled.source, journaled.destination) for moment in side.moments]
+    assert {record.session for record in records} == {journaled.pair.destination.session}
+    assert {record.guest_id for record in records} == {journaled.pair.source._guest_id}
+    assert len(records[0].guest_id) == 16
+    assert {moment.record.role for moment in journaled.source.moments} == {Role.SOURCE}
+    assert {moment.record.role for moment in journaled.destination.moments} == {Role.DESTINATION}
+
+
+def test_started_is_written_before_the_start_token_is_sealed(journaled: JournaledMove) -> None:
+    journaled.until_ready()
+    assert journaled.seal(journaled.pair.source.start_token)
+    moment = journaled.source.moment(State.STARTED)
+    assert (moment.before, moment.sealed) == (State.PARKED, False)
+    assert any(journaled.out)
+
+
+def test_verified_is_written_before_ready_can_be_had_and_running_before_a_vcpu_is_released(
+    journaled: JournaledMove,
+) -> None:
+    journaled.pair.migrate()
+    verified, running = (journaled.destination.moment(state) for state in (State.VERIFIED, State.RUNNING))
+    assert verified.before is State.IMPORTING
+    assert (running.before, running.destination_runs) == (State.VERIFIED, False)
+    assert journaled.move.gate.running
+
+
+def test_failed_is_written_before_the_abort_token_is_sealed(journaled: JournaledMove) -> None:
+    journaled.until_ready()
+    assert journaled.seal(journaled.pair.destination.seal_answer, BundleKind.ABORT_TOKEN)
+    moments = [moment for moment in journaled.destination.moments if moment.status is State.FAILED]
+    assert moments
+    assert not any(moment.sealed for moment in moments)
+    assert any(journaled.out)
+
+
+def test_aborted_is_written_when_the_session_is_given_up(journaled: JournaledMove) -> None:
+    journaled.pair.until_precopy()
+    journaled.pair.source.abort()
+    journaled.pair.destination.fail()
+    assert journaled.source.statuses() == [State.KEYED, State.ABORTED]
+    assert journaled.destination.statuses() == [State.KEYED, State.FAILED]
+
+
+def test_nothing_is_written_of_a_session_without_a_name(journaled: JournaledMove) -> None:
+    journaled.pair.source.prepare(2)
+    journaled.pair.source.abort()
+    journaled.pair.destination.fail()
+    assert journaled.source.statuses() == journaled.destination.statuses() == []
+
+
+# What cannot be written is not done
+
+
+def test_without_a_record_of_started_there_is_no_start_token(journaled: JournaledMove) -> None:
+    journaled.until_ready()
+    journaled.source.full = {State.STARTED}
+    counter = journaled.pair.source._sealers[0].counter
+    with pytest.raises(JournalError):
+        journaled.seal(journaled.pair.source.start_token)
+    assert journaled.pair.source.state is State.PARKED
+    assert not any(journaled.out)
+    assert journaled.pair.source._sealers[0].counter == counter
+    journaled.pair.source.abort()
+    assert journaled.move.guest.gate.running
+
+
+def test_a_disk_with_room_again_lets_the_move_go_on(journaled: JournaledMove) -> None:
+    journaled.until_ready()
+    journaled.source.full = {State.STARTED}
+    with pytest.raises(JournalError):
+        journaled.pair.start()
+    journaled.source.full = set()
+    journaled.pair.start()
+    journaled.pair.running()
+    assert journaled.move.arrived()
+
+
+def test_a_source_without_a_record_of_keyed_has_no_session(journaled: JournaledMove) -> None:
+    journaled.source.full = {State.KEYED}
+    with pytest.raises(JournalError):
+        journaled.pair.handshake()
+    assert journaled.pair.source.state not in (State.KEYED, State.PRECOPY)
+    journaled.pair.source.abort()
+    assert journaled.move.guest.gate.running
+
+
+def test_a_destination_without_a_record_of_keyed_fails(journaled: JournaledMove) -> None:
+    journaled.destination.full = {State.KEYED}
+    with pytest.raises(JournalError):
+        journaled.pair.handshake()
+    assert journaled.pair.destination.state is State.FAILED
+
+
+def test_without_a_record_of_verified_there_is_no_ready(journaled: JournaledMove) -> None:
+    journaled.destination.full = {State.VERIFIED}
+    journaled.pair.until_manifest()
+    with pytest.raises(JournalError):
+        journaled.pair.manifest()
+    assert journaled.pair.destination.state is State.FAILED
+    for kind in (BundleKind.READY, BundleKind.ABORT_TOKEN):
+        with pytest.raises(LocalProtocolError):
+            journaled.pair.seal_answer(kind)
+    journaled.pair.source.abort()
+    assert journaled.move.guest.gate.running
+
+
+def test_without_a_record_of_running_no_vcpu_runs_and_the_source_hears_of_it(
+    journaled: JournaledMove,
+) -> None:
+    journaled.until_ready()
+    journaled.destination.full = {State.RUNNING}
+    with pytest.raises(JournalError):
+        journaled.pair.start()
+    assert not journaled.move.gate.running
+    assert journaled.destination.statuses()[-1] is State.FAILED
+    journaled.pair.send(journaled.pair.seal_answer(BundleKind.ABORT_TOKEN))
+    assert journaled.pair.source.state is State.ABORTED
+    assert journaled.move.guest.gate.running
+
+
+def test_without_a_record_of_failed_there_is_no_abort_token(journaled: JournaledMove) -> None:
+    journaled.until_ready()
+    journaled.destination.full = {State.FAILED}
+    for _ in range(2):
+        with pytest.raises(JournalError):
+            journaled.seal(journaled.pair.destination.seal_answer, BundleKind.ABORT_TOKEN)
+        assert not any(journaled.out)
+        assert journaled.pair.destination.state is State.FAILED  # for good, though nobody may be told so
+    journaled.destination.full = set()
+    journaled.pair.destination.fail()
+    journaled.pair.send(journaled.pair.seal_answer(BundleKind.ABORT_TOKEN))
+    assert journaled.move.guest.gate.running
+
+
+def test_a_guest_that_goes_on_or_has_moved_needs_no_room_on_a_disk(journaled: JournaledMove) -> None:
+    journaled.source.full = {State.ABORTED, State.FINISHED}
+    journaled.pair.migrate()
+    assert journaled.pair.source.state is State.FINISHED
+    other = JournaledMove()
+    other.source.full = {State.ABORTED}
+    other.pair.until_precopy()
+    other.pair.source.abort()
+    assert other.move.guest.gate.running
+    other.move.close()
+
+
+# A destination that fails once it may have said READY
+
+
+@pytest.mark.parametrize("fails", ["damaged start token", "replayed manifest", "told to"])
+def test_a_destination_that_fails_once_verified_gives_one_abort_token(
+    journaled: JournaledMove, fails: str
+) -> None:
+    journaled.until_ready()
+    pair = journaled.pair
+    manifest = next(message for message in pair.sent if message.header.kind is BundleKind.MANIFEST)
+    token = pair.seal_token(BundleKind.START_TOKEN)
+    match fails:
+        case "told to":
+            pair.destination.fail()
+        case "replayed manifest":
+            with pytest.raises(IntegrityError):
+                pair.deliver(manifest)
+        case _:
+            with pytest.raises(IntegrityError):
+                pair.deliver(token.flipped(HEADER_BYTES + 7))
+    assert pair.destination.state is State.FAILED
+    assert journaled.destination.statuses()[-1] is State.FAILED
+    for kind in (BundleKind.READY, BundleKind.RUNNING):
+        with pytest.raises(LocalProtocolError):
+            pair.seal_answer(kind)
+    with pytest.raises(KeyPoisoned):  # that one key is all that is left
+        pair.destination._openers[0]._checked_cipher(0)
+    with pytest.raises(KeyPoisoned):
+        pair.destination._established().keys._secret.reveal()
+    pair.destination.fail()
+    word = pair.seal_answer(BundleKind.ABORT_TOKEN)
+    with pytest.raises(LocalProtocolError):
+        pair.seal_answer(BundleKind.ABORT_TOKEN)
+    with pytest.raises(LocalProtocolError):
+        pair.deliver(token)
+    assert not journaled.move.gate.running
+    pair.send(word)
+    assert pair.source.state is State.ABORTED
+    assert journaled.move.guest.gate.running
+
+
+def test_a_destination_that_never_was_verified_gives_no_abort_token(journaled: JournaledMove) -> None:
+    journaled.pair.until_manifest()
+    message = journaled.pair.seal_token(BundleKind.MANIFEST)
+    with pytest.raises(IntegrityError):
+        journaled.pair.deliver(message.flipped(-1))
+    with pytest.raises(LocalProtocolError):
+        journaled.pair.seal_answer(BundleKind.ABORT_TOKEN)
