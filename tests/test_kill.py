@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -130,11 +131,33 @@ def machines() -> Iterator[Machines]:
 
 
 def _receive(psk: str) -> tuple[str, ...]:
-    return "receive", "--listen", f"{HOST}:0", "--psk-file", psk, "--run-for", "50ms", *_GUEST
+    journal = _journals(psk)[1]
+    return (
+        *("receive", "--listen", f"{HOST}:0", "--psk-file", psk, "--journal", journal),
+        *("--run-for", "50ms", *_GUEST),
+    )
 
 
 def _send(psk: str, port: int, *options: str) -> tuple[str, ...]:
-    return "send", "--to", f"{HOST}:{port}", "--psk-file", psk, *options, *_GUEST
+    journal = _journals(psk)[0]
+    return "send", "--to", f"{HOST}:{port}", "--psk-file", psk, "--journal", journal, *options, *_GUEST
+
+
+def _journals(psk: str) -> tuple[str, str]:
+    """Where the source and the destination keep theirs."""
+    return f"{psk}.source", f"{psk}.destination"
+
+
+def _recover(*arguments: str) -> tuple[int, dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pagexfer", "recover", "--json", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    report: dict[str, Any] = json.loads(done.stdout)
+    return done.returncode, report
 
 
 async def _port(side: _Side) -> int:
@@ -167,17 +190,17 @@ async def test_destination_killed_while_it_waits(psk: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("point", "outcome"),
+    ("point", "outcome", "left"),
     [
-        (lambda: at_frame(FrameType.HELLO, channel=0), Outcome.ENDED),
-        (lambda: after_bytes(1, 1 << 20), Outcome.ENDED),
-        (lambda: at_bundle(BundleKind.MANIFEST), Outcome.ENDED),
-        (lambda: at_bundle(BundleKind.START_TOKEN), Outcome.UNDECIDED),
+        (lambda: at_frame(FrameType.HELLO, channel=0), Outcome.ENDED, "KEYED"),
+        (lambda: after_bytes(1, 1 << 20), Outcome.ENDED, "KEYED"),
+        (lambda: at_bundle(BundleKind.MANIFEST), Outcome.ENDED, "KEYED"),
+        (lambda: at_bundle(BundleKind.START_TOKEN), Outcome.UNDECIDED, "VERIFIED"),
     ],
     ids=["handshake", "mid-epoch", "black-out", "start-token"],
 )
 async def test_destination_killed_at(
-    psk: str, point: Callable[[], Callable[[Frame], bool]], outcome: Outcome
+    psk: str, point: Callable[[], Callable[[Frame], bool]], outcome: Outcome, left: str
 ) -> None:
     with trio.fail_after(PATIENCE_S):
         async with _side(*_receive(psk)) as destination, trio.open_nursery() as nursery:
@@ -198,6 +221,21 @@ async def test_destination_killed_at(
     else:
         assert "stays parked here" in report["error"]["message"]
         assert "progressed" not in report["guest"]
+    await _only_the_source_may_run(psk, left)
+
+
+async def _only_the_source_may_run(psk: str, left: str) -> None:
+    """What both journals say after the destination died in the state `left`, in which it never ran the guest."""
+    source, destination = _journals(psk)
+    code, report = await trio.to_thread.run_sync(_recover, source, destination)
+    assert report["destination-state"] == left
+    assert report["source-state"] == ("STARTED" if left == "VERIFIED" else "ABORTED")
+    if left == "VERIFIED":
+        assert (code, report["may-run"]) == (Outcome.UNDECIDED, "not decided yet")
+        code, alone = await trio.to_thread.run_sync(_recover, "--abandon", destination)
+        assert (code, alone["may-run"]) == (Outcome.COMPLETED, "not this side")
+        code, report = await trio.to_thread.run_sync(_recover, source, destination)
+    assert (code, report["may-run"]) == (Outcome.COMPLETED, "the source")
 
 
 @pytest.mark.parametrize(
@@ -224,16 +262,16 @@ async def test_destination_stopped_at(
 
 
 @pytest.mark.parametrize(
-    ("point", "outcome"),
+    ("point", "outcome", "left"),
     [
-        (lambda: after_bytes(1, 1 << 20), Outcome.ENDED),
-        (lambda: at_bundle(BundleKind.MANIFEST), Outcome.ENDED),
-        (lambda: at_bundle(BundleKind.START_TOKEN), Outcome.COMPLETED),
+        (lambda: after_bytes(1, 1 << 20), Outcome.ENDED, "KEYED"),
+        (lambda: at_bundle(BundleKind.MANIFEST), Outcome.ENDED, "KEYED"),
+        (lambda: at_bundle(BundleKind.START_TOKEN), Outcome.COMPLETED, "STARTED"),
     ],
     ids=["mid-epoch", "black-out", "start-token"],
 )
 async def test_source_killed_at(
-    psk: str, point: Callable[[], Callable[[Frame], bool]], outcome: Outcome
+    psk: str, point: Callable[[], Callable[[Frame], bool]], outcome: Outcome, left: str
 ) -> None:
     with trio.fail_after(PATIENCE_S):
         async with _side(*_receive(psk)) as destination, trio.open_nursery() as nursery:
@@ -256,3 +294,39 @@ async def test_source_killed_at(
     else:
         assert report["error"]["reason"] == "connection"
         assert "progressed" not in report["guest"]
+    code, verdict = await trio.to_thread.run_sync(_recover, *_journals(psk))
+    assert verdict["source-state"] == left
+    runner = "the destination" if outcome is Outcome.COMPLETED else "the source"
+    assert (code, verdict["may-run"]) == (Outcome.COMPLETED, runner)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_a_disk_that_is_full_at_switchover(psk: str, side: str) -> None:
+    """What cannot be written down is not done: no start token leaves, or no vCPU runs; and the source may run the guest."""
+    sides: dict[str, _Side] = {}
+
+    def fill_disk() -> None:
+        resource.prlimit(sides[side].process.pid, resource.RLIMIT_FSIZE, (0, 0))
+
+    with trio.fail_after(PATIENCE_S):
+        async with _side(*_receive(psk)) as destination, trio.open_nursery() as nursery:
+            sides["destination"] = destination
+            point = BundleKind.READY if side == "source" else BundleKind.START_TOKEN
+            proxy = FaultProxy(HOST, await _port(destination), at_bundle(point), Action.PASS, fill_disk)
+            async with _side(*_send(psk, await nursery.start(proxy.serve), *_CALM)) as source:
+                sides["source"] = source
+                code = await source.end()
+            assert await destination.end() == Outcome.ENDED
+            nursery.cancel_scope.cancel()
+    assert destination.report()["error"]["reason"] == "journal"
+    report = source.report()
+    assert "the journal could not be written" in report["error"]["message"]
+    if side == "source":
+        assert (code, report["error"]["reason"]) == (Outcome.ENDED, "journal")
+        assert _goes_on(report)
+        code, verdict = await trio.to_thread.run_sync(_recover, *_journals(psk))
+        assert (verdict["source-state"], verdict["destination-state"]) == ("KEYED", "FAILED")
+        assert (code, verdict["may-run"]) == (Outcome.COMPLETED, "the source")
+    else:  # it could not write down that it FAILED either, so it gave no abort token
+        assert (code, report["error"]["reason"]) == (Outcome.UNDECIDED, "undecided")
+        await _only_the_source_may_run(psk, "VERIFIED")
