@@ -19,11 +19,12 @@ from .engine.destination import DestinationEngine
 from .engine.slots import Slot
 from .engine.source import SourceEngine, SourceOptions
 from .engine.streams import STALL_TIMEOUT_S, listen
-from .errors import TransferAborted, UsageError
+from .errors import LedgerRefused, MalformedData, TransferAborted, UsageError
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
 from .svsm.destination import DestinationSvsm
 from .svsm.source import SourceSvsm
 from .wire.constants import GUEST_ID_BYTES, MAX_CHANNELS
+from .wire.ledger import guest_id_of
 from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory
 
 if TYPE_CHECKING:
@@ -47,11 +48,16 @@ _PREFAULT_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class MigrationReport:
-    """A completed migration: its final figures, who vouched for the dirty pages, and what the peer proved of itself."""
+    """A completed migration: its final figures, who vouched for the dirty pages, and what the peer proved of itself.
+
+    `ledger` is the guest's ledger as this side has it: at the destination with the record of this move, which the source
+    never gets.
+    """
 
     info: MigrationInfo
     freshness: Freshness
     peer: Claims
+    ledger: bytes
 
 
 async def send_guest(
@@ -60,12 +66,15 @@ async def send_guest(
     port: int,
     attestor: Attestor,
     *,
+    ledger: bytes = b"",
     channels: int = 4,
     downtime_limit_s: float = 0.3,
     stall_timeout_s: float = STALL_TIMEOUT_S,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
 ) -> MigrationReport:
     """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
+
+    `ledger` is what the guest's last destination reported as its ledger, empty for a guest that never moved.
 
     A destination that is silent, or takes nothing, for `stall_timeout_s` is taken for dead.
 
@@ -78,8 +87,11 @@ async def send_guest(
     if not 0 < downtime_limit_s < 2000:
         raise UsageError(f"a downtime limit is above 0 and below 2000 s, not {downtime_limit_s:g} s")
     _check_network(port, 1, stall_timeout_s)
-    guest_id = secrets.token_bytes(GUEST_ID_BYTES)
-    svsm = SourceSvsm(guest.memory, guest.gate, guest.tracker, attestor, guest_id)
+    try:
+        guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
+        svsm = SourceSvsm(guest.memory, guest.gate, guest.tracker, attestor, guest_id, ledger)
+    except (MalformedData, LedgerRefused) as error:
+        raise UsageError(f"this is not the ledger of a guest: {error}") from None
     engine = SourceEngine(
         _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
         [
@@ -92,7 +104,7 @@ async def send_guest(
         SourceOptions(channels, downtime_limit_s, stall_timeout_s),
         on_progress,
     )
-    return MigrationReport(await engine.run(host, port), svsm.freshness, svsm.peer)
+    return MigrationReport(await engine.run(host, port), svsm.freshness, svsm.peer, ledger)
 
 
 async def receive_guest(
@@ -131,7 +143,7 @@ async def receive_guest(
         info = await _run(engine, listener, guest.memory)
     finally:
         listener.close()
-    return MigrationReport(info, svsm.freshness, svsm.peer)
+    return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
 
 
 async def _run(engine: DestinationEngine, listener: Listener, memory: GuestMemory) -> MigrationInfo:
