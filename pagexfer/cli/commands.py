@@ -22,6 +22,7 @@ from ..wire.handshake import AttestorKind, Role
 from .attest import attest as attest_commands
 from .attestor import attest_option, attestor_options, describe_peer, make_attestor
 from .demo import run_demo
+from .ledger import check_writable, ledger_commands, ledger_option, read_ledger, write_ledger
 from .output import ProgressLine, note, print_json, print_table
 from .values import Address, Seconds, Size
 
@@ -61,6 +62,7 @@ def cli() -> None:
 
 
 cli.add_command(attest_commands)
+cli.add_command(ledger_commands)
 
 
 def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,11 +110,13 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @cli.command()
 @click.option("--to", "address", type=Address(), required=True, help="Where the destination listens.")
 @attestor_options
+@ledger_option("The guest's ledger so far; without the file, this is its first move.")
 @_source_options
 @_guest_options
 def send(
     address: tuple[str, int],
     attest: str,
+    ledger: Path | None,
     channels: int,
     write_rate: int,
     downtime_limit: float,
@@ -125,13 +129,15 @@ def send(
 ) -> int:
     """Boot a test guest and migrate it to a destination."""
     attestor = make_attestor(Role.SOURCE, attest, files)
+    moves = read_ledger(ledger)
     with boot_guest(kind, ram, vcpus, write_rate) as guest:
-        return trio.run(_send, guest, address, attestor, channels, downtime_limit, as_json)
+        return trio.run(_send, guest, address, attestor, moves, channels, downtime_limit, as_json)
 
 
 @cli.command()
 @click.option("--listen", "address", type=Address(), required=True, help="Port 0 lets the kernel choose.")
 @attestor_options
+@ledger_option("Where to write the guest's ledger, with the record of this move.")
 @click.option(
     "--run-for",
     type=Seconds(),
@@ -143,6 +149,7 @@ def send(
 def receive(
     address: tuple[str, int],
     attest: str,
+    ledger: Path | None,
     run_for: float,
     kind: GuestKind,
     ram: int,
@@ -153,9 +160,10 @@ def receive(
 ) -> int:
     """Receive one test guest, let it run on, and check its whole RAM."""
     attestor = make_attestor(Role.DESTINATION, attest, files)
+    check_writable(ledger)
     Layout.plan(ram, vcpus)
     with empty_guest(kind, ram, vcpus) as guest:
-        return trio.run(_receive, guest, address, attestor, run_for, as_json)
+        return trio.run(_receive, guest, address, attestor, ledger, run_for, as_json)
 
 
 @cli.command()
@@ -187,13 +195,20 @@ async def _send(
     guest: CheckedGuest,
     address: tuple[str, int],
     attestor: Attestor,
+    moves: bytes,
     channels: int,
     downtime_limit: float,
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
         return await send_guest(
-            guest, *address, attestor, channels=channels, downtime_limit_s=downtime_limit, on_progress=show
+            guest,
+            *address,
+            attestor,
+            ledger=moves,
+            channels=channels,
+            downtime_limit_s=downtime_limit,
+            on_progress=show,
         )
 
     async def aftermath(outcome: Outcome) -> Proof | None:
@@ -208,11 +223,12 @@ async def _receive(
     guest: CheckedGuest,
     address: tuple[str, int],
     attestor: Attestor,
+    ledger: Path | None,
     run_for: float,
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
-        return await receive_guest(
+        done = await receive_guest(
             guest,
             *address,
             attestor,
@@ -220,6 +236,9 @@ async def _receive(
             on_progress=show,
             on_stranger=note,
         )
+        if ledger is not None:
+            _keep(done.ledger, ledger)
+        return done
 
     async def aftermath(outcome: Outcome) -> Proof | None:
         return await prove(guest, run_for) if outcome is Outcome.COMPLETED else None
@@ -280,6 +299,14 @@ def _print_report(report: dict[str, object], *, as_json: bool) -> None:
     error = report.get("error")
     if isinstance(error, dict):
         note(str(error["message"]))
+
+
+def _keep(moves: bytes, path: Path) -> None:
+    try:
+        write_ledger(path, moves)
+    except OSError as error:
+        # The guest runs here, whatever becomes of the file: that is what the exit code says.
+        note(f"the guest runs here, but its ledger is lost: cannot write {path}: {error.strerror}")
 
 
 async def _cancel_on_signal(scope: trio.CancelScope) -> None:
