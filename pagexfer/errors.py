@@ -59,6 +59,15 @@ class ReflectionError(IntegrityError):
     """A bundle came back in the direction in which it was sent, or crossed to another channel or session."""
 
 
+class LedgerRefused(IntegrityError):
+    """A ledger is not the record of a guest's moves that it claims to be: `rule` does not hold at move `move`."""
+
+    def __init__(self, rule: str, move: int, why: str) -> None:
+        super().__init__(f"the ledger's rule {rule} refuses move {move}: {why}")
+        self.rule = rule
+        self.move = move
+
+
 class KeyExhausted(PagexferError):
     """A key reached its limit of bundles or bytes and seals no more."""
 

@@ -20,12 +20,13 @@ from .engine.destination import DestinationEngine
 from .engine.slots import Slot
 from .engine.source import SourceEngine, SourceOptions
 from .engine.streams import STALL_TIMEOUT_S, listen
-from .errors import TransferAborted, UsageError
+from .errors import LedgerRefused, MalformedData, TransferAborted, UsageError
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
 from .svsm.destination import DestinationSvsm
 from .svsm.journal import FileJournal
 from .svsm.source import SourceSvsm
 from .wire.constants import GUEST_ID_BYTES, MAX_CHANNELS
+from .wire.ledger import guest_id_of
 from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory
 
 if TYPE_CHECKING:
@@ -50,11 +51,16 @@ _PREFAULT_BYTES: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class MigrationReport:
-    """A completed migration: its final figures, who vouched for the dirty pages, and what the peer proved of itself."""
+    """A completed migration: its final figures, who vouched for the dirty pages, and what the peer proved of itself.
+
+    `ledger` is the guest's ledger as this side has it: at the destination with the record of this move, which the source
+    never gets.
+    """
 
     info: MigrationInfo
     freshness: Freshness
     peer: Claims
+    ledger: bytes
 
 
 async def send_guest(
@@ -63,6 +69,7 @@ async def send_guest(
     port: int,
     attestor: Attestor,
     *,
+    ledger: bytes = b"",
     channels: int = 4,
     downtime_limit_s: float = 0.3,
     stall_timeout_s: float = STALL_TIMEOUT_S,
@@ -74,6 +81,8 @@ async def send_guest(
     A destination that is silent, or takes nothing, for `stall_timeout_s` is taken for dead. With a file as `journal`,
     `pagexfer recover` answers after a crash who may run the guest; without one nobody can.
 
+    `ledger` is what the guest's last destination reported as its ledger, empty for a guest that never moved.
+
     When it returns, the guest runs at the destination and stays parked here for good. Raises UsageError for bad arguments
     and TransferAborted otherwise: its `outcome` says whether the guest goes on here (ENDED, REFUSED) or nobody may know
     (UNDECIDED). Cancelling before the start token makes the guest go on here.
@@ -83,9 +92,14 @@ async def send_guest(
     if not 0 < downtime_limit_s < 2000:
         raise UsageError(f"a downtime limit is above 0 and below 2000 s, not {downtime_limit_s:g} s")
     _check_network(port, 1, stall_timeout_s)
-    guest_id = secrets.token_bytes(GUEST_ID_BYTES)
-    kept = None if journal is None else FileJournal.for_session(journal)
-    svsm = SourceSvsm(guest.memory, guest.gate, guest.tracker, attestor, guest_id, kept)
+    try:
+        guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
+        kept = None if journal is None else FileJournal.for_session(journal)
+        svsm = SourceSvsm(
+            guest.memory, guest.gate, guest.tracker, attestor, guest_id, ledger=ledger, journal=kept
+        )
+    except (MalformedData, LedgerRefused) as error:
+        raise UsageError(f"this is not the ledger of a guest: {error}") from None
     engine = SourceEngine(
         _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
         [
@@ -99,7 +113,7 @@ async def send_guest(
         on_progress,
     )
     with kept or nullcontext():
-        return MigrationReport(await engine.run(host, port), svsm.freshness, svsm.peer)
+        return MigrationReport(await engine.run(host, port), svsm.freshness, svsm.peer, ledger)
 
 
 async def receive_guest(
@@ -123,7 +137,7 @@ async def receive_guest(
     """
     _check_network(port, 0, stall_timeout_s)
     kept = None if journal is None else FileJournal.for_session(journal)
-    svsm = DestinationSvsm(guest.memory, guest.gate, attestor, kept)
+    svsm = DestinationSvsm(guest.memory, guest.gate, attestor, journal=kept)
     engine = DestinationEngine(
         _local_slot(CONTROL_SLOT, partial(destination_control, svsm=svsm, shared=False)),
         lambda channel: _local_slot(
@@ -142,7 +156,7 @@ async def receive_guest(
             info = await _run(engine, listener, guest.memory)
         finally:
             listener.close()
-    return MigrationReport(info, svsm.freshness, svsm.peer)
+    return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
 
 
 async def _run(engine: DestinationEngine, listener: Listener, memory: GuestMemory) -> MigrationInfo:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,6 +26,7 @@ from pagexfer.wire.handshake import (
     Freshness,
     parse_hello_untrusted,
 )
+from pagexfer.wire.ledger import Proofs
 from pagexfer.wire.slot import SessionStatus as State
 
 from .handshakes import (
@@ -79,10 +79,10 @@ def test_both_sides_know_the_same_for_the_ledger(kind: str) -> None:
     assert near.hello == far.peer_hello == parse_hello_untrusted(session.sent[1])
     assert far.hello == near.peer_hello == parse_hello_untrusted(session.sent[2][:DESTINATION_HELLO_BYTES])
     evidence = session.sent[3][48:], session.sent[2][DESTINATION_HELLO_BYTES:]
-    digests = tuple(hashlib.sha384(part).digest() for part in evidence)
-    assert near.evidence_digests == far.evidence_digests == digests
+    hellos = session.sent[1], session.sent[2][:DESTINATION_HELLO_BYTES]
+    assert near.proofs == far.proofs == Proofs(*hellos, *evidence)
     for side in (near, far):
-        assert side.ledger_key.public_key().public_bytes_raw() == side.hello.ledger_key
+        assert side.ledger_key.public == side.hello.ledger_key
     for hello, attestor in zip((near.hello, far.hello), attestors(kind), strict=True):
         assert hello.policy_digest == attestor.policy_digest
         assert any(hello.policy_digest) is (kind != "psk")

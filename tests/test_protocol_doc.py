@@ -15,8 +15,19 @@ from pagexfer import errors
 from pagexfer.attestation import psk
 from pagexfer.engine import failure, reception
 from pagexfer.svsm import destination, keys
+from pagexfer.svsm import ledger as svsm_ledger
 from pagexfer.svsm.states import DESTINATION, SOURCE, Event
-from pagexfer.wire import bundle, constants, control, framing, handshake, page_state, slot, token
+from pagexfer.wire import (
+    bundle,
+    constants,
+    control,
+    framing,
+    handshake,
+    ledger,
+    page_state,
+    slot,
+    token,
+)
 
 if TYPE_CHECKING:
     import enum
@@ -39,6 +50,8 @@ STRUCTS: Final[dict[str, struct.Struct]] = {
     "Epoch totals": token._EPOCH_TOTALS,
     "Manifest": token._MANIFEST,
     "Channel record": token._CHANNEL,
+    "Ledger header": ledger._HEADER,
+    "Record body": ledger._BODY,
 }
 ENUMS: Final[dict[str, type[enum.IntEnum]]] = {
     "Frame types": framing.FrameType,
@@ -62,6 +75,7 @@ MODULES: Final[tuple[ModuleType, ...]] = (
     handshake,
     framing,
     slot,
+    ledger,
     psk,
     keys,
     destination,
@@ -246,3 +260,15 @@ def test_labels() -> None:
     labels += [*keys._ROLE_LABELS.values(), psk._SALT, psk._EVIDENCE_INFO, psk._CONTRIBUTION_INFO]
     schedule = sections()["6. Key schedule"]
     assert sorted(re.findall(r'"(pagexfer [^"]+)"', schedule)) == sorted(label.decode() for label in labels)
+    labels = [svsm_ledger._RECORD_LABEL, *svsm_ledger._SIGNATURE_LABELS.values()]
+    ledgers = sections()["Record body"]
+    assert sorted(re.findall(r'"(pagexfer [^"]+)"', ledgers)) == sorted(label.decode() for label in labels)
+
+
+def test_rules_of_a_ledger() -> None:
+    documented = {row[0] for row in table(sections()["Record body"], "rule", "holds when")}
+    source = Path(svsm_ledger.__file__).read_text()
+    used = set(re.findall(r'"([a-z_]+)",?\s+(?:number|move|body\.move|evidence\.move)\b', source))
+    assert used | {f"{role.name.lower()}_signature" for role in handshake.Role} == documented
+    for magic in (ledger.LEDGER_MAGIC, ledger.RECORD_MAGIC):
+        assert f"`{magic.decode()}`" in TEXT

@@ -387,7 +387,7 @@ def test_r6_start_token_with_another_manifest_is_refused(move: Move) -> None:
     pair = move.pair
     pair.until_manifest()
     pair.manifest()
-    other = bytearray(pair.source._manifest)
+    other = bytearray(pair.source._manifest + bytes(64))
     other[20] ^= 1
     refused(
         move, sealed_by_source(pair, BundleKind.START_TOKEN, bytes(other), epoch=FINAL_EPOCH), IntegrityError

@@ -86,6 +86,7 @@ def test_whole_move_by_commands(move: Move) -> None:
     assert ok(control, Command.CONFIRM, package=established) == b""
     for near, far in zip(channels, far_channels, strict=True):
         ok(far, Command.SETUP, package=ok(near, Command.SETUP))
+    ok(far_channels[0], Command.IMPORT, package=ok(channels[0], Command.TOKEN, BundleKind.LEDGER))
     one_epoch(slots, PAGES)
     move.guest.write(3, 8)
     assert control.call(Command.BLACKOUT)[0][6:] == (VCPUS, VCPUS)
@@ -183,6 +184,7 @@ SOURCE_REFUSALS: dict[tuple[str, Command, int], dict[str, RefusalCode]] = {
     ("channel", Command.EXPORT, 1 << 63): dict.fromkeys(STAGES, _S),
     ("channel", Command.STATE, 0): dict.fromkeys(STAGES, _S),
     ("channel", Command.STATE, 1 << 63): dict.fromkeys(STAGES, _S),
+    ("channel", Command.TOKEN, BundleKind.LEDGER): {stage: _S for stage in STAGES if stage != "keyed"},
     ("channel", Command.TOKEN, BundleKind.EPOCH_TOKEN): _BEFORE | {"verified": _S} | _AFTER,
     ("channel", Command.TOKEN, BundleKind.MANIFEST): _BEFORE | {"precopy": _S, "verified": _S} | _AFTER,
     ("channel", Command.TOKEN, BundleKind.START_TOKEN): (

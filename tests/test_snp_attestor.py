@@ -255,16 +255,20 @@ def test_report_data_is_compared_before_the_policy() -> None:
     assert not isinstance(caught.value, PolicyRefused)
 
 
-def test_a_limit_of_moves_needs_their_number() -> None:
-    limited = dataclasses.replace(POLICY, maximum_moves=3)
-    with pytest.raises(UsageError, match="maximum_moves"):
-        snp(limited)
-    for move, refuses in ((3, False), (4, True)):
-        ours = SnpAttestor(
-            EmulatedProvider(authority()), limited, roots=(authority().root,), now=lambda: AT, move=move
-        )
-        with pytest.raises(PolicyRefused, match="maximum_moves") if refuses else contextlib.nullcontext():
-            ours.verify(pack_evidence(evidence()), DATA)
+def test_a_move_more_than_the_policy_allows_is_refused_and_the_operator_told() -> None:
+    told: list[str] = []
+    limited = SnpAttestor(
+        EmulatedProvider(authority()),
+        dataclasses.replace(POLICY, maximum_moves=3),
+        roots=(authority().root,),
+        now=lambda: AT,
+        on_refused=told.append,
+    )
+    limited.check_move(3)
+    snp().check_move(1 << 40)
+    with pytest.raises(PolicyRefused, match="maximum_moves refuses: found 4, wanted at most 3") as caught:
+        limited.check_move(4)
+    assert told == [str(caught.value)]
 
 
 def test_the_root_is_never_the_messages_own() -> None:

@@ -177,6 +177,7 @@ def test_park_in_the_middle_of_an_epoch() -> None:
         move.pair.send(message)
     move.pair.send(move.pair.seal_token(BundleKind.EPOCH_TOKEN))
     move.pair.vcpus()
+    move.pair.ledger()
     with pytest.raises(NotReady):
         move.pair.manifest()
     move.pair.epoch()

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from pagexfer.errors import PagexferError
+from pagexfer.svsm.ledger import check_chain
 from pagexfer.testing import Message
 from pagexfer.wire.bundle import BundleKind, Direction
+from pagexfer.wire.ledger import parse_ledger_untrusted
 from pagexfer.wire.page_state import VALIDATED
 from pagexfer.wire.slot import SessionStatus as State
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 PAGES = 24
 CHANNELS = 2
-_TOKENS = [BundleKind.EPOCH_TOKEN, BundleKind.MANIFEST, BundleKind.START_TOKEN]
+_TOKENS = [BundleKind.LEDGER, BundleKind.EPOCH_TOKEN, BundleKind.MANIFEST, BundleKind.START_TOKEN]
 _ANSWERS = [BundleKind.READY, BundleKind.RUNNING, BundleKind.ABORT_TOKEN]
 
 
@@ -33,7 +35,7 @@ class AnyHost(RuleBasedStateMachine):
     `queue` is what an honest host would deliver next, so that long honest stretches are likely too.
     """
 
-    @initialize(hostile=st.booleans(), done=st.integers(0, 8))
+    @initialize(hostile=st.booleans(), done=st.integers(0, 9))
     def begin(self, hostile: bool, done: int) -> None:
         """Where the run begins, and whether the network is an enemy too; a wild one seldom lets a session live for long."""
         self.hostile = hostile
@@ -43,7 +45,8 @@ class AnyHost(RuleBasedStateMachine):
         self.at_black_out: tuple[bytes, bytes, list[bytes]] | None = None
         self.pair.handshake()
         pair = self.pair
-        way = [pair.open_channels, pair.epoch, pair.park, pair.epoch, pair.vcpus, pair.manifest, pair.ready]
+        way = [pair.open_channels, pair.ledger, pair.epoch, pair.park, pair.epoch, pair.vcpus]
+        way += [pair.manifest, pair.ready]
         for step in way[: max(0, done - 1)]:
             step()
 
@@ -124,6 +127,7 @@ class AnyHost(RuleBasedStateMachine):
         self.deliver_all()
         for channel in range(CHANNELS):
             self.attempt(partial(self.pair.seal_channel, channel))
+        self.attempt(partial(self.pair.seal_token, BundleKind.LEDGER))
         self.deliver_all()
 
     @rule()
@@ -219,6 +223,8 @@ class AnyHost(RuleBasedStateMachine):
                 self.move.memory.states.tobytes(),
                 self.move.gate.states,
             )
+            # The record stands and is signed by both before the guest runs.
+            assert len(check_chain(parse_ledger_untrusted(self.pair.destination.ledger))) == 1
 
     @invariant()
     def never_both_run(self) -> None:

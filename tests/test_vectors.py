@@ -18,7 +18,7 @@ SCRIPTS = sorted(path for path in VECTORS.glob("*.py") if path.name != "__init__
 ALLOWED = {"__future__", "hashlib", "hmac", "json", "pathlib", "struct", "sys", "tests"}
 PRIMITIVES = {
     f"cryptography.hazmat.primitives.{name}"
-    for name in ("ciphers.aead", "asymmetric.x25519", "asymmetric.mlkem")
+    for name in ("ciphers.aead", "asymmetric.x25519", "asymmetric.mlkem", "asymmetric.ed25519")
 }
 
 

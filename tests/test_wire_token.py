@@ -33,6 +33,7 @@ manifests = st.builds(
     content_digest=digests,
     state_digest=digests,
     vcpu_digest=digests,
+    ledger_digest=digests,
     channels=st.lists(records, min_size=1, max_size=4).map(tuple),
 )
 
@@ -46,6 +47,7 @@ def manifest_of(fields: Vector) -> Manifest:
         bytes.fromhex(fields["content_digest"]),
         bytes.fromhex(fields["state_digest"]),
         bytes.fromhex(fields["vcpu_digest"]),
+        bytes.fromhex(fields["ledger_digest"]),
         tuple(
             ChannelRecord(
                 record["channel"],
@@ -100,7 +102,7 @@ def test_a_manifest_has_one_encoding(manifest: Manifest, data: st.DataObject) ->
         assert parsed.pack() == bytes(flipped)
 
 
-@given(st.binary(max_size=300) | st.binary(min_size=224, max_size=224))
+@given(st.binary(max_size=300) | st.binary(min_size=272, max_size=272))
 def test_any_bytes_are_a_token_or_malformed(data: bytes) -> None:
     value_or_malformed(parse_epoch_totals_untrusted, data)
     value_or_malformed(parse_manifest_untrusted, data)

@@ -54,6 +54,10 @@ class Attestor(Protocol):
         """
         ...
 
+    def check_move(self, move: int) -> None:
+        """The policy lets the guest make the move that has this number in its life. Raises PolicyRefused."""
+        ...
+
     def contribution(self) -> Secret:
         """What this kind adds to the input of the key schedule, 48 bytes: a secret that only peers share, or zeros."""
         ...

@@ -83,7 +83,13 @@ def check_policy(policy: Policy, claims: SnpClaims, *, own: SnpClaims | None, mo
         raise _refusal("require_crl", "no CRL was given", "a CRL of the root")
     if own is not None and not policy.allow_same_machine:
         _check_other_machine(claims, own)
-    if moves is not None and policy.maximum_moves is not None and moves > policy.maximum_moves:
+    if moves is not None:
+        check_moves(policy, moves)
+
+
+def check_moves(policy: Policy, moves: int) -> None:
+    """A guest may make the move that is number `moves` in its life. Raises PolicyRefused."""
+    if policy.maximum_moves is not None and moves > policy.maximum_moves:
         raise _refusal("maximum_moves", moves, f"at most {policy.maximum_moves}")
 
 

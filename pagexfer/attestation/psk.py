@@ -71,6 +71,9 @@ class PskAttestor:
             raise AttestationError("the peer does not have the same pre-shared key")
         return Claims(self.kind, "holder of the pre-shared key")
 
+    def check_move(self, move: int) -> None:
+        pass  # a pre-shared key has no policy
+
     def contribution(self) -> Secret:
         return Secret(self._expand(_CONTRIBUTION_INFO))
 

@@ -23,6 +23,7 @@ from ..wire.handshake import AttestorKind, Role
 from .attest import attest as attest_commands
 from .attestor import attest_option, attestor_options, describe_peer, make_attestor
 from .demo import run_demo
+from .ledger import check_writable, ledger_commands, ledger_option, read_ledger, write_ledger
 from .output import ProgressLine, note, print_json, print_table
 from .recover import recover
 from .values import Address, Seconds, Size
@@ -63,6 +64,7 @@ def cli() -> None:
 
 cli.add_command(attest_commands)
 cli.add_command(recover)
+cli.add_command(ledger_commands)
 
 
 def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,12 +120,14 @@ _journal_option = click.option(
 @click.option("--to", "address", type=Address(), required=True, help="Where the destination listens.")
 @attestor_options
 @_journal_option
+@ledger_option("The guest's ledger so far; without the file, this is its first move.")
 @_source_options
 @_guest_options
 def send(
     address: tuple[str, int],
     attest: str,
     journal: Path | None,
+    ledger: Path | None,
     channels: int,
     write_rate: int,
     downtime_limit: float,
@@ -136,13 +140,15 @@ def send(
 ) -> int:
     """Boot a test guest and migrate it to a destination."""
     attestor = make_attestor(Role.SOURCE, attest, files)
+    moves = read_ledger(ledger)
     with boot_guest(kind, ram, vcpus, write_rate) as guest:
-        return trio.run(_send, guest, address, attestor, journal, channels, downtime_limit, as_json)
+        return trio.run(_send, guest, address, attestor, moves, journal, channels, downtime_limit, as_json)
 
 
 @cli.command()
 @click.option("--listen", "address", type=Address(), required=True, help="Port 0 lets the kernel choose.")
 @attestor_options
+@ledger_option("Where to write the guest's ledger, with the record of this move.")
 @click.option(
     "--run-for",
     type=Seconds(),
@@ -156,6 +162,7 @@ def receive(
     address: tuple[str, int],
     attest: str,
     journal: Path | None,
+    ledger: Path | None,
     run_for: float,
     kind: GuestKind,
     ram: int,
@@ -166,9 +173,10 @@ def receive(
 ) -> int:
     """Receive one test guest, let it run on, and check its whole RAM."""
     attestor = make_attestor(Role.DESTINATION, attest, files)
+    check_writable(ledger)
     Layout.plan(ram, vcpus)
     with empty_guest(kind, ram, vcpus) as guest:
-        return trio.run(_receive, guest, address, attestor, journal, run_for, as_json)
+        return trio.run(_receive, guest, address, attestor, ledger, journal, run_for, as_json)
 
 
 @cli.command()
@@ -200,6 +208,7 @@ async def _send(
     guest: CheckedGuest,
     address: tuple[str, int],
     attestor: Attestor,
+    moves: bytes,
     journal: Path | None,
     channels: int,
     downtime_limit: float,
@@ -210,6 +219,7 @@ async def _send(
             guest,
             *address,
             attestor,
+            ledger=moves,
             channels=channels,
             downtime_limit_s=downtime_limit,
             journal=journal,
@@ -228,12 +238,13 @@ async def _receive(
     guest: CheckedGuest,
     address: tuple[str, int],
     attestor: Attestor,
+    ledger: Path | None,
     journal: Path | None,
     run_for: float,
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
-        return await receive_guest(
+        done = await receive_guest(
             guest,
             *address,
             attestor,
@@ -242,6 +253,9 @@ async def _receive(
             on_progress=show,
             on_stranger=note,
         )
+        if ledger is not None:
+            _keep(done.ledger, ledger)
+        return done
 
     async def aftermath(outcome: Outcome) -> Proof | None:
         return await prove(guest, run_for) if outcome is Outcome.COMPLETED else None
@@ -302,6 +316,14 @@ def _print_report(report: dict[str, object], *, as_json: bool) -> None:
     error = report.get("error")
     if isinstance(error, dict):
         note(str(error["message"]))
+
+
+def _keep(moves: bytes, path: Path) -> None:
+    try:
+        write_ledger(path, moves)
+    except OSError as error:
+        # The guest runs here, whatever becomes of the file: that is what the exit code says.
+        note(f"the guest runs here, but its ledger is lost: cannot write {path}: {error.strerror}")
 
 
 async def _cancel_on_signal(scope: trio.CancelScope) -> None:

@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES: Final = 1 << 16
 
 
-def read_file(path: Path, what: str) -> bytes:
-    """All of a small file. Raises UsageError where it cannot be read, or is too large to be `what`."""
+def read_file(path: Path, what: str, limit_bytes: int = MAX_FILE_BYTES) -> bytes:
+    """All of a file of at most `limit_bytes`. Raises UsageError where it cannot be read, or is too large to be `what`."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+            data = file.read(limit_bytes + 1)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    if len(data) > MAX_FILE_BYTES:
-        raise UsageError(f"{path} has more than {MAX_FILE_BYTES} bytes: not a {what}")
+    if len(data) > limit_bytes:
+        raise UsageError(f"{path} has more than {limit_bytes} bytes: not a {what}")
     return data

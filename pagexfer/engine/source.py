@@ -124,6 +124,8 @@ class SourceEngine:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(control.listen)
             await self._open_channels(control, session, host, port)
+            # Before any page: a guest that may not move again is refused while it still runs here.
+            await self._channels[0].token(BundleKind.LEDGER)
             self._progress.set_up(trio.current_time())
             await self._precopy(control)
             await self._blackout(control)

@@ -110,6 +110,7 @@ def source_channel(slot: SlotMemory, svsm: SourceSvsm, channel: int, *, shared: 
         return Answer(result=svsm.accept_untrusted(call.package()))
 
     tokens: dict[int, Callable[[memoryview], int]] = {
+        BundleKind.LEDGER: svsm.ledger,
         BundleKind.EPOCH_TOKEN: svsm.epoch_token,
         BundleKind.MANIFEST: svsm.manifest,
         BundleKind.START_TOKEN: svsm.start_token,

@@ -42,11 +42,19 @@ from ..wire.constants import (
     WORDS_PER_PAGE,
 )
 from ..wire.handshake import Role
+from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
-from ..wire.token import EpochTotals, Manifest, parse_epoch_totals_untrusted, parse_manifest_untrusted
+from ..wire.token import (
+    EpochTotals,
+    Manifest,
+    parse_epoch_totals_untrusted,
+    parse_manifest_untrusted,
+    split_start_untrusted,
+)
 from .content import ContentTable, state_digest, vcpu_digest
 from .handshake import DestinationAttempt, Established
 from .journal import SessionJournal
+from .ledger import append, check_next, next_body
 from .sealing import Opener, Sealer
 from .states import DESTINATION, Event, StateMachine
 
@@ -80,7 +88,7 @@ class DestinationSvsm:
     """The trusted side of one incoming migration. The vCPUs behind `gate` are parked and never ran."""
 
     def __init__(
-        self, memory: GuestMemory, gate: VcpuGate, attestor: Attestor, journal: Journal | None = None
+        self, memory: GuestMemory, gate: VcpuGate, attestor: Attestor, *, journal: Journal | None = None
     ) -> None:
         self._memory = memory
         self._gate = gate
@@ -97,6 +105,7 @@ class DestinationSvsm:
         self._content = ContentTable(memory.pages)
         self._vcpu_states: dict[int, bytes] = {}
         self._manifest = b""
+        self._ledger: bytes | None = None
         # One staging area for all channels: it stays in the cache, and holds plaintext for one call only.
         self._staging = np.empty((MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE), dtype=np.uint64)
         self._staging_bytes = self._staging.data.cast("B")
@@ -124,6 +133,13 @@ class DestinationSvsm:
     def peer(self) -> Claims:
         """What the source proved of itself. Raises LocalProtocolError before the handshake."""
         return self._established().peer
+
+    @property
+    def ledger(self) -> bytes:
+        """The guest's ledger with the record of this move. Raises LocalProtocolError before the guest runs here."""
+        if self._machine.state is not State.RUNNING or self._ledger is None:
+            raise LocalProtocolError(f"the move is not complete: {self._machine.state.name}")
+        return self._ledger
 
     # Handshake
 
@@ -258,6 +274,8 @@ class DestinationSvsm:
                 self._import_vcpu(payload)
             case BundleKind.EPOCH_TOKEN:
                 self._close_epoch(parse_epoch_totals_untrusted(payload))
+            case BundleKind.LEDGER:
+                self._import_ledger(payload)
             case BundleKind.MANIFEST:
                 self._verify(parse_manifest_untrusted(payload), expected)
                 self._manifest = payload
@@ -308,6 +326,13 @@ class DestinationSvsm:
             raise ReplayError("state of an unknown vCPU, or a second one")
         self._vcpu_states[vcpu] = payload[_VCPU.size :]
 
+    def _import_ledger(self, payload: bytes) -> None:
+        self._machine.advance(Event.IMPORT)
+        if self._ledger is not None:
+            raise ReplayError("a second ledger")
+        self._attestor.check_move(check_next(payload, self._established().proofs))
+        self._ledger = payload
+
     def _own_manifest(self) -> Manifest:
         return Manifest(
             self._memory.pages,
@@ -317,6 +342,7 @@ class DestinationSvsm:
             self._content.digest(),
             state_digest(self._memory.states),
             vcpu_digest(self._vcpu_states),
+            hashlib.sha384(self._ledger or b"").digest(),
             tuple(opener.record() for opener in self._openers),
         )
 
@@ -326,15 +352,23 @@ class DestinationSvsm:
             raise IntegrityError("the manifest does not describe what came")
         if len(self._vcpu_states) != self._gate.vcpus:
             raise IntegrityError("the state of a vCPU is missing")
+        if self._ledger is None:
+            raise IntegrityError("the ledger is missing")
         for vcpu, state in sorted(self._vcpu_states.items()):
             self._gate.load_state(vcpu, state)
         self._machine.advance(Event.VERIFY)
 
     def _start(self, payload: bytes) -> None:
         self._machine.require(Event.START)
-        if payload != self._manifest:
+        manifest, signature = split_start_untrusted(payload)
+        if manifest != self._manifest or self._ledger is None:
             raise IntegrityError("the start token carries another manifest")
+        session = self._established()
+        records = parse_ledger_untrusted(self._ledger)
+        body = next_body(records, session.proofs, manifest)
+        ledger = append(records, body, session.proofs, signature, session.ledger_key)
         self._machine.advance(Event.START)
+        self._ledger = ledger
         self._gate.release()
 
     def _check_epoch(self, header: BundleHeader) -> None:
@@ -370,3 +404,4 @@ class DestinationSvsm:
             self._sealer = None
         if self._session is not None:
             self._session.keys.wipe()
+            self._session.ledger_key.drop()

@@ -12,12 +12,9 @@ or without a session. Every handshake is one-shot: what it holds is gone after i
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
-
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ..errors import AttestationError, GeometryError, KeyPoisoned, MalformedData, RemoteProtocolError
 from ..wire.constants import NONCE_BYTES, PAGE_SIZE
@@ -30,8 +27,10 @@ from ..wire.handshake import (
     split_proof_untrusted,
     split_reply_untrusted,
 )
+from ..wire.ledger import Proofs
 from .exchange import SourceExchange, answer_exchange
 from .keys import KeySchedule, proved_digest, report_data, transcript_digest
+from .ledger import LedgerKey
 
 if TYPE_CHECKING:
     from ..attestation import Attestor, Claims
@@ -43,16 +42,16 @@ if TYPE_CHECKING:
 class Established:
     """What a side has after the handshake.
 
-    `hello` is its own and `peer_hello` the other's, `evidence_digests` are SHA-384 of the source's evidence and of the
-    destination's, `ledger_key` the private key to the own hello's ledger key.
+    `hello` is its own and `peer_hello` the other's, `proofs` are both hellos and both pieces of evidence as they were sent,
+    `ledger_key` the private key to the own hello's ledger key.
     """
 
     keys: KeySchedule
     peer: Claims
     hello: Hello
     peer_hello: Hello
-    evidence_digests: tuple[bytes, bytes]
-    ledger_key: Ed25519PrivateKey
+    proofs: Proofs
+    ledger_key: LedgerKey
 
     @property
     def channels(self) -> int:
@@ -78,7 +77,7 @@ class SourceHandshake:
     ) -> None:
         self._attestor = attestor
         self._exchange = SourceExchange.fresh()
-        self._ledger_key = Ed25519PrivateKey.generate()
+        self._ledger_key = LedgerKey()
         self._own = Hello(
             Role.SOURCE,
             attestor.kind,
@@ -90,7 +89,7 @@ class SourceHandshake:
             freshness,
             session_counter,
             attestor.policy_digest,
-            self._ledger_key.public_key().public_bytes_raw(),
+            self._ledger_key.public,
             self._exchange.x25519_public,
             self._exchange.encapsulation_key,
         )
@@ -119,8 +118,8 @@ class SourceHandshake:
         keys = _schedule(shared, self._attestor, transcript)
         own = self._attestor.evidence(report_data(Role.SOURCE, transcript))
         self._proved = proved_digest(transcript, evidence, own)
-        digests = hashlib.sha384(own).digest(), hashlib.sha384(evidence).digest()
-        self._session = Established(keys, claims, self._own, peer, digests, self._ledger_key)
+        proofs = Proofs(self._own.pack(), packed, own, evidence)
+        self._session = Established(keys, claims, self._own, peer, proofs, self._ledger_key)
         return keys.confirmation(Role.SOURCE, self._proved) + own
 
     def confirm(self, message: bytes) -> Established:
@@ -137,6 +136,7 @@ class SourceHandshake:
     def wipe(self) -> None:
         """Forget everything that a key could be made of."""
         self._exchange.drop()
+        self._ledger_key.drop()
         if self._session is not None:
             self._session.keys.wipe()
 
@@ -153,7 +153,7 @@ class DestinationAttempt:
         if self._source.role is not Role.SOURCE or self._source.attestor is not attestor.kind:
             raise AttestationError("the peer is no source with this kind of evidence")
         x25519, ciphertext, self._shared = answer_exchange(self._source.x25519, self._source.kem)
-        self._ledger_key = Ed25519PrivateKey.generate()
+        self._ledger_key = LedgerKey()
         self._own = replace(
             self._source,
             role=Role.DESTINATION,
@@ -161,7 +161,7 @@ class DestinationAttempt:
             ram_pages=ram_pages,
             vcpus=vcpus,
             policy_digest=attestor.policy_digest,
-            ledger_key=self._ledger_key.public_key().public_bytes_raw(),
+            ledger_key=self._ledger_key.public,
             x25519=x25519,
             kem=ciphertext,
         )
@@ -198,8 +198,8 @@ class DestinationAttempt:
         except RemoteProtocolError:
             keys.wipe()
             raise
-        digests = hashlib.sha384(evidence).digest(), hashlib.sha384(self._evidence).digest()
-        session = Established(keys, claims, self._own, self._source, digests, self._ledger_key)
+        proofs = Proofs(self._source.pack(), self._own.pack(), evidence, self._evidence)
+        session = Established(keys, claims, self._own, self._source, proofs, self._ledger_key)
         return session, pack_established(keys.session, keys.confirmation(Role.DESTINATION, proved))
 
 

@@ -36,12 +36,14 @@ from ..wire.constants import (
     TAG_BYTES,
 )
 from ..wire.handshake import Freshness, Role
+from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
-from ..wire.token import EpochTotals, Manifest
+from ..wire.token import EpochTotals, Manifest, pack_start
 from .content import ContentTable, state_digest, vcpu_digest
 from .export import Packager
 from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
+from .ledger import check_chain, next_body
 from .sealing import Opener, Sealer
 from .states import SOURCE, Event, StateMachine
 
@@ -74,6 +76,9 @@ class SourceSvsm:
 
     Every method either does what it says or raises and leaves the guest as it was; errors of the state machine change
     nothing. A bundle that fails to open before the start token ends the session, and the guest goes on here.
+
+    `ledger` is that of the guest's moves so far. Raises MalformedData or LedgerRefused where it is none, and
+    LocalProtocolError where it is another guest's.
     """
 
     def __init__(
@@ -83,8 +88,16 @@ class SourceSvsm:
         tracker: DirtyTracker | None,
         attestor: Attestor,
         guest_id: bytes,
+        *,
+        ledger: bytes = b"",
         journal: Journal | None = None,
     ) -> None:
+        self._records = parse_ledger_untrusted(ledger)
+        chain = check_chain(self._records)
+        if chain and chain[0].guest_id != guest_id:
+            raise LocalProtocolError("the ledger is of another guest")
+        self._ledger = ledger
+        self._ledger_sent = False
         self._memory = memory
         self._gate = gate
         self._tracker = tracker
@@ -130,9 +143,11 @@ class SourceSvsm:
     def prepare(self, channels: int) -> bytes:
         """Begin a session over `channels` channels; returns the hello to send.
 
-        Raises LocalProtocolError, changing nothing, where another session moves this guest or has moved it.
+        Raises, changing nothing, LocalProtocolError where another session moves this guest or has moved it, and
+        PolicyRefused where it has moved as often as it may.
         """
         self._machine.require(Event.PREPARE)
+        self._attestor.check_move(len(self._records) + 1)
         if not 1 <= channels <= MAX_CHANNELS:
             raise LocalProtocolError(f"a session has 1 to {MAX_CHANNELS} channels, not {channels}")
         session_counter = self._memory.claim()
@@ -184,6 +199,15 @@ class SourceSvsm:
         if sealer.counter:
             raise LocalProtocolError(f"channel {channel} is open already")
         return sealer.seal(BundleKind.CHANNEL_OPEN, self._epoch, b"", b"", out)
+
+    def ledger(self, out: memoryview) -> int:
+        """Seal the ledger of the guest's moves so far, once, and before the manifest."""
+        self._require_no_manifest()
+        if self._ledger_sent:
+            raise LocalProtocolError("the ledger was sealed already")
+        length = self._seal(BundleKind.LEDGER, self._epoch, self._ledger, out)
+        self._ledger_sent = True
+        return length
 
     # Epochs
 
@@ -280,6 +304,8 @@ class SourceSvsm:
             raise NotReady("pages are dirty or unsent, or the epoch is open")
         if len(self._vcpu_states) != self._gate.vcpus:
             raise NotReady("not all vCPUs are exported")
+        if not self._ledger_sent:
+            raise NotReady("the ledger was not sent")
         manifest = Manifest(
             self._memory.pages,
             self._epoch - 1,
@@ -288,6 +314,7 @@ class SourceSvsm:
             self._content.digest(),
             state_digest(self._memory.states),
             vcpu_digest(self._vcpu_states),
+            hashlib.sha384(self._ledger).digest(),
             tuple(sealer.record() for sealer in self._sealers),
         )
         self._manifest = manifest.pack()
@@ -305,8 +332,11 @@ class SourceSvsm:
         self._collect()
         if self._pending.any():
             raise NotReady("a page changed after the manifest: abort")
+        assert self._session is not None
+        body = next_body(self._records, self._session.proofs, self._manifest)
+        signature = self._session.ledger_key.sign(Role.SOURCE, body)
         self._machine.advance(Event.START)
-        return self._seal(BundleKind.START_TOKEN, FINAL_EPOCH, self._manifest, out)
+        return self._seal(BundleKind.START_TOKEN, FINAL_EPOCH, pack_start(self._manifest, signature), out)
 
     def accept_untrusted(self, package: memoryview) -> BundleKind:
         """Open the destination's READY, RUNNING or abort token. A forged one ends the session (R8)."""

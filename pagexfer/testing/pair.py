@@ -14,6 +14,7 @@ from ..svsm.destination import DestinationSvsm
 from ..svsm.source import SourceSvsm
 from ..wire.bundle import MAX_BUNDLE_BYTES, BundleKind, Direction, parse_header_untrusted
 from ..wire.constants import GUEST_ID_BYTES
+from ..wire.ledger import guest_id_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -55,7 +56,8 @@ class Message:
 class SvsmPair:
     """A source and a destination SVSM with one thread for all: every step seals, sends and delivers before it returns.
 
-    `source` and `destination` are the SVSMs themselves, for steps of one's own. A step raises what either side refuses.
+    `source` and `destination` are the SVSMs themselves, for steps of one's own; both have the one attestor but where
+    the destination is given another. A step raises what either side refuses.
     """
 
     def __init__(
@@ -68,14 +70,21 @@ class SvsmPair:
         *,
         tracker: DirtyTracker | None = None,
         channels: int = 2,
+        ledger: bytes = b"",
+        destination_attestor: Attestor | None = None,
         intercept: Callable[[Message], Iterable[Message]] = lambda message: (message,),
         source_journal: Journal | None = None,
         destination_journal: Journal | None = None,
     ) -> None:
-        guest_id = secrets.token_bytes(GUEST_ID_BYTES)
-        self.source = SourceSvsm(source_memory, source_gate, tracker, attestor, guest_id, source_journal)
+        guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
+        self.source = SourceSvsm(
+            source_memory, source_gate, tracker, attestor, guest_id, ledger=ledger, journal=source_journal
+        )
         self.destination = DestinationSvsm(
-            destination_memory, destination_gate, attestor, destination_journal
+            destination_memory,
+            destination_gate,
+            destination_attestor or attestor,
+            journal=destination_journal,
         )
         self.channels = channels
         self.intercept = intercept
@@ -96,6 +105,10 @@ class SvsmPair:
         """Every channel has proved itself."""
         for channel in range(self.channels):
             self.send(self.seal_channel(channel))
+
+    def ledger(self) -> None:
+        """The ledger of the guest's moves so far."""
+        self.send(self.seal_token(BundleKind.LEDGER))
 
     def epoch(self) -> None:
         """One epoch over all channels in turn, closed with its token."""
@@ -137,9 +150,10 @@ class SvsmPair:
         self.destination.finish()
 
     def until_precopy(self) -> None:
-        """Handshake, channels, and the first epoch."""
+        """Handshake, channels, ledger, and the first epoch."""
         self.handshake()
         self.open_channels()
+        self.ledger()
         self.epoch()
 
     def until_manifest(self) -> None:
@@ -174,8 +188,9 @@ class SvsmPair:
         return self._forward(0, self.source.export_vcpu(vcpu, self._buffer))
 
     def seal_token(self, kind: BundleKind) -> Message:
-        """Epoch token, manifest or start token."""
+        """Ledger, epoch token, manifest or start token."""
         seal = {
+            BundleKind.LEDGER: self.source.ledger,
             BundleKind.EPOCH_TOKEN: self.source.epoch_token,
             BundleKind.MANIFEST: self.source.manifest,
             BundleKind.START_TOKEN: self.source.start_token,

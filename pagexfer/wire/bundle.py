@@ -45,6 +45,7 @@ class BundleKind(enum.IntEnum):
     RUNNING = 7
     ABORT_TOKEN = 8
     CHANNEL_OPEN = 9
+    LEDGER = 10
 
 
 class Direction(enum.IntEnum):

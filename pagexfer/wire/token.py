@@ -1,7 +1,7 @@
 """Payloads of the tokens: what the two SVSMs tell each other about whole epochs and the whole guest.
 
 They are sealed like pages and have one fixed layout each; READY, RUNNING and ABORT carry only the digest of the manifest
-that they answer.
+that they answer, the start token the manifest and the source's signature under the ledger's record of the move.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Final
 from ..errors import MalformedData
 from .constants import DIGEST_BYTES, MAX_CHANNELS
 from .handshake import Freshness
+from .ledger import SIGNATURE_BYTES
 
 # Epoch token:
 #   offset  size  field
@@ -31,8 +32,9 @@ _EPOCH_TOTALS: Final = struct.Struct("<QQ")
 #       20    48  content digest
 #       68    48  page state digest
 #      116    48  vCPU state digest
-_MANIFEST: Final = struct.Struct("<QIIBBH48s48s48s")
-assert _MANIFEST.size == 164
+#      164    48  ledger digest
+_MANIFEST: Final = struct.Struct("<QIIBBH48s48s48s48s")
+assert _MANIFEST.size == 212
 
 # Channel record:
 #   offset  size  field
@@ -76,6 +78,7 @@ class Manifest:
     content_digest: bytes
     state_digest: bytes
     vcpu_digest: bytes
+    ledger_digest: bytes
     channels: tuple[ChannelRecord, ...]
 
     def pack(self) -> bytes:
@@ -89,6 +92,7 @@ class Manifest:
             self.content_digest,
             self.state_digest,
             self.vcpu_digest,
+            self.ledger_digest,
         )
         return head + b"".join(
             _CHANNEL.pack(record.channel, record.incarnation, record.bundles, record.transcript)
@@ -107,9 +111,18 @@ def parse_manifest_untrusted(data: bytes) -> Manifest:
     """A manifest with its channel records. Raises MalformedData where sizes or fields do not fit."""
     if len(data) < _MANIFEST.size:
         raise MalformedData(f"manifest of {len(data)} bytes")
-    pages, epoch, vcpus, freshness, reserved, channels, content, states, vcpu_states = _MANIFEST.unpack_from(
-        data
-    )
+    (
+        pages,
+        epoch,
+        vcpus,
+        freshness,
+        reserved,
+        channels,
+        content,
+        states,
+        vcpu_states,
+        ledger,
+    ) = _MANIFEST.unpack_from(data)
     if reserved or not 0 < channels <= MAX_CHANNELS:
         raise MalformedData("manifest with reserved byte set or channels out of range")
     if len(data) != _MANIFEST.size + channels * _CHANNEL.size:
@@ -117,7 +130,19 @@ def parse_manifest_untrusted(data: bytes) -> Manifest:
     if freshness not in Freshness.__members__.values():
         raise MalformedData(f"manifest with unknown freshness mode {freshness}")
     records = tuple(ChannelRecord(*fields) for fields in _CHANNEL.iter_unpack(data[_MANIFEST.size :]))
-    return Manifest(pages, epoch, vcpus, Freshness(freshness), content, states, vcpu_states, records)
+    return Manifest(pages, epoch, vcpus, Freshness(freshness), content, states, vcpu_states, ledger, records)
+
+
+def pack_start(manifest: bytes, signature: bytes) -> bytes:
+    """Payload of the start token: the manifest's bytes again, and the source's signature of the ledger's record."""
+    return manifest + signature
+
+
+def split_start_untrusted(data: bytes) -> tuple[bytes, bytes]:
+    """Payload of a start token as (manifest, signature). Raises MalformedData where it is too short for that."""
+    if len(data) <= SIGNATURE_BYTES:
+        raise MalformedData(f"start token of {len(data)} bytes")
+    return data[:-SIGNATURE_BYTES], data[-SIGNATURE_BYTES:]
 
 
 assert DIGEST_BYTES == 48

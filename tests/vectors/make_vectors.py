@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, the repository is not on the path
 
-from tests.vectors import plain, policies, sealed  # noqa: E402
+from tests.vectors import ledger, plain, policies, sealed  # noqa: E402
 
 
 def main() -> int:
@@ -28,6 +28,7 @@ def main() -> int:
         "framing": plain.framing(),
         "control": plain.control(),
         "tokens": sealed.tokens(),
+        "ledger": ledger.ledger(),
         "policy": policies.policies(),
         "journal": plain.journal(),
     }

@@ -370,7 +370,9 @@ def manifest(channels: int) -> tuple[Json, bytes]:
         }
         for channel in range(channels)
     ]
-    digests = {name: noise(name, 48) for name in ("content_digest", "state_digest", "vcpu_digest")}
+    digests = {
+        name: noise(name, 48) for name in ("content_digest", "state_digest", "vcpu_digest", "ledger_digest")
+    }
     packed = struct.pack("<QIIBBH", 65536, 7, 4, 1, 0, channels) + b"".join(digests.values())
     for channel in range(channels):
         packed += struct.pack("<HHQ", channel, channel % 3, 1 + 1000 * channel)
@@ -399,7 +401,7 @@ def tokens() -> Json:
             bad("reserved byte", patched(two, 17, b"\1")),
             bad("freshness 0", patched(two, 16, b"\0")),
             bad("freshness 255", patched(two, 16, b"\xff")),
-            bad("no channel", patched(two, 18, b"\0\0")[:164]),
+            bad("no channel", patched(two, 18, b"\0\0")[:212]),
             bad("more channels than records", patched(two, 18, b"\3\0")),
             bad("fewer channels than records", patched(two, 18, b"\1\0")),
             bad("1025 channels", patched(two, 18, struct.pack("<H", 1025)) + bytes(1023 * 60)),
@@ -420,6 +422,7 @@ KINDS = {
     "RUNNING": 7,
     "ABORT_TOKEN": 8,
     "CHANNEL_OPEN": 9,
+    "LEDGER": 10,
 }
 Entry = tuple[int, int, int]  # gfn, operation, page state
 
@@ -511,7 +514,7 @@ def header_refusals() -> list[Json]:
         "version 0": (4, b"\0\0"),
         "version 2": (4, b"\2\0"),
         "kind 0": (6, b"\0"),
-        "kind 10": (6, b"\x0a"),
+        "kind 255": (6, b"\xff"),
         "direction 0": (7, b"\0"),
         "direction 3": (7, b"\3"),
         "channel 1024": (24, struct.pack("<H", 1024)),
@@ -570,7 +573,11 @@ def bundles() -> Json:
             bundle("epoch token", "EPOCH_TOKEN", (0, 0, 1, 6), struct.pack("<QQ", 500, 65536)),
             bundle("manifest", "MANIFEST", (0, 0, 8, 10), manifest_bytes),
             bundle("ready", "READY", (0, 0, FINAL_EPOCH, 0), digest, direction=2),
-            bundle("start token", "START_TOKEN", (0, 0, FINAL_EPOCH, 11), manifest_bytes),
+            bundle(
+                "start token", "START_TOKEN", (0, 0, FINAL_EPOCH, 11), manifest_bytes + noise("signature", 64)
+            ),
+            bundle("ledger", "LEDGER", (0, 0, 1, 1), noise("ledger", 4000)),
+            bundle("ledger of a guest that never moved", "LEDGER", (0, 0, 1, 1)),
             bundle("running", "RUNNING", (0, 0, FINAL_EPOCH, 1), digest, direction=2),
             bundle("abort token", "ABORT_TOKEN", (0, 0, FINAL_EPOCH, 1), digest, direction=2),
         ],

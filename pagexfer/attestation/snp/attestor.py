@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from ...errors import AttestationError, MalformedData, UsageError
+from ...errors import AttestationError, MalformedData, PolicyRefused, UsageError
 from ...wire.handshake import AttestorKind
 from ..attestor import NOTHING, Claims
-from ..policy import check_policy, check_report_data
+from ..policy import check_moves, check_policy, check_report_data
 from ..policy_digest import policy_digest
 from ..secret import Secret
 from .certificates import parse_endorsements_untrusted
@@ -60,10 +60,9 @@ class SnpAttestor:
     """`provider` makes this side's reports; a peer's is judged under `policy`, the one for a peer in its role.
 
     `now` gives the time at which certificates must be valid, `crl` is the root's revocation list from the operator: one
-    that a peer sent would be of the peer's choice. `move` is the number that the coming move has in the guest's life.
-    `on_refused` gets one line for each piece of evidence that is not accepted: it is for this side's own operator, while
-    the host learns a coarse code. Raises UsageError where this machine gives no report, or one that no peer could verify,
-    and where the policy limits a number of moves that is not known.
+    that a peer sent would be of the peer's choice. `on_refused` gets one line for each refusal: it is for this side's own
+    operator, while the host learns a coarse code. Raises UsageError where this machine gives no report, or one that no peer
+    could verify.
     """
 
     def __init__(
@@ -74,17 +73,13 @@ class SnpAttestor:
         roots: Sequence[Root] = AMD_ROOTS,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         crl: bytes | None = None,
-        move: int | None = None,
         on_refused: Callable[[str], None] = lambda _line: None,
     ) -> None:
-        if policy.maximum_moves is not None and move is None:
-            raise UsageError("the policy has maximum_moves, and nothing here knows how often the guest moved")
         self._provider = provider
         self._policy = policy
         self._roots = roots
         self._now = now
         self._crl = crl
-        self._move = move
         self._on_refused = on_refused
         self._own = self._own_claims()
 
@@ -101,39 +96,60 @@ class SnpAttestor:
 
     def verify(self, evidence: bytes, report_data: bytes) -> Claims:
         try:
-            claims = self._verified(parse_evidence_untrusted(evidence))
+            claims = self._verified(evidence)
             # What is not of this handshake proves nothing of the peer, so it comes before the policy.
             check_report_data(claims, report_data)
-            check_policy(self._policy, claims, own=self._own, moves=self._move)
+            check_policy(self._policy, claims, own=self._own, moves=None)
         except AttestationError as error:
             self._on_refused(str(error))
             raise
         except MalformedData as error:
             self._on_refused(str(error))
             raise AttestationError(str(error)) from None
-        described = describe_claims(claims)
-        emulated = "" if self.kind is AttestorKind.SNP else "emulated "
-        subject = f"{emulated}SEV-SNP guest on {claims.product.value}"
-        return Claims(self.kind, subject, {name: described[name] for name in _TOLD})
+        return as_claims(self.kind, claims)
+
+    def check_move(self, move: int) -> None:
+        try:
+            check_moves(self._policy, move)
+        except PolicyRefused as error:
+            self._on_refused(str(error))
+            raise
 
     def contribution(self) -> Secret:
         return Secret(NOTHING)
 
-    def _verified(self, evidence: Evidence) -> SnpClaims:
-        endorsements = self._endorsements(evidence)
-        return verify_report(evidence.report, endorsements, at=self._now(), roots=self._roots)
-
-    def _endorsements(self, evidence: Evidence) -> Endorsements:
-        table = parse_certificate_table_untrusted(evidence.table)
-        key = parse_report_untrusted(evidence.report).signing_key
-        leaf = table.vlek if key == SigningKey.VLEK else table.vcek
-        if leaf is None or table.intermediate is None or table.root is None:
-            raise AttestationError("the certificate table does not hold the chain of the report's key")
-        return parse_endorsements_untrusted(leaf, (table.intermediate, table.root), self._crl)
+    def _verified(self, evidence: bytes) -> SnpClaims:
+        return verify_evidence(evidence, at=self._now(), roots=self._roots, crl=self._crl)
 
     def _own_claims(self) -> SnpClaims:
         """Of a report over zeros, which is of no use to anybody: handshakes begin theirs with a label."""
         try:
-            return self._verified(self._provider.evidence(bytes(REPORT_DATA_BYTES), vmpl=SVSM_VMPL))
+            return self._verified(self.evidence(bytes(REPORT_DATA_BYTES)))
         except (AttestationError, MalformedData) as error:
             raise UsageError(f"no peer could verify this machine's own report: {error}") from None
+
+
+def verify_evidence(data: bytes, *, at: datetime, roots: Sequence[Root], crl: bytes | None) -> SnpClaims:
+    """Evidence of a handshake, up to `roots` as of the time `at`; neither report data nor a policy is compared.
+
+    Raises AttestationError or MalformedData.
+    """
+    evidence = parse_evidence_untrusted(data)
+    return verify_report(evidence.report, _endorsements(evidence, crl), at=at, roots=roots)
+
+
+def as_claims(kind: AttestorKind, claims: SnpClaims) -> Claims:
+    """What is told of a peer whose evidence is of this kind."""
+    described = describe_claims(claims)
+    emulated = "" if kind is AttestorKind.SNP else "emulated "
+    subject = f"{emulated}SEV-SNP guest on {claims.product.value}"
+    return Claims(kind, subject, {name: described[name] for name in _TOLD})
+
+
+def _endorsements(evidence: Evidence, crl: bytes | None) -> Endorsements:
+    table = parse_certificate_table_untrusted(evidence.table)
+    key = parse_report_untrusted(evidence.report).signing_key
+    leaf = table.vlek if key == SigningKey.VLEK else table.vcek
+    if leaf is None or table.intermediate is None or table.root is None:
+        raise AttestationError("the certificate table does not hold the chain of the report's key")
+    return parse_endorsements_untrusted(leaf, (table.intermediate, table.root), crl)

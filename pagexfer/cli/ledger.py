@@ -1,0 +1,249 @@
+"""`pagexfer ledger verify`, and the files that ledgers of moves are kept in.
+
+Exit codes: 0 every rule holds; 2 bad usage, or the file is no ledger; 3 a rule does not hold.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from ..attestation import PskAttestor
+from ..attestation.insecure import EmulatedAuthority
+from ..attestation.policy import Policy, check_moves, check_policy, check_report_data
+from ..attestation.policy_file import load_policies
+from ..attestation.snp import AMD_ROOTS
+from ..attestation.snp.attestor import as_claims, verify_evidence
+from ..errors import LedgerRefused, MalformedData, Outcome, UsageError
+from ..svsm.ledger import record_hash, verify_chain
+from ..wire.handshake import AttestorKind, Role
+from ..wire.ledger import MAX_LEDGER_BYTES, parse_ledger_untrusted
+from .attest import Moment
+from .files import read_file
+from .output import note, print_json, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from ..attestation import Claims
+    from ..attestation.snp import SnpClaims
+    from ..svsm.ledger import Evidence, VerifiedMove
+
+_FILE: Final = click.Path(path_type=Path, dir_okay=False)
+# What is told of the machine at either end, where its evidence says it.
+_TOLD: Final = ("product", "certified_chip", "report_id", "measurement", "vmpl")
+
+
+def ledger_option(purpose: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """--ledger FILE of one side."""
+    return click.option("--ledger", type=_FILE, help=purpose)
+
+
+@click.group("ledger")
+def ledger_commands() -> None:
+    """Check the record of a guest's moves."""
+
+
+@ledger_commands.command()
+@click.argument("file", type=_FILE)
+@click.option("--policy", "policy_file", type=_FILE, help="Rules that both sides of each move must meet.")
+@click.option("--no-policy", is_flag=True, help="Check signatures only, and accept whatever evidence says.")
+@click.option(
+    "--psk-file", type=_FILE, help="psk: the pre-shared key, without which evidence is not verified."
+)
+@click.option("--crl", type=_FILE, help="snp: revocation list of AMD's root key (DER or PEM).")
+@click.option("--test-ca", type=_FILE, help="emulated: file of 'attest make-test-ca'.")
+@click.option("--at", type=Moment(), help="Certificates must be valid at this time (ISO 8601). Default: now.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def verify(
+    file: Path,
+    policy_file: Path | None,
+    no_policy: bool,
+    psk_file: Path | None,
+    crl: Path | None,
+    test_ca: Path | None,
+    at: datetime | None,
+    as_json: bool,
+) -> int:
+    """Check a guest's ledger offline, and print its moves.
+
+    It shows these moves, and cannot show that there were no later ones: compare the last record with what the guest's
+    present SVSM has. When a move was made is not recorded, for no side has a clock that the others trust.
+
+    Without --policy and --no-policy the built-in rules of 'attest verify' hold.
+    """
+    if policy_file is not None and no_policy:
+        raise UsageError("--policy and --no-policy exclude each other")
+    verifier = _Verifier(
+        None if no_policy else _policies(policy_file),
+        None if psk_file is None else PskAttestor.from_file(psk_file),
+        None if crl is None else read_file(crl, "CRL"),
+        None if test_ca is None else EmulatedAuthority.load(test_ca),
+        datetime.now(UTC) if at is None else at,
+    )
+    data = read_file(file, "ledger", MAX_LEDGER_BYTES)
+    try:
+        records = parse_ledger_untrusted(data)
+    except MalformedData as error:
+        raise UsageError(f"{file} is not a ledger: {error}") from None
+    if not records:
+        raise UsageError(f"{file} is empty: a guest that never moved has no ledger to verify")
+    try:
+        moves = verify_chain(records, verifier)
+    except LedgerRefused as error:
+        return _refused(error, as_json=as_json)
+    _print(moves, as_json=as_json)
+    if any(move.source is None for move in moves):
+        note("signatures and chain hold; a pre-shared key's evidence was not verified: give --psk-file")
+    if policy_file is None and any(move.terms.kind is not AttestorKind.PSK for move in moves):
+        note("evidence holds; the measurements were compared with nothing: give --policy")
+    return Outcome.COMPLETED
+
+
+def read_ledger(path: Path | None) -> bytes:
+    """The ledger in a file; empty where there is none, for a guest that never moved. Raises UsageError."""
+    if path is None or not path.exists():
+        return b""
+    return read_file(path, "ledger", MAX_LEDGER_BYTES)
+
+
+def check_writable(path: Path | None) -> None:
+    """A file can be made where the ledger is to be, which is better known before the move. Raises UsageError."""
+    if path is None:
+        return
+    try:
+        descriptor, name = _temporary(path)
+        os.close(descriptor)
+        Path(name).unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
+def write_ledger(path: Path, data: bytes) -> None:
+    """Put the ledger into a file that its owner alone can read, whole or not at all. Raises OSError."""
+    descriptor, name = _temporary(path)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+class _Verifier:
+    """Verifies the evidence of every move as its peer did then: up to the roots given, and under this policy."""
+
+    def __init__(
+        self,
+        policies: Mapping[Role, Policy] | None,
+        psk: PskAttestor | None,
+        crl: bytes | None,
+        authority: EmulatedAuthority | None,
+        at: datetime,
+    ) -> None:
+        self._policies = policies
+        self._psk = psk
+        self._crl = crl
+        self._authority = authority
+        self._at = at
+        self._source: SnpClaims | None = None
+
+    def __call__(self, evidence: Evidence) -> Claims | None:
+        if evidence.kind is AttestorKind.PSK:
+            if self._policies is not None:
+                check_moves(self._policies[evidence.role], evidence.move)
+            return None if self._psk is None else self._psk.verify(evidence.data, evidence.report_data)
+        claims = self._verified(evidence)
+        check_report_data(claims, evidence.report_data)
+        self._check_policy(evidence, claims)
+        return as_claims(evidence.kind, claims)
+
+    def _verified(self, evidence: Evidence) -> SnpClaims:
+        if evidence.kind is AttestorKind.SNP:
+            return verify_evidence(evidence.data, at=self._at, roots=AMD_ROOTS, crl=self._crl)
+        if self._authority is None:
+            raise UsageError(
+                f"move {evidence.move} has emulated evidence: give the --test-ca it was made with"
+            )
+        return verify_evidence(evidence.data, at=self._at, roots=(self._authority.root,), crl=None)
+
+    def _check_policy(self, evidence: Evidence, claims: SnpClaims) -> None:
+        """Each side under the rules for its role; rules about both of them once the destination is known, too."""
+        source = self._source if evidence.role is Role.DESTINATION else None
+        self._source = claims
+        if self._policies is None:
+            return
+        check_policy(self._policies[evidence.role], claims, own=source, moves=evidence.move)
+        if source is not None:
+            check_policy(self._policies[Role.SOURCE], source, own=claims, moves=evidence.move)
+
+
+def _policies(path: Path | None) -> dict[Role, Policy]:
+    if path is None:
+        return dict.fromkeys(Role, Policy(measurements=None, minimum_tcb=None))
+    policies = load_policies(path)
+    return {Role.SOURCE: policies.source, Role.DESTINATION: policies.destination}
+
+
+def _print(moves: tuple[VerifiedMove, ...], *, as_json: bool) -> None:
+    last = moves[-1].record
+    head: dict[str, object] = {
+        "verified": True,
+        "moves": len(moves),
+        "guest_id": last.body.guest_id.hex(),
+        "last_record": record_hash(last).hex(),
+    }
+    described = [_describe(move) for move in moves]
+    if as_json:
+        print_json({**head, "chain": described})
+        return
+    for move in described:
+        head[f"move {move.pop('move')}"] = move
+    print_table(head)
+
+
+def _describe(move: VerifiedMove) -> dict[str, object]:
+    body = move.record.body
+    described: dict[str, object] = {
+        "move": body.move,
+        "attestation": move.terms.kind.label,
+        "freshness": body.freshness.label,
+        "source": _side(move.source),
+        "destination": _side(move.destination),
+        "source_policy_digest": body.source_policy_digest.hex(),
+        "destination_policy_digest": body.destination_policy_digest.hex(),
+        "manifest_digest": body.manifest_digest.hex(),
+        "record": record_hash(move.record).hex(),
+    }
+    if body.move > 1:
+        described["continuous"] = "not known" if move.continuous is None else "yes"
+    return described
+
+
+def _side(claims: Claims | None) -> dict[str, object]:
+    if claims is None:
+        return {"evidence": "pre-shared key: not verifiable offline"}
+    told = {name: claims.details[name] for name in _TOLD if name in claims.details}
+    return {"evidence": f"verified: {claims.subject}", **told}
+
+
+def _refused(error: LedgerRefused, *, as_json: bool) -> int:
+    if as_json:
+        reason = {"reason": "ledger", "rule": error.rule, "move": error.move, "message": str(error)}
+        print_json({"verified": False, "error": reason})
+    note(str(error))
+    return Outcome.REFUSED
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """A new file beside `path`, with mode 0600."""
+    return tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
