@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, get_args
 
 import click
 import trio
@@ -19,7 +19,7 @@ from ..engine.progress import MigrationInfo, Status
 from ..errors import GuestError, Outcome, TransferAborted, UsageError
 from ..guests.checked import boot_guest, empty_guest, prove, start
 from ..guests.pattern import Layout
-from ..migration import receive_guest, send_guest
+from ..migration import FreshnessChoice, receive_guest, send_guest
 from ..wire.constants import MAX_CHANNELS
 from .attest import attest
 from .demo import run_demo
@@ -99,6 +99,13 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="TCP channels.",
         ),
+        click.option(
+            "--freshness",
+            type=click.Choice(get_args(FreshnessChoice)),
+            default="auto",
+            show_default=True,
+            help="digest-audit re-hashes all RAM in black-out; auto believes tracker or dirty log.",
+        ),
     ):
         command = option(command)
     return command
@@ -123,6 +130,7 @@ def send(
     channels: int,
     write_rate: int,
     downtime_limit: float,
+    freshness: FreshnessChoice,
     kind: GuestKind,
     ram: int,
     vcpus: int,
@@ -132,7 +140,7 @@ def send(
     """Boot a test guest and migrate it to a destination."""
     attestor = _attestor(psk_file)
     with boot_guest(kind, ram, vcpus, write_rate) as guest:
-        return trio.run(_send, guest, address, attestor, channels, downtime_limit, as_json)
+        return trio.run(_send, guest, address, attestor, channels, downtime_limit, freshness, as_json)
 
 
 @cli.command()
@@ -170,6 +178,7 @@ def demo(
     channels: int,
     write_rate: int,
     downtime_limit: float,
+    freshness: FreshnessChoice,
     kind: GuestKind,
     ram: int,
     vcpus: int,
@@ -181,6 +190,7 @@ def demo(
         "--channels": str(channels),
         "--write-rate": str(write_rate),
         "--downtime-limit": f"{downtime_limit}s",
+        "--freshness": freshness,
     }
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
     return run_demo(options, kind, ram, vcpus, as_json=as_json)
@@ -192,11 +202,18 @@ async def _send(
     attestor: PskAttestor,
     channels: int,
     downtime_limit: float,
+    freshness: FreshnessChoice,
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
         return await send_guest(
-            guest, *address, attestor, channels=channels, downtime_limit_s=downtime_limit, on_progress=show
+            guest,
+            *address,
+            attestor,
+            channels=channels,
+            downtime_limit_s=downtime_limit,
+            freshness=freshness,
+            on_progress=show,
         )
 
     async def aftermath(outcome: Outcome) -> Proof | None:

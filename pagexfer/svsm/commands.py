@@ -48,6 +48,14 @@ def source_control(slot: SlotMemory, svsm: SourceSvsm, *, shared: bool = True) -
         counts = pending.region_counts(region_pages).astype("<u4", copy=False)
         return Answer(_store(counts.tobytes(), room), int(counts.sum()), region_pages)
 
+    def audit(_call: Call) -> Answer:
+        done = svsm.audit()
+        return Answer(
+            result=done.pages,
+            result2=done.found,
+            status=SlotStatus.INCOMPLETE if done.more else SlotStatus.OK,
+        )
+
     def blackout(_call: Call) -> Answer:
         parked, vcpus = svsm.park()
         return Answer(
@@ -72,6 +80,7 @@ def source_control(slot: SlotMemory, svsm: SourceSvsm, *, shared: bool = True) -
             Command.SETUP: setup,
             Command.HINT: hint,
             Command.EPOCH: epoch,
+            Command.AUDIT: audit,
             Command.BLACKOUT: blackout,
             Command.FINISH: finish,
             Command.ABORT: abort,

@@ -29,14 +29,20 @@ class Package(NamedTuple):
     gfns: NDArray[np.int64]
     entries: bytes
     payload: memoryview
+    operations: NDArray[np.uint8]
     zero_pages: int
 
 
 class Packager:
-    """Turns gfns into packages of one guest's memory."""
+    """Turns gfns into packages of one guest's memory.
 
-    def __init__(self, memory: GuestMemory) -> None:
+    With `stage`, every payload is a private copy, so that what is digested and what is sealed are the same bytes although
+    the guest writes meanwhile.
+    """
+
+    def __init__(self, memory: GuestMemory, *, stage: bool = False) -> None:
         self._memory = memory
+        self._stage = stage
         self._gathered = np.empty((MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE), dtype=np.uint64)
         self._compacted = np.empty((MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE), dtype=np.uint64)
 
@@ -59,12 +65,18 @@ class Packager:
             )
         entries = pack_entries(gfns, operations, states)
         payload = words.reshape(-1).view(np.uint8).data
-        return Package(gfns, entries.tobytes(), payload, int(np.count_nonzero(operations == ZERO)))
+        zero_pages = int(np.count_nonzero(operations == ZERO))
+        return Package(gfns, entries.tobytes(), payload, operations, zero_pages)
 
     def _view(self, gfns: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         first, end = int(gfns[0]), int(gfns[-1]) + 1
         if end - first == len(gfns):
-            return self._memory.words[first:end], self._memory.states[first:end].copy()
+            words, states = self._memory.words[first:end], self._memory.states[first:end].copy()
+            if self._stage:
+                staged = self._gathered[: len(gfns)]
+                staged[:] = words
+                return staged, states
+            return words, states
         # mode="clip" because "raise" would make numpy gather into a buffer of its own first
         words = np.take(self._memory.words, gfns, axis=0, out=self._gathered[: len(gfns)], mode="clip")
         return words, self._memory.states[gfns]

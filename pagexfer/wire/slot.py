@@ -52,6 +52,7 @@ class Command(enum.IntEnum):
     FINISH = 9  # control: the move is complete; wipe keys
     ABORT = 10  # control: give up; the source's vCPUs go on
     HINT = 11  # control: part of the hypervisor's dirty log
+    AUDIT = 12  # control: hash part of RAM against what was sent
 
 
 class SlotStatus(enum.IntEnum):
