@@ -156,6 +156,7 @@ SOURCE_REFUSALS: dict[tuple[str, Command, int], dict[str, RefusalCode]] = {
     ("control", Command.PREPARE, 0): dict.fromkeys(STAGES, _S),
     ("control", Command.PREPARE, 1 << 16): dict.fromkeys(STAGES, _S),
     ("control", Command.EPOCH, 0): {"idle": _S, "prepared": _S, "verified": _S} | _AFTER,
+    ("control", Command.AUDIT, 0): dict.fromkeys(STAGES, _S),  # a session without an audit
     ("control", Command.BLACKOUT, 0): _BEFORE | {"parked": _S, "verified": _S} | _AFTER,
     ("control", Command.FINISH, 0): {stage: _S for stage in STAGES if stage != "finished"},
     ("control", Command.ABORT, 0): {"started": _S, "finished": _S},
@@ -232,7 +233,7 @@ def test_each_command_out_of_place_gets_its_code_and_changes_nothing(
         assert snapshot(move) == before, (command, argument)
 
 
-@pytest.mark.parametrize("command", [0, 12, 255, 0xFFFF])
+@pytest.mark.parametrize("command", [0, 13, 255, 0xFFFF])
 def test_unknown_command(move: Move, command: int) -> None:
     for slot in HostSlots.of(move.pair).each():
         assert refused(slot, command) is RefusalCode.COMMAND

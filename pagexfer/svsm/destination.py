@@ -41,7 +41,7 @@ from ..wire.constants import (
 )
 from ..wire.slot import SessionStatus as State
 from ..wire.token import EpochTotals, Manifest, parse_epoch_totals_untrusted, parse_manifest_untrusted
-from .content import ContentTable, state_digest, vcpu_digest
+from .content import ContentTable, vcpu_digest
 from .handshake import DestinationAttempt, Established
 from .sealing import Opener, Sealer
 from .states import DESTINATION, Event, StateMachine
@@ -81,7 +81,7 @@ class DestinationSvsm:
         self._epoch = FIRST_EPOCH
         self._epoch_bundles = 0
         self._seen = DirtyBitmap(memory.pages)
-        self._content = ContentTable(memory.pages)
+        self._content = ContentTable(memory.states)
         self._vcpu_states: dict[int, bytes] = {}
         self._manifest = b""
         # One staging area for all channels: it stays in the cache, and holds plaintext for one call only.
@@ -270,6 +270,7 @@ class DestinationSvsm:
         self._epoch += 1
         self._epoch_bundles = 0
         self._seen.clear()
+        self._content.refresh()
 
     def _import_vcpu(self, payload: bytes) -> None:
         self._machine.advance(Event.IMPORT)
@@ -286,8 +287,8 @@ class DestinationSvsm:
             self._epoch - 1,
             self._gate.vcpus,
             self.freshness,
-            self._content.digest(),
-            state_digest(self._memory.states),
+            self._content.content_digest(),
+            self._content.state_digest(),
             vcpu_digest(self._vcpu_states),
             tuple(opener.record() for opener in self._openers),
         )

@@ -33,7 +33,7 @@ from ..wire.handshake import Freshness, Hello
 from ..wire.slot import SessionStatus as State
 from ..wire.token import EpochTotals, Manifest
 from .audit import PageDigests
-from .content import ContentTable, state_digest, vcpu_digest
+from .content import ContentTable, vcpu_digest
 from .export import Packager
 from .handshake import Established, finish_source, source_hello
 from .sealing import Opener, Sealer
@@ -105,7 +105,7 @@ class SourceSvsm:
         self._pending = DirtyBitmap.full(memory.pages)
         self._hinted = DirtyBitmap(memory.pages)
         self._found = DirtyBitmap(memory.pages)
-        self._content = ContentTable(memory.pages)
+        self._content = ContentTable(memory.states)
         self._epoch = FIRST_EPOCH
         self._epoch_bundles = 0
         self._epoch_pages = 0
@@ -236,6 +236,7 @@ class SourceSvsm:
         length = self._seal(BundleKind.EPOCH_TOKEN, self._epoch, totals.pack(), out)
         self._epoch += 1
         self._epoch_bundles = self._epoch_pages = 0
+        self._content.refresh()
         return length
 
     # Black-out
@@ -296,8 +297,8 @@ class SourceSvsm:
             self._epoch - 1,
             self._gate.vcpus,
             self.freshness,
-            self._content.digest(),
-            state_digest(self._memory.states),
+            self._content.content_digest(),
+            self._content.state_digest(),
             vcpu_digest(self._vcpu_states),
             tuple(sealer.record() for sealer in self._sealers),
         )

@@ -14,6 +14,7 @@ from ..svsm.destination import DestinationSvsm
 from ..svsm.source import SourceSvsm
 from ..wire.bundle import MAX_BUNDLE_BYTES, BundleKind, Direction, parse_header_untrusted
 from ..wire.constants import GUEST_ID_BYTES
+from ..wire.handshake import Freshness
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -66,11 +67,12 @@ class SvsmPair:
         attestor: Attestor,
         *,
         tracker: DirtyTracker | None = None,
+        audit: bool = False,
         channels: int = 2,
         intercept: Callable[[Message], Iterable[Message]] = lambda message: (message,),
     ) -> None:
         guest_id = secrets.token_bytes(GUEST_ID_BYTES)
-        self.source = SourceSvsm(source_memory, source_gate, tracker, attestor, guest_id)
+        self.source = SourceSvsm(source_memory, source_gate, tracker, attestor, guest_id, audit=audit)
         self.destination = DestinationSvsm(destination_memory, destination_gate, attestor)
         self.channels = channels
         self.intercept = intercept
@@ -105,6 +107,15 @@ class SvsmPair:
         while self.source.park()[0] < self._vcpus:
             pass
 
+    def audit(self) -> int:
+        """Hash all of RAM; returns the pages that were changed and not pending. Of a source that was made for it."""
+        self.source.begin_epoch()
+        found, more = 0, True
+        while more:
+            _, pages, more = self.source.audit()
+            found += pages
+        return found
+
     def vcpus(self) -> None:
         """The state of every vCPU."""
         for vcpu in range(self._vcpus):
@@ -138,9 +149,11 @@ class SvsmPair:
         self.epoch()
 
     def until_manifest(self) -> None:
-        """All before the manifest: parked, the last epoch closed, vCPU states sent."""
+        """All before the manifest: parked, audited, the last epoch closed, vCPU states sent."""
         self.until_precopy()
         self.park()
+        if self.source.freshness is Freshness.DIGEST_AUDIT:
+            self.audit()
         self.epoch()
         self.vcpus()
 
