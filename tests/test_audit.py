@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_digest_of_a_page_does_not_depend_on_its_bundle(cuts: list[int], again: 
     memory = a_memory()
     digests = PageDigests(memory, 1)
     edges = sorted({0, *cuts, RAM_PAGES})
-    for first, end in zip(edges, edges[1:], strict=False):
+    for first, end in pairwise(edges):
         send(memory, digests, np.arange(first, end))
     whole = digests._table.copy()
     if again:

@@ -57,10 +57,11 @@ def test_number_of_pages_counts() -> None:
 
 
 def test_largest_reference_differs_from_its_neighbours() -> None:
-    most = [1023, 0xFFFF, MAX_BUNDLES_PER_KEY - 1]
+    most = MAX_BUNDLES_PER_KEY - 1
+    records = [(1023, 0xFFFF, most), (1022, 0xFFFF, most), (1023, 0xFFFE, most), (1023, 0xFFFF, most - 1)]
     digests = {
-        table(([0], *fields), pages=1).content_digest()
-        for fields in (most, [1022, *most[1:]], [1023, 0xFFFE, most[2]], [*most[:2], most[2] - 1])
+        table(([0], channel, incarnation, counter), pages=1).content_digest()
+        for channel, incarnation, counter in records
     }
     assert len(digests) == 4
 

@@ -131,7 +131,7 @@ class PageDigests:
         # Pages that are left out are zero on both sides.
         expected[left_out] = 0
         by_run = left_out.reshape(-1, RUN_PAGES)
-        partly = by_run.any(axis=1)
+        partly: NDArray[np.bool_] = np.logical_or.reduce(by_run, axis=1)
         scratch = np.empty((RUN_PAGES, WORDS_PER_PAGE), dtype=np.uint64)
         tags = np.empty((len(by_run), 2), dtype=np.uint64)
         room = tags.reshape(-1).view(np.uint8).data

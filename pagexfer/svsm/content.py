@@ -6,8 +6,8 @@ transcripts mean equal RAM as sent.
 
 Digests are made in two levels: each region of 4096 pages has its own, kept until a bundle brings a page of that region, and
 the manifest has the digest over all of these. Regions are hashed again at the end of each epoch, so that black-out pays for
-what came in the last one. What is hashed are runs of equal words: a bundle gives one word to all of its pages, so a region has
-few, and hashing every word would cost as much as the rest of the tokens several times over.
+what came in the last one. What is hashed are runs of equal words: a bundle gives one word to all of its pages, so a region
+has few, and hashing every word of it takes several times as long.
 """
 
 from __future__ import annotations
@@ -96,7 +96,9 @@ class _TableDigest:
         runs[0] = 0, words[0]
         runs[1:, 0] = ends + 1
         runs[1:, 1] = words[ends + 1]
-        self._digests[region * DIGEST_BYTES : (region + 1) * DIGEST_BYTES] = hashlib.sha384(runs).digest()
+        self._digests[region * DIGEST_BYTES : (region + 1) * DIGEST_BYTES] = hashlib.sha384(
+            runs.data
+        ).digest()
         return runs[:, 1]
 
     def digest(self) -> bytes:

@@ -82,9 +82,7 @@ def handshake() -> Json:
             "smallest": hello(
                 ram_pages=1, vcpus=1, channels=1, nonce=bytes(32), guest_id=bytes(16), freshness=3
             ),
-            "largest": hello(
-                ram_pages=1 << 40, vcpus=4096, channels=1024, nonce=b"\xff" * 32, freshness=2
-            ),
+            "largest": hello(ram_pages=1 << 40, vcpus=4096, channels=1024, nonce=b"\xff" * 32, freshness=2),
         }.items()
     ]
     changes = {
