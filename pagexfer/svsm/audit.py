@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.ciphers.modes import ECB
 
 from ..dirty import DirtyBitmap
 from ..wire.bundle import DATA, ZERO
-from ..wire.constants import GCM_NONCE_BYTES, KEY_BYTES, PAGE_SIZE, TAG_BYTES, WORDS_PER_PAGE
+from ..wire.constants import GCM_NONCE_BYTES, KEY_BYTES, PAGE_SIZE, WORDS_PER_PAGE
 from ..wire.page_state import SHARED, VALIDATED
 from .ghash import BLOCK_BYTES, RunComposer
 
@@ -134,7 +134,6 @@ class PageDigests:
         partly: NDArray[np.bool_] = np.logical_or.reduce(by_run, axis=1)
         scratch = np.empty((RUN_PAGES, WORDS_PER_PAGE), dtype=np.uint64)
         tags = np.empty((len(by_run), 2), dtype=np.uint64)
-        room = tags.reshape(-1).view(np.uint8).data
         for run in range(len(by_run)):
             start = first + run * RUN_PAGES
             if partly[run]:
@@ -144,7 +143,7 @@ class PageDigests:
                 part = scratch.reshape(-1).view(np.uint8).data
             else:
                 part = self._ram[start * PAGE_SIZE : (start + RUN_PAGES) * PAGE_SIZE]
-            self._cipher.encrypt_into(_NONCE, b"", part, room[run * TAG_BYTES : (run + 1) * TAG_BYTES])
+            tags[run] = self._tags([part])
         differ = ((tags ^ self._zero_run) != self._composer.compose(expected)).any(axis=1)
         return first + np.flatnonzero(differ) * RUN_PAGES
 
@@ -157,8 +156,5 @@ class PageDigests:
 
     def _tags(self, parts: list[memoryview]) -> NDArray[np.uint64]:
         """GMAC tags, uint64 of shape (n, 2)."""
-        tags = np.empty((len(parts), 2), dtype=np.uint64)
-        room = tags.reshape(-1).view(np.uint8).data
-        for index, part in enumerate(parts):
-            self._cipher.encrypt_into(_NONCE, b"", part, room[index * TAG_BYTES : (index + 1) * TAG_BYTES])
-        return tags
+        tag = self._cipher.encrypt
+        return np.frombuffer(b"".join([tag(_NONCE, b"", part) for part in parts]), np.uint64).reshape(-1, 2)
