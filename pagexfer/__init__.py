@@ -1,13 +1,14 @@
 """Multi-channel, parallel page-transfer engine for live-migrating confidential guests."""
 
 from .attestation import Attestor, Claims, PskAttestor
-from .engine.progress import ChannelInfo, MigrationInfo, RamInfo, Status
+from .engine.progress import AuditInfo, ChannelInfo, MigrationInfo, RamInfo, Status
 from .errors import Outcome, PagexferError, TransferAborted, UsageError
 from .guests.guest import Guest
 from .migration import MigrationReport, receive_guest, send_guest
 
 __all__ = [
     "Attestor",
+    "AuditInfo",
     "ChannelInfo",
     "Claims",
     "Guest",

@@ -12,7 +12,7 @@ import secrets
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import trio
 
@@ -48,6 +48,8 @@ SLOT_BUFFER_BYTES: Final = 1 << 21
 # Steps in which the destination's RAM is provided: some 20 ms each, so that an end does not wait for long.
 _PREFAULT_BYTES: Final = 1 << 24
 
+FreshnessChoice = Literal["auto", "digest-audit"]
+
 
 @dataclass(frozen=True, slots=True)
 class MigrationReport:
@@ -73,6 +75,7 @@ async def send_guest(
     channels: int = 4,
     downtime_limit_s: float = 0.3,
     stall_timeout_s: float = STALL_TIMEOUT_S,
+    freshness: FreshnessChoice = "auto",
     journal: Path | None = None,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
 ) -> MigrationReport:
@@ -83,6 +86,10 @@ async def send_guest(
 
     `ledger` is what the guest's last destination reported as its ledger, empty for a guest that never moved.
 
+    `freshness` "auto" believes the guest's own tracker, or the hypervisor's dirty log where it has none; "digest-audit"
+    believes nobody: the SVSM hashes all of RAM in black-out and sends what is not as it was sent. What that cost is in the
+    report (`info.audit`).
+
     When it returns, the guest runs at the destination and stays parked here for good. Raises UsageError for bad arguments
     and TransferAborted otherwise: its `outcome` says whether the guest goes on here (ENDED, REFUSED) or nobody may know
     (UNDECIDED). Cancelling before the start token makes the guest go on here.
@@ -91,12 +98,22 @@ async def send_guest(
         raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
     if not 0 < downtime_limit_s < 2000:
         raise UsageError(f"a downtime limit is above 0 and below 2000 s, not {downtime_limit_s:g} s")
+    if freshness not in get_args(FreshnessChoice):
+        raise UsageError(f"freshness is {' or '.join(get_args(FreshnessChoice))}, not {freshness}")
     _check_network(port, 1, stall_timeout_s)
+    audit = freshness == "digest-audit"
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
         kept = None if journal is None else FileJournal.for_session(journal)
         svsm = SourceSvsm(
-            guest.memory, guest.gate, guest.tracker, attestor, guest_id, ledger=ledger, journal=kept
+            guest.memory,
+            guest.gate,
+            guest.tracker,
+            attestor,
+            guest_id,
+            audit=audit,
+            ledger=ledger,
+            journal=kept,
         )
     except (MalformedData, LedgerRefused) as error:
         raise UsageError(f"this is not the ledger of a guest: {error}") from None
@@ -109,7 +126,7 @@ async def send_guest(
         guest.hypervisor,
         guest.memory.pages,
         guest.gate.vcpus,
-        SourceOptions(channels, downtime_limit_s, stall_timeout_s),
+        SourceOptions(channels, downtime_limit_s, stall_timeout_s, audit),
         on_progress,
     )
     with kept or nullcontext():

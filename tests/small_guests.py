@@ -45,7 +45,13 @@ class Move:
     """A small guest, where it goes, and the pair that moves it."""
 
     def __init__(
-        self, pages: int = PAGES, vcpus: int = VCPUS, *, channels: int = 2, tracked: bool = True
+        self,
+        pages: int = PAGES,
+        vcpus: int = VCPUS,
+        *,
+        channels: int = 2,
+        tracked: bool = True,
+        audit: bool = False,
     ) -> None:
         self.guest = SmallGuest(pages, vcpus)
         self.memory = GuestMemory.allocate(pages * PAGE_SIZE)
@@ -57,6 +63,7 @@ class Move:
             self.gate,
             ATTESTOR,
             tracker=self.guest.tracker if tracked else None,
+            audit=audit,
             channels=channels,
         )
 

@@ -115,6 +115,18 @@ def test_demo(guest_type: type[KvmGuest] | type[SimulatedGuest], channels: int) 
     assert "error" not in report
 
 
+def test_demo_with_an_audit(guest_type: type[KvmGuest] | type[SimulatedGuest]) -> None:
+    kind = "simulated" if guest_type.__name__ == "SimulatedGuest" else "kvm"
+    arguments = ("--guest", kind, "--ram", "48MiB", "--freshness", "digest-audit", "--downtime-limit", "1s")
+    done = run("demo", "--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["freshness"] == "digest-audit"
+    assert report["audit"]["pages"] == 0
+    assert 0 < report["audit"]["milliseconds"] < report["downtime"]
+    assert report["guest"]["consistent"]
+
+
 def test_demo_of_a_guest_that_cannot_converge_says_so_and_leaves_it_unharmed() -> None:
     done = run("demo", "--json", *GUEST, "--write-rate", "1TiB", "--downtime-limit", "1ms", "--channels", "2")
     report = json.loads(done.stdout)
@@ -288,6 +300,7 @@ def test_a_signal_cancels(destination: Destination, number: int) -> None:
         (["demo", "--ram", "100"], "RAM"),
         (["demo", "--ram", "0", "--guest", "simulated"], "RAM"),
         (["demo", "--channels", "0"], "--channels"),
+        (["demo", "--freshness", "host-reported"], "--freshness"),
         (["demo", "--channels", "100000"], "--channels"),
         (["demo", "--vcpus", "99"], "--vcpus"),
         (["demo", "--downtime-limit", "soon"], "300ms"),

@@ -52,6 +52,22 @@ def test_the_fixed_cost_counts() -> None:
     assert decide(_epochs([100000], 1.0), pages, 1.0, _LIMIT_S).decision is Decision.TRANSFER
 
 
+def test_the_audit_counts_as_downtime() -> None:
+    pages = int(0.2 * _RATE / PAGE_SIZE)
+    assert decide(_epochs([100000], 1.0), pages, 1.0, _LIMIT_S, 0.09).decision is Decision.SWITCHOVER
+    verdict = decide(_epochs([100000], 1.0), pages, 1.0, _LIMIT_S, 0.11)
+    assert verdict.decision is Decision.TRANSFER
+    assert verdict.expected_downtime_s == pytest.approx(FIXED_DOWNTIME_S + 0.11 + 0.2, rel=1e-3)
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_an_audit_that_is_too_long_is_said_before_anything_is_sent(epochs: int) -> None:
+    verdict = decide(_epochs([100000] * epochs, 1.0), 0, 1.0, _LIMIT_S, _LIMIT_S)
+    assert verdict.decision is Decision.GIVE_UP
+    assert "audit of all RAM in black-out takes about 300 ms" in verdict.reason
+    assert "limit of 300 ms" in verdict.reason
+
+
 def test_fewer_pages_each_time_are_worth_another_epoch() -> None:
     history = [int(_TOO_MANY * 0.9**-number) for number in range(30, 0, -1)]
     for length in range(1, len(history)):

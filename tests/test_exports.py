@@ -13,6 +13,7 @@ import pagexfer
 
 PUBLIC = [
     "Attestor",
+    "AuditInfo",
     "ChannelInfo",
     "Claims",
     "Guest",

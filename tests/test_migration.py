@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pagexfer.engine.hypervisor import Hypervisor
     from pagexfer.guests.checked import CheckedGuest
     from pagexfer.guests.kvm import KvmGuest
+    from pagexfer.migration import FreshnessChoice
     from pagexfer.svsm.gate import VcpuGate
     from pagexfer.svsm.memory import GuestMemory
 
@@ -63,6 +64,7 @@ async def migrate(
     channels: int,
     *,
     downtime_limit_s: float = 0.3,
+    freshness: FreshnessChoice = "auto",
     on_progress: Callable[[pagexfer.MigrationInfo], None] = lambda _info: None,
 ) -> pagexfer.MigrationReport:
     """Both sides in this process; returns the source's report once both are done."""
@@ -75,6 +77,7 @@ async def migrate(
             PSK,
             channels=channels,
             downtime_limit_s=downtime_limit_s,
+            freshness=freshness,
             on_progress=on_progress,
         )
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagexfer.engine.progress import ChannelTally, Progress, Status
+from pagexfer.engine.progress import AuditInfo, ChannelTally, Progress, Status
 from pagexfer.wire.constants import PAGE_SIZE
 
 _PAGES = 1000
@@ -84,6 +84,14 @@ def test_times_are_milliseconds_and_rates_are_qemu_units() -> None:
         (1, 600, 2_000_000),
         (1, 300, 1_000_000),
     ]
+
+
+def test_audit_is_described_where_there_was_one() -> None:
+    progress = _progress()
+    progress.audit = AuditInfo(12.345, 7)
+    described = progress.info(100.0).as_dict()
+    assert described["audit"] == {"milliseconds": 12.3, "pages": 7}
+    assert progress.info(100.0).audit == AuditInfo(12.345, 7)
 
 
 def test_nothing_is_divided_by_before_the_set_up() -> None:

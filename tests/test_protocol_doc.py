@@ -14,7 +14,7 @@ import pytest
 from pagexfer import errors
 from pagexfer.attestation import psk
 from pagexfer.engine import failure, reception
-from pagexfer.svsm import destination, keys
+from pagexfer.svsm import content, destination, keys
 from pagexfer.svsm import ledger as svsm_ledger
 from pagexfer.svsm.states import DESTINATION, SOURCE, Event
 from pagexfer.wire import (
@@ -79,6 +79,7 @@ MODULES: Final[tuple[ModuleType, ...]] = (
     psk,
     keys,
     destination,
+    content,
     reception,
 )
 
@@ -252,6 +253,11 @@ def test_offsets_of_the_slot_lines() -> None:
     magic = slot.SLOT_MAGIC.to_bytes(8, "little")
     assert f"`{magic.decode()}`" in TEXT
     assert f"`{magic.hex(' ')}`" in TEXT
+
+
+def test_labels_of_the_table_digests() -> None:
+    documented = re.findall(r'"(pagexfer [^"]+)"', sections()["Channel record"])
+    assert documented == [content._CONTENT_LABEL.decode(), content._STATE_LABEL.decode()]
 
 
 def test_labels() -> None:

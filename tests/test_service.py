@@ -172,6 +172,7 @@ SOURCE_REFUSALS: dict[tuple[str, Command, int], dict[str, RefusalCode]] = {
     ("control", Command.PREPARE, 0): dict.fromkeys(STAGES, _S),
     ("control", Command.PREPARE, 1 << 16): dict.fromkeys(STAGES, _S),
     ("control", Command.EPOCH, 0): {"idle": _S, "prepared": _S, "proved": _S, "verified": _S} | _AFTER,
+    ("control", Command.AUDIT, 0): dict.fromkeys(STAGES, _S),  # a session without an audit
     ("control", Command.BLACKOUT, 0): _BEFORE | {"parked": _S, "verified": _S} | _AFTER,
     ("control", Command.FINISH, 0): {stage: _S for stage in STAGES if stage != "finished"},
     ("control", Command.ABORT, 0): {"started": _S, "finished": _S},

@@ -35,17 +35,21 @@ class AnyHost(RuleBasedStateMachine):
     `queue` is what an honest host would deliver next, so that long honest stretches are likely too.
     """
 
-    @initialize(hostile=st.booleans(), done=st.integers(0, 9))
-    def begin(self, hostile: bool, done: int) -> None:
-        """Where the run begins, and whether the network is an enemy too; a wild one seldom lets a session live for long."""
+    @initialize(hostile=st.booleans(), audit=st.booleans(), done=st.integers(0, 9))
+    def begin(self, hostile: bool, audit: bool, done: int) -> None:
+        """Where the run begins, and whether the network is an enemy too; a wild one seldom lets a session live for long.
+
+        With an audit nobody tells the SVSM what the guest writes.
+        """
         self.hostile = hostile
-        self.move = Move(pages=PAGES, channels=CHANNELS)
+        self.move = Move(pages=PAGES, channels=CHANNELS, tracked=not audit, audit=audit)
         self.pair = self.move.pair
         self.queue: list[Message] = []
         self.at_black_out: tuple[bytes, bytes, list[bytes]] | None = None
         self.pair.handshake()
         pair = self.pair
-        way = [pair.open_channels, pair.ledger, pair.epoch, pair.park, pair.epoch, pair.vcpus]
+        park = [pair.park, pair.audit] if audit else [pair.park]
+        way = [pair.open_channels, pair.ledger, pair.epoch, *park, pair.epoch, pair.vcpus]
         way += [pair.manifest, pair.ready]
         for step in way[: max(0, done - 1)]:
             step()
@@ -88,6 +92,10 @@ class AnyHost(RuleBasedStateMachine):
     @rule()
     def begin_epoch(self) -> None:
         self.attempt(self.pair.source.begin_epoch)
+
+    @rule()
+    def audit(self) -> None:
+        self.attempt(self.pair.source.audit)
 
     @rule(channel=st.integers(0, CHANNELS - 1), start=st.integers(0, PAGES), pages=st.integers(0, PAGES))
     def export(self, channel: int, start: int, pages: int) -> None:
@@ -138,10 +146,12 @@ class AnyHost(RuleBasedStateMachine):
         self.attempt(lambda: self.pair.seal_token(BundleKind.EPOCH_TOKEN))
         self.deliver_all()
 
-    @rule()
-    def honest_black_out(self) -> None:
+    @rule(audit=st.booleans())
+    def honest_black_out(self, audit: bool) -> None:
         self.move.guest.gate.slow = set()
         self.attempt(self.pair.source.park)
+        if audit:
+            self.attempt(self.pair.source.audit)
         self.honest_epoch()
         for vcpu in range(2):
             self.attempt(partial(self.pair.seal_vcpu, vcpu))

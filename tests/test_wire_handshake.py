@@ -143,4 +143,4 @@ def test_any_bytes_are_a_message_or_malformed(data: bytes) -> None:
 
 def test_labels() -> None:
     assert [kind.label for kind in AttestorKind] == ["psk", "snp", "emulated"]
-    assert [mode.label for mode in Freshness] == ["svsm-tracked", "host-reported"]
+    assert [mode.label for mode in Freshness] == ["svsm-tracked", "digest-audit", "host-reported"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, get_args
 
 import click
 import trio
@@ -17,7 +17,7 @@ from ..engine.progress import MigrationInfo, Status
 from ..errors import GuestError, Outcome, TransferAborted, UsageError
 from ..guests.checked import boot_guest, empty_guest, prove, start
 from ..guests.pattern import Layout
-from ..migration import receive_guest, send_guest
+from ..migration import FreshnessChoice, receive_guest, send_guest
 from ..wire.constants import MAX_CHANNELS
 from ..wire.handshake import AttestorKind, Role
 from .attest import attest as attest_commands
@@ -104,6 +104,13 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="TCP channels.",
         ),
+        click.option(
+            "--freshness",
+            type=click.Choice(get_args(FreshnessChoice)),
+            default="auto",
+            show_default=True,
+            help="digest-audit re-hashes all RAM in black-out; auto believes tracker or dirty log.",
+        ),
     ):
         command = option(command)
     return command
@@ -131,6 +138,7 @@ def send(
     channels: int,
     write_rate: int,
     downtime_limit: float,
+    freshness: FreshnessChoice,
     kind: GuestKind,
     ram: int,
     vcpus: int,
@@ -142,7 +150,9 @@ def send(
     attestor = make_attestor(Role.SOURCE, attest, files)
     moves = read_ledger(ledger)
     with boot_guest(kind, ram, vcpus, write_rate) as guest:
-        return trio.run(_send, guest, address, attestor, moves, journal, channels, downtime_limit, as_json)
+        return trio.run(
+            _send, guest, address, attestor, moves, journal, channels, downtime_limit, freshness, as_json
+        )
 
 
 @cli.command()
@@ -188,6 +198,7 @@ def demo(
     channels: int,
     write_rate: int,
     downtime_limit: float,
+    freshness: FreshnessChoice,
     kind: GuestKind,
     ram: int,
     vcpus: int,
@@ -199,6 +210,7 @@ def demo(
         "--channels": str(channels),
         "--write-rate": str(write_rate),
         "--downtime-limit": f"{downtime_limit}s",
+        "--freshness": freshness,
     }
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
     return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, as_json=as_json)
@@ -212,6 +224,7 @@ async def _send(
     journal: Path | None,
     channels: int,
     downtime_limit: float,
+    freshness: FreshnessChoice,
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
@@ -223,6 +236,7 @@ async def _send(
             channels=channels,
             downtime_limit_s=downtime_limit,
             journal=journal,
+            freshness=freshness,
             on_progress=show,
         )
 

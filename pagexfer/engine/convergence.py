@@ -63,15 +63,30 @@ def bandwidth(samples: Sequence[EpochSample]) -> float:
 
 
 def decide(
-    samples: Sequence[EpochSample], pending_pages: int, now_s: float, downtime_limit_s: float
+    samples: Sequence[EpochSample],
+    pending_pages: int,
+    now_s: float,
+    downtime_limit_s: float,
+    audit_s: float = 0.0,
 ) -> Verdict:
-    """What to do next, with `pending_pages` to send and the finished epochs in `samples`."""
+    """What to do next, with `pending_pages` to send and the finished epochs in `samples`.
+
+    `audit_s` is what hashing all of RAM in black-out is expected to take, 0 where that is not done.
+    """
+    fixed = FIXED_DOWNTIME_S + audit_s
+    if audit_s and fixed > downtime_limit_s:
+        return Verdict(
+            Decision.GIVE_UP,
+            fixed,
+            f"the audit of all RAM in black-out takes about {audit_s * 1000:.0f} ms, more than the downtime limit of "
+            f"{downtime_limit_s * 1000:.0f} ms leaves. Raise the downtime limit, or migrate without the audit",
+        )
     if not samples:
         return Verdict(Decision.TRANSFER, math.inf, "the first epoch sends all of RAM")
     rate = bandwidth(samples)
     pending_bytes = pending_pages * PAGE_SIZE
     sending_s = pending_bytes / rate if rate else math.inf if pending_bytes else 0.0
-    expected = FIXED_DOWNTIME_S + sending_s
+    expected = fixed + sending_s
     if expected <= downtime_limit_s:
         return Verdict(
             Decision.SWITCHOVER,

@@ -71,6 +71,17 @@ class ChannelInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class AuditInfo:
+    """The audit in black-out: what it took, and how many changed pages neither tracker nor dirty log had reported."""
+
+    milliseconds: float
+    pages: int
+
+    def as_dict(self) -> dict[str, int | float]:
+        return {"milliseconds": round(self.milliseconds, 1), "pages": self.pages}
+
+
+@dataclass(frozen=True, slots=True)
 class MigrationInfo:
     """A migration at one moment. Times are milliseconds, as QEMU has them; `percent` never goes back."""
 
@@ -82,10 +93,11 @@ class MigrationInfo:
     percent: float
     ram: RamInfo
     channels: tuple[ChannelInfo, ...]
+    audit: AuditInfo | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """The snapshot with QEMU's key names, ready for JSON."""
-        return {
+        """The snapshot with QEMU's key names, ready for JSON; `audit` only where there was one."""
+        described: dict[str, object] = {
             "status": self.status.value,
             "total-time": round(self.total_time, 1),
             "setup-time": round(self.setup_time, 1),
@@ -96,6 +108,9 @@ class MigrationInfo:
             "channels": len(self.channels),
             "channel": [channel.as_dict() for channel in self.channels],
         }
+        if self.audit is not None:
+            described["audit"] = self.audit.as_dict()
+        return described
 
 
 class ChannelTally:
@@ -128,6 +143,7 @@ class Progress:
         self.dirty_sync_count = 0
         self.dirty_pages_rate = 0.0
         self.expected_downtime_s = 0.0
+        self.audit: AuditInfo | None = None
         self._ram_bytes = ram_bytes
         self._began = now
         self._set_up: float | None = None
@@ -201,4 +217,5 @@ class Progress:
                 ChannelInfo(tally.channel, tally.bundles, tally.normal + tally.duplicate, tally.transferred)
                 for tally in self.channels
             ),
+            self.audit,
         )

@@ -52,6 +52,14 @@ def source_control(slot: SlotMemory, svsm: SourceSvsm, *, shared: bool = True) -
         counts = pending.region_counts(region_pages).astype("<u4", copy=False)
         return Answer(_store(counts.tobytes(), room), int(counts.sum()), region_pages)
 
+    def audit(_call: Call) -> Answer:
+        done = svsm.audit()
+        return Answer(
+            result=done.pages,
+            result2=done.found,
+            status=SlotStatus.INCOMPLETE if done.more else SlotStatus.OK,
+        )
+
     def blackout(_call: Call) -> Answer:
         parked, vcpus = svsm.park()
         return Answer(
@@ -77,6 +85,7 @@ def source_control(slot: SlotMemory, svsm: SourceSvsm, *, shared: bool = True) -
             Command.CONFIRM: confirm,
             Command.HINT: hint,
             Command.EPOCH: epoch,
+            Command.AUDIT: audit,
             Command.BLACKOUT: blackout,
             Command.FINISH: finish,
             Command.ABORT: abort,

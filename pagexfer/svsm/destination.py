@@ -51,7 +51,7 @@ from ..wire.token import (
     parse_manifest_untrusted,
     split_start_untrusted,
 )
-from .content import ContentTable, state_digest, vcpu_digest
+from .content import ContentTable, vcpu_digest
 from .handshake import DestinationAttempt, Established
 from .journal import SessionJournal
 from .ledger import append, check_next, next_body
@@ -102,7 +102,7 @@ class DestinationSvsm:
         self._epoch = FIRST_EPOCH
         self._epoch_bundles = 0
         self._seen = DirtyBitmap(memory.pages)
-        self._content = ContentTable(memory.pages)
+        self._content = ContentTable(memory.states)
         self._vcpu_states: dict[int, bytes] = {}
         self._manifest = b""
         self._ledger: bytes | None = None
@@ -316,6 +316,7 @@ class DestinationSvsm:
         self._epoch += 1
         self._epoch_bundles = 0
         self._seen.clear()
+        self._content.refresh()
 
     def _import_vcpu(self, payload: bytes) -> None:
         self._machine.advance(Event.IMPORT)
@@ -339,8 +340,8 @@ class DestinationSvsm:
             self._epoch - 1,
             self._gate.vcpus,
             self.freshness,
-            self._content.digest(),
-            state_digest(self._memory.states),
+            self._content.content_digest(),
+            self._content.state_digest(),
             vcpu_digest(self._vcpu_states),
             hashlib.sha384(self._ledger or b"").digest(),
             tuple(opener.record() for opener in self._openers),

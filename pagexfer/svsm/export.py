@@ -30,14 +30,20 @@ class Package(NamedTuple):
     gfns: NDArray[np.int64]
     entries: bytes
     payload: memoryview
+    operations: NDArray[np.uint8]
     zero_pages: int
 
 
 class Packager:
-    """Turns gfns into packages of one guest's memory."""
+    """Turns gfns into packages of one guest's memory.
 
-    def __init__(self, memory: GuestMemory) -> None:
+    With `stage`, every payload is a private copy, so that what is digested and what is sealed are the same bytes although
+    the guest writes meanwhile.
+    """
+
+    def __init__(self, memory: GuestMemory, *, stage: bool = False) -> None:
         self._memory = memory
+        self._stage = stage
         self._gathered = np.empty((MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE), dtype=np.uint64)
         self._compacted = np.empty((MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE), dtype=np.uint64)
 
@@ -51,7 +57,7 @@ class Packager:
         # Most pages in use differ from zero in their first word: only the others are read whole.
         in_use = words[:, 0] != 0
         if len(gfns) <= max_data_pages and (in_use & has_content).all():
-            return _package(gfns, DATA, states, words, 0)
+            return _package(gfns, np.full(len(gfns), DATA, dtype=np.uint8), states, words, 0)
         operations = _classify(words, in_use, has_content)
         is_data = operations == DATA
         data_pages = int(np.count_nonzero(is_data))
@@ -68,7 +74,12 @@ class Packager:
     def _view(self, gfns: NDArray[np.int64] | range) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         if isinstance(gfns, range):
             run = slice(gfns.start, gfns.stop)
-            return self._memory.words[run], self._memory.states[run].copy()
+            words, states = self._memory.words[run], self._memory.states[run].copy()
+            if self._stage:
+                staged = self._gathered[: len(gfns)]
+                staged[:] = words
+                return staged, states
+            return words, states
         # mode="clip" because "raise" would make numpy gather into a buffer of its own first
         words = np.take(self._memory.words, gfns, axis=0, out=self._gathered[: len(gfns)], mode="clip")
         return words, self._memory.states[gfns]
@@ -88,10 +99,10 @@ def _classify(
 
 def _package(
     gfns: NDArray[np.int64],
-    operations: NDArray[np.uint8] | np.uint8,
+    operations: NDArray[np.uint8],
     states: NDArray[np.uint32],
     words: NDArray[np.uint64],
     zero_pages: int,
 ) -> Package:
     entries = pack_entries(gfns, operations, states).tobytes()
-    return Package(gfns, entries, words.reshape(-1).view(np.uint8).data, zero_pages)
+    return Package(gfns, entries, words.reshape(-1).view(np.uint8).data, operations, zero_pages)

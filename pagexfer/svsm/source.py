@@ -39,7 +39,8 @@ from ..wire.handshake import Freshness, Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
 from ..wire.token import EpochTotals, Manifest, pack_start
-from .content import ContentTable, state_digest, vcpu_digest
+from .audit import PageDigests
+from .content import ContentTable, vcpu_digest
 from .export import Packager
 from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
@@ -71,8 +72,18 @@ class Exported(NamedTuple):
     more: bool
 
 
+class Audited(NamedTuple):
+    """One step of the audit: pages looked at, how many of them nobody had reported, and whether more are left."""
+
+    pages: int
+    found: int
+    more: bool
+
+
 class SourceSvsm:
     """The trusted side of one outgoing migration of one guest.
+
+    With `audit` it relies on no tracker: after the park it hashes all of RAM again and sends what is not as it was sent.
 
     Every method either does what it says or raises and leaves the guest as it was; errors of the state machine change
     nothing. A bundle that fails to open before the start token ends the session, and the guest goes on here.
@@ -89,6 +100,7 @@ class SourceSvsm:
         attestor: Attestor,
         guest_id: bytes,
         *,
+        audit: bool = False,
         ledger: bytes = b"",
         journal: Journal | None = None,
     ) -> None:
@@ -109,10 +121,13 @@ class SourceSvsm:
         self._session: Established | None = None
         self._sealers: list[Sealer] = []
         self._opener: Opener | None = None
-        self._packager = Packager(memory)
+        self._packager = Packager(memory, stage=audit)
+        self._digests = PageDigests(memory) if audit else None
+        self._audited_pages = 0
         self._pending = DirtyBitmap.full(memory.pages)
         self._hinted = DirtyBitmap(memory.pages)
-        self._content = ContentTable(memory.pages)
+        self._found = DirtyBitmap(memory.pages)
+        self._content = ContentTable(memory.states)
         self._epoch = FIRST_EPOCH
         self._epoch_bundles = 0
         self._epoch_pages = 0
@@ -129,6 +144,8 @@ class SourceSvsm:
     @property
     def freshness(self) -> Freshness:
         """Who vouches for this guest's dirty pages."""
+        if self._digests is not None:
+            return Freshness.DIGEST_AUDIT
         return Freshness.HOST_REPORTED if self._tracker is None else Freshness.SVSM_TRACKED
 
     @property
@@ -249,7 +266,9 @@ class SourceSvsm:
         if not gfns.size:
             return Exported(0, 0, 0, more=False)
         found = len(gfns)
-        gfns, entries, payload, zero_pages = self._packager.package(gfns, capacity)
+        gfns, entries, payload, operations, zero_pages = self._packager.package(gfns, capacity)
+        if self._digests is not None and not self._audit_done():
+            self._digests.record(gfns, operations, payload)
         counter = sealer.counter
         length = sealer.seal(BundleKind.PAGES, self._epoch, entries, payload, out)
         pages = as_run(gfns)
@@ -271,6 +290,7 @@ class SourceSvsm:
         length = self._seal(BundleKind.EPOCH_TOKEN, self._epoch, totals.pack(), out)
         self._epoch += 1
         self._epoch_bundles = self._epoch_pages = 0
+        self._content.refresh()
         return length
 
     # Black-out
@@ -283,6 +303,26 @@ class SourceSvsm:
         if parked == self._gate.vcpus:
             self._machine.advance(Event.PARK)
         return parked, self._gate.vcpus
+
+    def audit(self) -> Audited:
+        """The next step of hashing all RAM against what was sent (R13); what differs is pending from the next epoch on.
+
+        Before the park it is a trial: it hashes one step and changes nothing, so that what the audit costs can be measured.
+        Pages that are pending are not looked at, as they are sent anyway.
+        """
+        self._require_epoch()
+        if self._digests is None:
+            raise LocalProtocolError("this session has no audit")
+        start = self._audited_pages
+        stop = min(start + self._digests.step_pages, self._memory.pages)
+        if self._machine.state is not State.PARKED:
+            self._digests.trial(stop)
+            return Audited(stop, 0, more=False)
+        found = self._digests.changed(start, stop, self._pending)
+        # Not pending at once: a page of these may have been sent in this very epoch already (R1).
+        self._found.set_gfns(found)
+        self._audited_pages = stop
+        return Audited(stop - start, len(found), more=not self._audit_done())
 
     def export_vcpu(self, vcpu: int, out: memoryview) -> int:
         """Seal the state of one parked vCPU. Raises GateError where its state cannot be saved."""
@@ -306,13 +346,15 @@ class SourceSvsm:
             raise NotReady("not all vCPUs are exported")
         if not self._ledger_sent:
             raise NotReady("the ledger was not sent")
+        if self._digests is not None and not self._audit_done():
+            raise NotReady("RAM was not audited since the vCPUs were parked")
         manifest = Manifest(
             self._memory.pages,
             self._epoch - 1,
             self._gate.vcpus,
             self.freshness,
-            self._content.digest(),
-            state_digest(self._memory.states),
+            self._content.content_digest(),
+            self._content.state_digest(),
             vcpu_digest(self._vcpu_states),
             hashlib.sha384(self._ledger).digest(),
             tuple(sealer.record() for sealer in self._sealers),
@@ -390,6 +432,10 @@ class SourceSvsm:
             self._pending.union(self._tracker.collect())
         self._pending.union(self._memory.state_changes.take())
         self._pending.union(self._hinted.take())
+        self._pending.union(self._found.take())
+
+    def _audit_done(self) -> bool:
+        return self._audited_pages == self._memory.pages
 
     def _sealer(self, channel: int) -> Sealer:
         if not 0 <= channel < len(self._sealers):

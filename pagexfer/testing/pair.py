@@ -14,6 +14,7 @@ from ..svsm.destination import DestinationSvsm
 from ..svsm.source import SourceSvsm
 from ..wire.bundle import MAX_BUNDLE_BYTES, BundleKind, Direction, parse_header_untrusted
 from ..wire.constants import GUEST_ID_BYTES
+from ..wire.handshake import Freshness
 from ..wire.ledger import guest_id_of
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class SvsmPair:
         attestor: Attestor,
         *,
         tracker: DirtyTracker | None = None,
+        audit: bool = False,
         channels: int = 2,
         ledger: bytes = b"",
         destination_attestor: Attestor | None = None,
@@ -78,7 +80,14 @@ class SvsmPair:
     ) -> None:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
         self.source = SourceSvsm(
-            source_memory, source_gate, tracker, attestor, guest_id, ledger=ledger, journal=source_journal
+            source_memory,
+            source_gate,
+            tracker,
+            attestor,
+            guest_id,
+            audit=audit,
+            ledger=ledger,
+            journal=source_journal,
         )
         self.destination = DestinationSvsm(
             destination_memory,
@@ -123,6 +132,15 @@ class SvsmPair:
         while self.source.park()[0] < self._vcpus:
             pass
 
+    def audit(self) -> int:
+        """Hash all of RAM; returns the pages that were changed and not pending. Of a source that was made for it."""
+        self.source.begin_epoch()
+        found, more = 0, True
+        while more:
+            _, pages, more = self.source.audit()
+            found += pages
+        return found
+
     def vcpus(self) -> None:
         """The state of every vCPU."""
         for vcpu in range(self._vcpus):
@@ -157,9 +175,11 @@ class SvsmPair:
         self.epoch()
 
     def until_manifest(self) -> None:
-        """All before the manifest: parked, the last epoch closed, vCPU states sent."""
+        """All before the manifest: parked, audited, the last epoch closed, vCPU states sent."""
         self.until_precopy()
         self.park()
+        if self.source.freshness is Freshness.DIGEST_AUDIT:
+            self.audit()
         self.epoch()
         self.vcpus()
 

@@ -218,9 +218,9 @@ def parse_header_untrusted(data: bytes, bundle_bytes: int) -> BundleHeader:
 
 
 def pack_entries(
-    gfns: NDArray[np.int64], operations: NDArray[np.uint8] | np.uint8, states: NDArray[np.uint32]
+    gfns: NDArray[np.int64], operations: NDArray[np.uint8], states: NDArray[np.uint32]
 ) -> NDArray[np.uint64]:
-    """Entries as on the wire (uint64, one a page). `gfns` are strictly ascending; one operation may stand for all."""
+    """Entries as on the wire (uint64, one a page). `gfns` are strictly ascending."""
     entries = states.astype(np.uint64)
     entries <<= _OPERATION_BITS
     entries |= operations

@@ -64,6 +64,7 @@ class Freshness(enum.IntEnum):
     """Who vouches that no written page was hidden (R13)."""
 
     SVSM_TRACKED = 1
+    DIGEST_AUDIT = 2
     HOST_REPORTED = 3
 
     @property

@@ -53,6 +53,7 @@ class Command(enum.IntEnum):
     ABORT = 10  # control: give up; the source's vCPUs go on
     HINT = 11  # control: part of the hypervisor's dirty log
     CONFIRM = 12  # control: take the destination's key confirmation
+    AUDIT = 13  # control: hash part of RAM against what was sent
 
 
 class SlotStatus(enum.IntEnum):

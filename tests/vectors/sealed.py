@@ -141,6 +141,7 @@ def handshake() -> Json:
             ),
             "largest": hello(
                 attestor=3,
+                freshness=2,
                 ram_pages=1 << 40,
                 vcpus=4096,
                 channels=1024,
@@ -381,6 +382,60 @@ def manifest(channels: int) -> tuple[Json, bytes]:
     return fields | {name: digest.hex() for name, digest in digests.items()} | {"channels": records}, packed
 
 
+def table_digest(label: bytes, words: list[int]) -> str:
+    """The digest over a table with one word a page, word by word as docs/protocol.md says it."""
+    outer = label + struct.pack("<Q", len(words))
+    for first in range(0, len(words), 4096):
+        runs, before = b"", None
+        for page, word in enumerate(words[first : first + 4096]):
+            if word != before:
+                runs += struct.pack("<QQ", page, word)
+            before = word
+        outer += sha384(runs)
+    return sha384(outer).hex()
+
+
+def tables() -> list[Json]:
+    """Guests as the bundles that brought their pages, in order: first gfn, pages, stride, channel, incarnation, counter."""
+    cases: dict[str, tuple[int, list[tuple[int, int, int, int, int, int]], dict[int, int]]] = {
+        "one page": (1, [(0, 1, 1, 0, 0, 1)], {}),
+        "one region": (4096, [(0, 4096, 1, 3, 0, 77)], {4095: 4}),
+        "one page more": (4097, [(0, 4096, 1, 3, 0, 77), (4096, 1, 1, 3, 0, 77)], {4096: 4}),
+        "several bundles": (
+            10000,
+            [
+                (0, 512, 1, 0, 0, 1),
+                (512, 9488, 1, 1023, 0xFFFF, (1 << 32) - 2),
+                (4090, 12, 1, 1, 2, 3),
+                (1, 400, 7, 2, 0, 9),
+                (8191, 1, 1, 0, 0, 2),
+                (8192, 1, 1, 0, 0, 2),
+            ],
+            {0: 1, 17: 0, 18: 0, 8191: 0x7FFFF, 8192: 0x7FFFF, 9999: 8},
+        ),
+    }
+    described: list[Json] = []
+    for name, (pages, bundles, other_states) in cases.items():
+        carriers, states = [0] * pages, [PRIVATE] * pages
+        for first, count, stride, channel, incarnation, counter in bundles:
+            for gfn in range(first, first + count * stride, stride):
+                carriers[gfn] = channel << 48 | incarnation << 32 | (counter + 1)
+        for gfn, state in other_states.items():
+            states[gfn] = state
+        assert all(carriers)
+        described.append(
+            {
+                "name": name,
+                "pages": pages,
+                "bundles": [list(fields) for fields in bundles],
+                "other_states": [[gfn, state] for gfn, state in other_states.items()],
+                "content_digest": table_digest(b"pagexfer v1 content", carriers),
+                "state_digest": table_digest(b"pagexfer v1 page states", states),
+            }
+        )
+    return described
+
+
 def tokens() -> Json:
     totals = [(0, 0), (1, 512), (123456789, 987654321), ((1 << 64) - 1, (1 << 64) - 1)]
     two = manifest(2)[1]
@@ -390,6 +445,7 @@ def tokens() -> Json:
             for bundles, pages in totals
             for packed in [struct.pack("<QQ", bundles, pages)]
         ],
+        "tables": tables(),
         "refused_epoch_totals": [bad("empty", b""), bad("trailing byte", bytes(17))],
         "manifests": [
             {"name": f"{channels} channels", "fields": fields, "bytes": packed.hex()}

@@ -1,0 +1,302 @@
+"""What trust costs in black-out: the digest audit against memory bandwidth, and tokens and manifest against the move.
+
+    python -m bench.audit [--ram 1GiB] [--repeats 7] [--json FILE] [--quick]
+
+First, hashing RAM against what was sent, in turn with a plain copy (np.copyto) of the same RAM, both with one thread and
+with one for each core. "of a copy" is bytes per second against the copy with one thread, for each thread, "of copies"
+against the copy with as many threads. Then the digests that export takes, per bundle of 256 pages. Last, a whole move in
+memory, without a network: what tokens and manifest of both sides take of it, and the manifest of a larger guest, as tables
+alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+
+from pagexfer.attestation import PskAttestor
+from pagexfer.cli.values import Size
+from pagexfer.dirty import DirtyBitmap
+from pagexfer.svsm.audit import PageDigests
+from pagexfer.svsm.content import ContentTable
+from pagexfer.svsm.destination import DestinationSvsm
+from pagexfer.svsm.memory import GuestMemory
+from pagexfer.svsm.source import BUNDLE_PAGES, SourceSvsm
+from pagexfer.testing import BytesGate
+from pagexfer.wire.bundle import DATA, MAX_BUNDLE_BYTES, BundleKind
+from pagexfer.wire.constants import WORDS_PER_PAGE
+
+from .measure import Case, Spread, alternate, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+PENDING: Final = 0.05
+LAST_PAGES: Final = 2000
+PAGES_PER_GIB: Final = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """One row: what was done to RAM, with how many threads, and its ratios to plain copies of the same run."""
+
+    operation: str
+    threads: int
+    gb_per_s: Spread
+    of_a_copy_per_thread: float
+    of_copies: float
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One step of a move: seconds of both sides, and its part of all seconds."""
+
+    step: str
+    seconds: Spread
+    part: float
+
+
+def audit_rates(memory: GuestMemory, repeats: int) -> Iterator[Rate]:
+    """Hash all of RAM with one thread and with all, with nothing and with some pages pending."""
+    nothing, some = DirtyBitmap(memory.pages), DirtyBitmap(memory.pages)
+    some.set_gfns(np.random.default_rng(2).integers(0, memory.pages, round(memory.pages * PENDING)))
+    cores = len(os.sched_getaffinity(0))
+    target = np.ones_like(memory.words)
+    cases: dict[tuple[str, int], Case] = {}
+    for threads in sorted({1, cores}):
+        digests = PageDigests(memory, threads)
+        for first in range(0, memory.pages, BUNDLE_PAGES):
+            digests.record(*_bundle(memory, first))
+        assert not digests.changed(0, memory.pages, nothing).size
+        cases["copy", threads] = Case(lambda threads=threads: _copy(target, memory.words, threads))  # type: ignore[misc]
+        for name, pending in (("audit", nothing), (f"audit, {PENDING:.0%} pending", some)):
+            cases[name, threads] = Case(
+                lambda digests=digests, pending=pending: digests.changed(0, memory.pages, pending)  # type: ignore[misc]
+            )
+    spreads = alternate({f"{name}/{threads}": case for (name, threads), case in cases.items()}, repeats)
+    for name, threads in cases:
+        spread = spreads[f"{name}/{threads}"]
+        rate = memory.ram_bytes / 1e9
+        yield Rate(
+            name,
+            threads,
+            Spread(rate / spread.median, rate / spread.maximum, rate / spread.minimum),
+            spreads["copy/1"].median / spread.median / threads,
+            spreads[f"copy/{threads}"].median / spread.median,
+        )
+
+
+def export_digests(memory: GuestMemory, repeats: int) -> dict[str, Spread]:
+    """Seconds per bundle of DATA pages: the digests, and the copy that they are made of."""
+    digests = PageDigests(memory, 1)
+    bundle = _bundle(memory, 0)
+    staging = np.ones((BUNDLE_PAGES, WORDS_PER_PAGE), dtype=np.uint64)
+    starts = iter(range(0, 1 << 62, BUNDLE_PAGES))
+
+    def stage() -> None:
+        start = next(starts) % memory.pages
+        np.copyto(staging, memory.words[start : start + BUNDLE_PAGES])
+
+    cases = {
+        "digests": Case(lambda: digests.record(*bundle), calls=100),
+        "staging copy": Case(stage, calls=100),
+    }
+    return alternate(cases, repeats)
+
+
+def move_shares(memory: GuestMemory, repeats: int, *, audit: bool) -> list[Share]:
+    """A whole move from SVSM to SVSM in this thread, with `LAST_PAGES` scattered pages in the last epoch."""
+    seconds: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        taken = _Move(memory, audit=audit).run()
+        for step, value in taken.items():
+            seconds.setdefault(step, []).append(value)
+    total = sum(Spread.of(values).median for values in seconds.values())
+    return [
+        Share(step, Spread.of(values), Spread.of(values).median / total) for step, values in seconds.items()
+    ]
+
+
+class _Move:
+    """One move; every step's seconds are both sides' together."""
+
+    def __init__(self, memory: GuestMemory, *, audit: bool) -> None:
+        self._memory = memory
+        self._target = GuestMemory.allocate(memory.ram_bytes)
+        self._target.prefault(0, memory.ram_bytes)
+        gate = BytesGate([b"state"], running=True)
+        attestor = PskAttestor(bytes(32))
+        self._source = SourceSvsm(memory, gate, None, attestor, bytes(16), audit=audit)
+        self._destination = DestinationSvsm(self._target, BytesGate.waiting(1), attestor)
+        self._buffer = memoryview(bytearray(MAX_BUNDLE_BYTES))
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, float]:
+        reply = self._destination.answer(1, self._source.prepare(1))
+        self._destination.establish(1, self._source.establish(reply))
+        package = self._buffer[: self._source.open_channel(0, self._buffer)]
+        self._destination.open_channel_untrusted(0, package)
+        self._source.begin_epoch()
+        self._timed("pages", self._pages)
+        self._timed("epoch tokens", lambda: self._carry(self._source.epoch_token))
+        self._source.park()
+        if self._source.freshness.label == "digest-audit":
+            self._timed("audit", self._audit)
+        last = np.zeros(-(-self._memory.pages // 64), dtype=np.uint64)
+        gfns = np.random.default_rng(3).integers(0, self._memory.pages, LAST_PAGES)
+        np.bitwise_or.at(last, gfns // 64, np.uint64(1) << (gfns % 64).astype(np.uint64))
+        self._source.hint(0, last.tobytes())
+        self._source.begin_epoch()
+        self._timed("pages", self._pages)
+        self._timed("epoch tokens", lambda: self._carry(self._source.epoch_token))
+        self._carry(lambda out: self._source.export_vcpu(0, out))
+        self._timed("manifest", lambda: self._carry(self._source.manifest))
+        ready = self._buffer[: self._destination.seal_answer(BundleKind.READY, self._buffer)]
+        self._source.accept_untrusted(ready)
+        self._timed("start token", lambda: self._carry(self._source.start_token))
+        # The next repeat moves the same guest once more, which no SVSM would.
+        self._memory.disclaim()
+        self._target.close()
+        return self._seconds
+
+    def _pages(self) -> None:
+        while (length := self._source.export(0, 0, self._memory.pages, self._buffer).length) > 0:
+            self._destination.import_untrusted(0, self._buffer[:length])
+
+    def _audit(self) -> None:
+        while self._source.audit().more:
+            pass
+
+    def _carry(self, seal: Callable[[memoryview], int]) -> None:
+        self._destination.import_untrusted(0, self._buffer[: seal(self._buffer)])
+
+    def _timed(self, step: str, work: Callable[[], None]) -> None:
+        began = perf_counter()
+        work()
+        self._seconds[step] = self._seconds.get(step, 0.0) + perf_counter() - began
+
+
+def manifest_seconds(gib: int, repeats: int) -> dict[str, Spread]:
+    """Seconds that the digests of one side take for a guest of `gib`, by what the last epoch brought."""
+    pages = gib * PAGES_PER_GIB
+    table = ContentTable(np.full(pages, 0xF2, dtype=np.uint32))
+    for counter, first in enumerate(range(0, pages, BUNDLE_PAGES)):
+        table.record(np.arange(first, first + BUNDLE_PAGES), 0, 0, counter)
+    began = perf_counter()
+    table.refresh()
+    after_all = perf_counter() - began
+    rng = np.random.default_rng(4)
+    scattered = np.unique(rng.integers(0, pages, 20000))
+    starts = np.unique(rng.integers(0, pages // 64, 20000 // 64)) * 64
+    in_runs = (starts[:, None] + np.arange(64)).reshape(-1)
+
+    def after(gfns: NDArray[np.int64]) -> Case:
+        return Case(lambda: _digests(table), lambda: table.record(gfns, 0, 0, 1))
+
+    cases = {
+        "nothing": Case(lambda: _digests(table)),
+        "20000 pages in runs of 64": after(in_runs),
+        "20000 scattered pages": after(scattered),
+    }
+    return {"all pages, once": Spread.of([after_all])} | alternate(cases, repeats)
+
+
+def _digests(table: ContentTable) -> None:
+    assert table.complete()
+    table.content_digest()
+    table.state_digest()
+
+
+def _bundle(memory: GuestMemory, first: int) -> tuple[NDArray[np.int64], NDArray[np.uint8], memoryview]:
+    gfns = np.arange(first, min(first + BUNDLE_PAGES, memory.pages))
+    payload = memory.words[gfns].reshape(-1).view(np.uint8).data
+    return gfns, np.full(len(gfns), DATA, dtype=np.uint8), payload
+
+
+def _copy(target: NDArray[np.uint64], source: NDArray[np.uint64], threads: int) -> None:
+    if threads == 1:
+        np.copyto(target, source)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        parts = zip(np.array_split(target, threads), np.array_split(source, threads), strict=True)
+        list(pool.map(lambda part: np.copyto(*part), parts))
+
+
+def _guest(ram_bytes: int) -> GuestMemory:
+    memory = GuestMemory.allocate(ram_bytes)
+    memory.launch()
+    rng = np.random.default_rng(1)
+    for first in range(0, memory.pages, 1 << 12):
+        part = memory.words[first : first + (1 << 12)]
+        part[:] = rng.integers(1, 2**63, part.shape, dtype=np.uint64)
+    return memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ram", type=lambda text: Size().convert(text, None, None), default=1 << 30)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--table", type=int, default=1024, metavar="GIB", help="size of the larger guest")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE as well")
+    parser.add_argument("--quick", action="store_true", help="256 MiB, a table of 64 GiB, 3 repeats")
+    options = parser.parse_args()
+    if options.quick:
+        options.ram, options.table, options.repeats = 1 << 28, 64, 3
+    memory = _guest(options.ram)
+    print(f"{options.ram >> 20} MiB, {options.repeats} repeats")
+    print(f"{'':<22} threads   GB/s (min - max)       of a copy, per thread   of copies")
+    rates = list(audit_rates(memory, options.repeats))
+    for rate in rates:
+        speed = rate.gb_per_s
+        print(
+            f"{rate.operation:<22} {rate.threads:>7} {speed.median:>6.2f} ({speed.minimum:.2f} - {speed.maximum:.2f})"
+            f"{rate.of_a_copy_per_thread:>19.2f} {rate.of_copies:>17.2f}"
+        )
+    per_bundle = export_digests(memory, options.repeats)
+    for name, spread in per_bundle.items():
+        print(f"{name + ' per bundle':<30} {spread.median * 1e6:>8.1f} us")
+    shares = {
+        mode: move_shares(memory, options.repeats, audit=mode == "digest-audit")
+        for mode in ("host-reported", "digest-audit")
+    }
+    for mode, steps in shares.items():
+        print(f"move in memory, {mode}")
+        for share in steps:
+            times = share.seconds.scaled(1e3)
+            print(
+                f"  {share.step:<20} {times.median:>9.2f} ms ({times.minimum:.2f} - {times.maximum:.2f}) {share.part:>7.2%}"
+            )
+    tables = {gib: manifest_seconds(gib, options.repeats) for gib in sorted({1, options.table})}
+    for gib, cases in tables.items():
+        print(f"digests of a manifest, {gib} GiB, one side, after a last epoch of")
+        for name, spread in cases.items():
+            times = spread.scaled(1e3)
+            print(f"  {name:<26} {times.median:>9.2f} ms ({times.minimum:.2f} - {times.maximum:.2f})")
+    if options.json is not None:
+        result = {
+            "bench": "audit",
+            "ram_bytes": options.ram,
+            "repeats": options.repeats,
+            "rates": [asdict(rate) for rate in rates],
+            "per_bundle": {name: asdict(spread) for name, spread in per_bundle.items()},
+            "move": {mode: [asdict(share) for share in steps] for mode, steps in shares.items()},
+            "manifest": {
+                gib: {name: asdict(spread) for name, spread in cases.items()} for gib, cases in tables.items()
+            },
+        }
+        write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""What was sent, page by page, as keyed digests; and whether RAM is still that (R13, `digest-audit`).
+
+Where only the hypervisor sees which pages are written, a hypervisor that hides a write would leave an old page at the
+destination. So the SVSM remembers a digest of every page as it was sealed, and once the vCPUs are parked it hashes all of
+RAM again, on all cores, and sends what differs.
+
+Digests are GMAC tags under a key made here for one session. Neither key nor tag ever leaves the SVSM, which is why one
+nonce serves all of them: it only adds the same block to each, and a comparison cancels that out. What remains is GHASH, a
+polynomial in a secret field element. Whoever chooses two contents of 64 pages without knowing it, as a guest in league with
+its host may, has them collide with probability at most 16385 / 2^128 < 2^-113; a host that sees which pages are sent again
+learns nothing from it but that they differed. For 1 TiB (2^22 comparisons) the chance that the audit misses any changed
+page at all is below 2^-91.
+
+GHASH and not a cryptographic hash, because nothing else that is sound comes near memory bandwidth here (bench/audit.py):
+one call over 64 pages reads RAM once and writes 16 bytes. For one page a call costs more than its hashing, so tags are made
+page by page when they are sealed, and composed in the audit (`ghash.RunComposer`).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.ciphers.algorithms import AES
+from cryptography.hazmat.primitives.ciphers.modes import ECB
+
+from ..dirty import DirtyBitmap
+from ..wire.bundle import DATA, ZERO
+from ..wire.constants import GCM_NONCE_BYTES, KEY_BYTES, PAGE_SIZE, WORDS_PER_PAGE
+from ..wire.page_state import SHARED, VALIDATED
+from .ghash import BLOCK_BYTES, RunComposer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from .memory import GuestMemory
+
+# 256 KiB: a call over so much costs what its hashing costs, and a run that differs is few pages to look at one by one.
+_RUN_LEVELS: Final = 6
+RUN_PAGES: Final = 1 << _RUN_LEVELS
+# What one thread takes at a time, 32 MiB: enough for composing to be fast, and a few milliseconds of work.
+TASK_PAGES: Final = 1 << 13
+
+_HAS_CONTENT: Final = np.uint32(VALIDATED | SHARED)
+_NONCE: Final = bytes(GCM_NONCE_BYTES)
+
+
+class PageDigests:
+    """Digest of every page of `memory` as it was sent last: 16 bytes a page. `workers` threads hash (default: all cores).
+
+    A page that was never recorded counts as zero.
+    """
+
+    def __init__(self, memory: GuestMemory, workers: int | None = None) -> None:
+        self._memory = memory
+        self._ram = memory.words.reshape(-1).view(np.uint8).data
+        self._workers = workers or len(os.sched_getaffinity(0))
+        key = secrets.token_bytes(KEY_BYTES)
+        self._cipher = AESGCM(key)
+        subkey = Cipher(AES(key), ECB()).encryptor().update(bytes(BLOCK_BYTES))
+        self._composer = RunComposer(subkey, PAGE_SIZE // BLOCK_BYTES, _RUN_LEVELS)
+        # Tags of zeros: what nonce and length alone make of a page and of a run.
+        self._zero_page, self._zero_run = (
+            self._tags([memoryview(bytes(PAGE_SIZE * pages))]) for pages in (1, RUN_PAGES)
+        )
+        # Whole runs; what is behind the last page stays zero, and is never looked at in RAM.
+        self._table: NDArray[np.uint64] = np.zeros((-(-memory.pages // RUN_PAGES) * RUN_PAGES, 2), np.uint64)
+
+    @property
+    def step_pages(self) -> int:
+        """Pages that one call of `changed` should get: a task for each thread."""
+        return TASK_PAGES * self._workers
+
+    def record(self, gfns: NDArray[np.int64], operations: NDArray[np.uint8], payload: memoryview) -> None:
+        """Pages `gfns` were sealed with these operations; `payload` is the DATA pages, in memory that nobody writes to.
+
+        A page that the guest gave up (DROP) has no content, and so no digest.
+        """
+        is_data = operations == DATA
+        digests = np.zeros((len(gfns), 2), dtype=np.uint64)
+        pages = [payload[start : start + PAGE_SIZE] for start in range(0, len(payload), PAGE_SIZE)]
+        digests[is_data] = self._tags(pages) ^ self._zero_page
+        kept = is_data | (operations == ZERO)
+        self._table[gfns[kept]] = digests[kept]
+
+    def trial(self, pages: int) -> None:
+        """Hash the first `pages` pages as `changed` does, for its cost alone."""
+        nothing = DirtyBitmap(self._memory.pages)
+        self._on_all_cores(lambda first, stop: self._changed_runs(first, stop, nothing), 0, pages)
+
+    def changed(self, start: int, stop: int, excused: DirtyBitmap) -> NDArray[np.int64]:
+        """gfns from `start` (a multiple of 64) to `stop` - 1 whose content is not what was sent, sorted.
+
+        Leaves out pages that `excused` marks, and pages that have no content by their state.
+        """
+        return self._on_all_cores(lambda first, end: self._changed(first, end, excused), start, stop)
+
+    def _on_all_cores(
+        self, work: Callable[[int, int], NDArray[np.int64]], start: int, stop: int
+    ) -> NDArray[np.int64]:
+        # The cipher and numpy work without the interpreter's lock, so threads are enough.
+        with ThreadPoolExecutor(self._workers) as pool:
+            parts = pool.map(
+                lambda first: work(first, min(first + TASK_PAGES, stop)), range(start, stop, TASK_PAGES)
+            )
+            return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
+
+    def _changed(self, first: int, stop: int, excused: DirtyBitmap) -> NDArray[np.int64]:
+        """As `changed`, in this thread."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for run in self._changed_runs(first, stop, excused).tolist():
+            gfns = np.arange(run, min(run + RUN_PAGES, self._memory.pages))
+            gfns = gfns[~self._excused(gfns, excused)]
+            actual = self._tags([self._page(gfn) for gfn in gfns.tolist()]) ^ self._zero_page
+            found.append(gfns[(actual != self._table[gfns]).any(axis=1)])
+        return np.concatenate(found)
+
+    def _changed_runs(self, first: int, stop: int, excused: DirtyBitmap) -> NDArray[np.int64]:
+        """First gfn of every run in which a page differs that is not excused."""
+        end = -(-stop // RUN_PAGES) * RUN_PAGES
+        left_out = np.ones(end - first, dtype=np.bool_)
+        left_out[: stop - first] = self._excused(np.arange(first, stop), excused)
+        expected = self._table[first:end].copy()
+        # Pages that are left out are zero on both sides.
+        expected[left_out] = 0
+        by_run = left_out.reshape(-1, RUN_PAGES)
+        partly: NDArray[np.bool_] = np.logical_or.reduce(by_run, axis=1)
+        scratch = np.empty((RUN_PAGES, WORDS_PER_PAGE), dtype=np.uint64)
+        tags = np.empty((len(by_run), 2), dtype=np.uint64)
+        for run in range(len(by_run)):
+            start = first + run * RUN_PAGES
+            if partly[run]:
+                words = self._memory.words[start : start + RUN_PAGES]
+                scratch[: len(words)] = words
+                scratch[by_run[run]] = 0
+                part = scratch.reshape(-1).view(np.uint8).data
+            else:
+                part = self._ram[start * PAGE_SIZE : (start + RUN_PAGES) * PAGE_SIZE]
+            tags[run] = self._tags([part])
+        differ = ((tags ^ self._zero_run) != self._composer.compose(expected)).any(axis=1)
+        return first + np.flatnonzero(differ) * RUN_PAGES
+
+    def _excused(self, gfns: NDArray[np.int64], excused: DirtyBitmap) -> NDArray[np.bool_]:
+        without_content: NDArray[np.bool_] = (self._memory.states[gfns] & _HAS_CONTENT) == 0
+        return without_content | excused.test(gfns)
+
+    def _page(self, gfn: int) -> memoryview:
+        return self._ram[gfn * PAGE_SIZE : (gfn + 1) * PAGE_SIZE]
+
+    def _tags(self, parts: list[memoryview]) -> NDArray[np.uint64]:
+        """GMAC tags, uint64 of shape (n, 2)."""
+        tag = self._cipher.encrypt
+        return np.frombuffer(b"".join([tag(_NONCE, b"", part) for part in parts]), np.uint64).reshape(-1, 2)
