@@ -299,6 +299,7 @@ def test_page_found_in_the_epoch_that_carried_it_goes_with_the_next() -> None:
     move = Move(tracked=False, audit=True)
     move.pair.handshake()
     move.pair.open_channels()
+    move.pair.ledger()
     move.pair.source.begin_epoch()
     message = move.pair.seal_pages(0, 0, 100)
     assert message is not None

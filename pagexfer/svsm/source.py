@@ -375,9 +375,9 @@ class SourceSvsm:
         if self._pending.any():
             raise NotReady("a page changed after the manifest: abort")
         assert self._session is not None
+        self._machine.advance(Event.START)
         body = next_body(self._records, self._session.proofs, self._manifest)
         signature = self._session.ledger_key.sign(Role.SOURCE, body)
-        self._machine.advance(Event.START)
         return self._seal(BundleKind.START_TOKEN, FINAL_EPOCH, pack_start(self._manifest, signature), out)
 
     def accept_untrusted(self, package: memoryview) -> BundleKind:
