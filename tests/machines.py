@@ -61,7 +61,7 @@ class Machines:
         await self.source.hypervisor.resume()
         self.source.gate.release()
 
-    async def send(self, port: int, stall_timeout_s: float) -> Side:
+    async def send(self, port: int, stall_timeout_s: float, journal: Path | None = None) -> Side:
         """Migrate the source guest; returns how that ended."""
         side = Side()
         self.source_moved = True
@@ -74,6 +74,7 @@ class Machines:
                 channels=CHANNELS,
                 downtime_limit_s=1.0,
                 stall_timeout_s=stall_timeout_s,
+                journal=journal,
                 on_progress=side.progress.append,
             )
         except TransferAborted as aborted:
@@ -98,6 +99,7 @@ async def receive(
     guest: SimulatedGuest,
     side: Side,
     stall_timeout_s: float,
+    journal: Path | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Receive into `guest` and note how it ended; reports the port."""
@@ -108,6 +110,7 @@ async def receive(
             0,
             ATTESTOR,
             stall_timeout_s=stall_timeout_s,
+            journal=journal,
             on_listening=task_status.started,
             on_progress=side.progress.append,
             on_stranger=side.strangers.append,

@@ -13,14 +13,18 @@ import trio
 
 from pagexfer.errors import Outcome, TransferAborted
 from pagexfer.migration import MigrationReport
+from pagexfer.svsm.journal import read_journal
+from pagexfer.svsm.recovery import judge_both
 from pagexfer.testing.proxy import Action, FaultProxy, after_bytes, at_bundle, at_frame
 from pagexfer.wire.bundle import BundleKind
 from pagexfer.wire.framing import FrameType
+from pagexfer.wire.handshake import Role
 
 from .machines import HOST, PATIENCE_S, Machines, Side, goes_on, is_parked, never_ran, receive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from pagexfer.testing.proxy import Frame
 
@@ -84,10 +88,12 @@ def _expected(point: str, action: Action) -> tuple[set[Outcome], bool]:
 
 @pytest.mark.parametrize("action", _ACTIONS)
 @pytest.mark.parametrize("point", _POINTS)
-async def test_one_side_may_run_the_guest(machines: Machines, point: str, action: Action) -> None:
+async def test_one_side_may_run_the_guest(
+    machines: Machines, tmp_path: Path, point: str, action: Action
+) -> None:
     outcomes, runs_there = _expected(point, action)
     stall_timeout_s = _LONG_S if outcomes == {Outcome.COMPLETED} else _SHORT_S
-    source, destination = await _migrate(machines, _POINTS[point], action, stall_timeout_s)
+    source, destination, runner = await _migrate(machines, _POINTS[point], action, stall_timeout_s, tmp_path)
 
     outcome = _outcome(source)
     assert outcome in outcomes, source.end
@@ -102,12 +108,15 @@ async def test_one_side_may_run_the_guest(machines: Machines, point: str, action
         assert await goes_on(machines.destination)
     else:
         assert never_ran(machines.destination)
+    # Whatever the source makes of it, the journals together know.
+    assert runner is (Role.DESTINATION if runs_there else Role.SOURCE)
 
 
-async def test_without_a_fault_the_guest_moves(machines: Machines) -> None:
-    source, destination = await _migrate(
-        machines, _POINTS["start-token"], Action.PASS, stall_timeout_s=_LONG_S
+async def test_without_a_fault_the_guest_moves(machines: Machines, tmp_path: Path) -> None:
+    source, destination, runner = await _migrate(
+        machines, _POINTS["start-token"], Action.PASS, _LONG_S, tmp_path
     )
+    assert runner is Role.DESTINATION
     assert _outcome(source) is _outcome(destination) is Outcome.COMPLETED
     assert source.progress[-1].ram.dirty_sync_count >= 2
     assert is_parked(machines.source)
@@ -115,19 +124,27 @@ async def test_without_a_fault_the_guest_moves(machines: Machines) -> None:
 
 
 async def _migrate(
-    machines: Machines, point: Callable[[], Callable[[Frame], bool]], action: Action, stall_timeout_s: float
-) -> tuple[Side, Side]:
-    """Migrate with one fault; a machine that is too busy to come to its point in time gets more time."""
+    machines: Machines,
+    point: Callable[[], Callable[[Frame], bool]],
+    action: Action,
+    stall_timeout_s: float,
+    folder: Path,
+) -> tuple[Side, Side, Role | None]:
+    """Migrate with one fault; returns both ends, and who may run by the journals.
+
+    A machine that is too busy to come to its point in time gets more time.
+    """
     for factor in (1, 4, 16):
         await machines.start()
         destination = Side()
+        ours, theirs = folder / f"source {factor}", folder / f"destination {factor}"
         with trio.fail_after(PATIENCE_S):
             async with trio.open_nursery() as network, trio.open_nursery() as sides:
                 timeout_s = factor * stall_timeout_s
-                port = await sides.start(receive, machines.destination, destination, timeout_s / 2)
+                port = await sides.start(receive, machines.destination, destination, timeout_s / 2, theirs)
                 proxy = FaultProxy(HOST, port, point(), action)
                 proxy_port = await network.start(proxy.serve)
-                source = await machines.send(proxy_port, timeout_s)
+                source = await machines.send(proxy_port, timeout_s, ours)
                 if not proxy.reached.is_set():
                     sides.cancel_scope.cancel()
                 # A side ends on its own; the proxy, which stays silent where it has to, does not end it.
@@ -135,7 +152,8 @@ async def _migrate(
                     await trio.sleep(0.002)
                 network.cancel_scope.cancel()
         if proxy.reached.is_set():
-            return source, destination
+            (left, _), (right, _) = read_journal(ours), read_journal(theirs)
+            return source, destination, judge_both(left, right, active=False).runner
     raise AssertionError(f"the point of the fault was not reached: {source.end}")
 
 

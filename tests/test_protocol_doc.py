@@ -16,6 +16,8 @@ from pagexfer.attestation import psk
 from pagexfer.engine import failure, reception
 from pagexfer.svsm import content, destination, keys
 from pagexfer.svsm import ledger as svsm_ledger
+from pagexfer.svsm.journal import _DURABLE_FIRST, _REPLACEABLE
+from pagexfer.svsm.recovery import FINAL, judge, judge_both
 from pagexfer.svsm.states import DESTINATION, SOURCE, Event
 from pagexfer.wire import (
     bundle,
@@ -23,6 +25,7 @@ from pagexfer.wire import (
     control,
     framing,
     handshake,
+    journal,
     ledger,
     page_state,
     slot,
@@ -52,6 +55,7 @@ STRUCTS: Final[dict[str, struct.Struct]] = {
     "Channel record": token._CHANNEL,
     "Ledger header": ledger._HEADER,
     "Record body": ledger._BODY,
+    "Journal record": journal._RECORD,
 }
 ENUMS: Final[dict[str, type[enum.IntEnum]]] = {
     "Frame types": framing.FrameType,
@@ -278,3 +282,47 @@ def test_rules_of_a_ledger() -> None:
     assert used | {f"{role.name.lower()}_signature" for role in handshake.Role} == documented
     for magic in (ledger.LEDGER_MAGIC, ledger.RECORD_MAGIC):
         assert f"`{magic.decode()}`" in TEXT
+
+
+def test_journal() -> None:
+    rows = table(sections()["Journaled statuses"], "role", "status", "written")
+    documented = [(handshake.Role[role], slot.SessionStatus[status]) for role, status, *_ in rows]
+    assert sorted(documented) == sorted(
+        (role, status) for role in handshake.Role for status in journal.JOURNALED[role]
+    )
+    assert all(
+        (status in _DURABLE_FIRST) is (row[2] == "first")
+        for (_, status), row in zip(documented, rows, strict=True)
+    )
+    magic = journal.JOURNAL_MAGIC.to_bytes(4, "little").decode()
+    assert f"`{magic}`" in sections()["Journal record"]
+    kept = {status for _, status in documented} - _REPLACEABLE
+    (named,) = re.findall(r"record that says ([A-Z, or]+)\.", " ".join(TEXT.split()))
+    assert {slot.SessionStatus[name] for name in re.findall(r"[A-Z]+", named)} == kept
+    (named,) = re.findall(r"lives, only ([A-Z, and]+) are an answer", " ".join(TEXT.split()))
+    assert {slot.SessionStatus[name] for name in re.findall(r"[A-Z]+", named)} == FINAL
+
+
+def record(role: handshake.Role, status: str) -> journal.JournalRecord:
+    return journal.JournalRecord(role, slot.SessionStatus[status], bytes(16), bytes(16))
+
+
+def test_who_may_run_by_one_journal() -> None:
+    rows = table(sections()["One journal"], "role", "status", "may run")
+    assert len({(role, status) for role, status, _ in rows}) == 8
+    for role, status, may_run in rows:
+        assert judge(record(handshake.Role[role], status), active=False).may_run.value == may_run
+
+
+def test_who_may_run_by_both_journals() -> None:
+    source, destination = handshake.Role.SOURCE, handshake.Role.DESTINATION
+    columns = ("KEYED", "VERIFIED", "RUNNING", "FAILED")
+    rows = table(sections()["Both journals"], "source", *columns)
+    assert [row[0] for row in rows] == ["KEYED", "STARTED", "FINISHED", "ABORTED"]
+    for ours, *answers in rows:
+        for theirs, answer in zip(columns, answers, strict=True):
+            verdict = judge_both(record(source, ours), record(destination, theirs), active=False)
+            if verdict.runner is None:
+                assert {"abandon": "--abandon", "contradiction": "contradict"}[answer] in verdict.advice
+            else:
+                assert verdict.runner is handshake.Role[answer.upper()]
