@@ -59,6 +59,21 @@ def test_the_last_record_is_in_the_file(path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_no_descriptor_is_left_open(path: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    with FileJournal(path) as journal:
+        for _ in range(3):
+            journal.record(record(State.KEYED))
+        assert len(os.listdir("/proc/self/fd")) == len(before) + 1
+    read_journal(path)
+    for bad in (path.parent, Path("/dev/zero"), Path("/nonexistent/x")):
+        with pytest.raises(UsageError):
+            FileJournal(bad)
+    with FileJournal(path), pytest.raises(UsageError):
+        FileJournal(path)
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_it_is_its_owners_alone(path: Path) -> None:
     old_mask = os.umask(0)
     try:

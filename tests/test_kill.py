@@ -330,3 +330,18 @@ async def test_a_disk_that_is_full_at_switchover(psk: str, side: str) -> None:
     else:  # it could not write down that it FAILED either, so it gave no abort token
         assert (code, report["error"]["reason"]) == (Outcome.UNDECIDED, "undecided")
         await _only_the_source_may_run(psk, "VERIFIED")
+
+
+async def test_a_disk_that_is_full_from_the_beginning(psk: str) -> None:
+    """The destination ends at once instead of refusing one source after the other."""
+    with trio.fail_after(PATIENCE_S):
+        async with _side(*_receive(psk)) as destination:
+            port = await _port(destination)
+            resource.prlimit(destination.process.pid, resource.RLIMIT_FSIZE, (0, 0))
+            async with _side(*_send(psk, port, *_CALM)) as source:
+                assert await source.end() == Outcome.ENDED
+            assert await destination.end() == Outcome.ENDED
+    for side in (source, destination):
+        assert side.report()["error"]["reason"] == "journal"
+    assert _goes_on(source.report())
+    assert not await trio.Path(_journals(psk)[1]).exists()
