@@ -344,4 +344,4 @@ async def test_a_disk_that_is_full_from_the_beginning(psk: str) -> None:
     for side in (source, destination):
         assert side.report()["error"]["reason"] == "journal"
     assert _goes_on(source.report())
-    assert not Path(_journals(psk)[1]).exists()
+    assert not await trio.Path(_journals(psk)[1]).exists()
