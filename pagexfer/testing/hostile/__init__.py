@@ -2,6 +2,7 @@
 
 `HostileHost().run_seeds(range(1000))` drives real SVSMs through their slots, where the attacker is the host, and raises
 `Violation` with the shortest schedule that reproduces it. `python -m pagexfer.testing.hostile` prints what was tried.
+`proxy.HostileProxy` does the network's part of it to engines over TCP.
 """
 
 from .runner import HostileHost, Report, fails_alike
