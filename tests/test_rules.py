@@ -168,7 +168,7 @@ def test_r3_pages_in_the_reserved_epoch_are_refused_even_once_verified(move: Mov
     pair.until_manifest()
     pair.manifest()
     late = sealed_by_source(pair, BundleKind.PAGES, bytes(PAGE_SIZE), entries=one_page(0), epoch=FINAL_EPOCH)
-    refused(move, late, LocalProtocolError)
+    refused(move, late, IntegrityError)
 
 
 # R4: completeness is the SVSM's
@@ -397,4 +397,4 @@ def test_r6_start_token_with_another_manifest_is_refused(move: Move) -> None:
 def test_r6_start_token_without_a_manifest_is_refused(move: Move) -> None:
     pair = move.pair
     pair.until_manifest()
-    refused(move, sealed_by_source(pair, BundleKind.START_TOKEN, b"", epoch=3), LocalProtocolError)
+    refused(move, sealed_by_source(pair, BundleKind.START_TOKEN, b"", epoch=3), IntegrityError)

@@ -44,6 +44,7 @@ from pagexfer.wire.slot import (
 from pagexfer.wire.slot import SessionStatus as State
 
 from .host_slot import HostSlot, HostSlots
+from .rule_breaking import open_pair, sealed_by_source
 from .small_guests import PAGES, VCPUS, Move, a_move
 
 if TYPE_CHECKING:
@@ -274,6 +275,15 @@ def test_integrity_code_says_no_more_and_the_session_status_shows_the_end(move: 
     answer, _ = slots.destination_channels[0].call(Command.IMPORT, package=bytes(100))
     assert (answer.error, answer.session) == (RefusalCode.INTEGRITY, State.FAILED)
     assert refused(slots.destination_channels[0], Command.IMPORT, package=bytes(100)) is RefusalCode.STATE
+
+
+def test_bundle_out_of_place_is_an_integrity_failure_and_no_wrong_command(move: Move) -> None:
+    """STATE says that nothing changed; a session that ended has to say INTEGRITY, also for a well-made bundle."""
+    slots = HostSlots.of(move.pair)
+    pair = open_pair(move)
+    early = sealed_by_source(pair, BundleKind.START_TOKEN, b"")
+    answer, _ = slots.destination_channels[0].call(Command.IMPORT, package=early.data)
+    assert (answer.error, answer.session) == (RefusalCode.INTEGRITY, State.FAILED)
 
 
 def test_answer_that_does_not_fit_the_buffer_uses_no_number(move: Move) -> None:

@@ -209,15 +209,20 @@ class DestinationSvsm:
     def import_untrusted(self, channel: int, package: memoryview) -> Imported:
         """Take one bundle of an open channel. Anything wrong with it ends the session (R8) and raises.
 
-        Raises RemoteProtocolError for a bad bundle, PageStateError or GateError where the guest's side refuses it.
+        Raises RemoteProtocolError for a bad bundle, PageStateError or GateError where the guest's side refuses it, and
+        LocalProtocolError, changing nothing, where this side is not importing or has no such channel.
         """
         if self._machine.state not in (State.KEYED, State.IMPORTING, State.VERIFIED):
             raise LocalProtocolError(f"nothing is imported in a session that is {self._machine.state.name}")
+        opener = self._opener(channel)
         try:
-            return self._import(channel, package)
-        except PagexferError:
+            return self._import(opener, channel, package)
+        except PagexferError as error:
             if self._machine.allows(Event.FAIL):
                 self.fail()
+            if isinstance(error, LocalProtocolError):
+                # What does not fit the state here is the bundle that the peer sent, and the session is over.
+                raise IntegrityError(f"bundle out of place: {error}") from error
             raise
 
     def seal_answer(self, kind: BundleKind, out: memoryview) -> int:
@@ -252,8 +257,7 @@ class DestinationSvsm:
         self._machine.advance(Event.FAIL)
         self._wipe(keep_answer=keep_answer)
 
-    def _import(self, channel: int, package: memoryview) -> Imported:
-        opener = self._opener(channel)
+    def _import(self, opener: Opener, channel: int, package: memoryview) -> Imported:
         if opener.counter == 0:
             raise IntegrityError(f"channel {channel} is not open")
         header = parse_header_untrusted(bytes(package[:HEADER_BYTES]), len(package))

@@ -168,7 +168,7 @@ class FaultProxy:
         if not self.reached.is_set() and self._point(frame):
             self.reached.set()
             self._on_fault()
-            await self._harm(link, frame, target)
+            await self._harm(self._action, link, frame, target)
             return
         await self._unless_stalled(link)
         if self._swap is not None and _is_partner(self._swap[1], frame):
@@ -180,8 +180,8 @@ class FaultProxy:
             return
         await target.send_all(frame.data)
 
-    async def _harm(self, link: _Link, frame: Frame, target: trio.SocketStream) -> None:
-        match self._action:
+    async def _harm(self, action: Action, link: _Link, frame: Frame, target: trio.SocketStream) -> None:
+        match action:
             case Action.PASS:
                 await target.send_all(frame.data)
             case Action.DELAY:

@@ -1,0 +1,204 @@
+"""The honest part of the host: one migration done right, one command a step, so that something can happen in between.
+
+A script is a generator that is sent one integer a step; within an epoch it says which of the possible things comes next, as
+channels race freely. What is refused ends the attempt: both sides are told to abort, and a fresh pair tries again.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Final
+
+from ...wire.bundle import BundleKind, Direction
+from ...wire.slot import Command, SlotStatus
+from .schedule import Act
+from .world import CONTROL, FIRST
+
+if TYPE_CHECKING:
+    from .schedule import Step
+    from .world import Side, World
+
+Script = Generator[None, int, None]
+
+_CHUNK_PAGES: Final = 8
+_PRECOPY_EPOCHS: Final = 2
+_PARK_PATIENCE: Final = 3
+
+
+class _Refused(Exception):
+    """This attempt has come to its end."""
+
+
+def migrate(world: World) -> Script:
+    """Migrate the guest, with fresh sides as often as it takes; a step too many does nothing."""
+    while True:
+        try:
+            yield from _migration(world)
+            world.tally["migrations completed"] += 1
+            break
+        except _Refused:
+            yield from give_up(world)
+        if not world.begin_anew():
+            break
+    while True:
+        yield
+
+
+def give_up(world: World) -> Script:
+    """Abort both sides, the destination by its word if it has one to give, which the source then hears."""
+    reply = world.command(world.destination, FIRST, Command.TOKEN, BundleKind.ABORT_TOKEN)
+    yield
+    if reply.ok:
+        world.send(Direction.BACKWARD, 0, reply.data)
+        world.deliver(world.queues[Direction.BACKWARD, 0].pop(), world.source)
+        yield
+    world.command(world.destination, CONTROL, Command.ABORT)
+    yield
+    world.command(world.source, CONTROL, Command.ABORT)
+    yield
+
+
+def _migration(world: World) -> Script:
+    yield from handshake(world)
+    for channel in range(world.schedule.channels):
+        opening = _ask(world, world.source, channel + 1, Command.SETUP)
+        world.send(Direction.FORWARD, channel, opening)
+        yield
+        yield from _deliver_all(world, channel)
+    for _ in range(_PRECOPY_EPOCHS):
+        yield from _epoch(world)
+    yield from _park(world)
+    yield from _epoch(world)
+    for vcpu in range(world.schedule.vcpus):
+        world.send(Direction.FORWARD, 0, _ask(world, world.source, FIRST, Command.STATE, vcpu))
+        yield
+    yield from _deliver_all(world, 0)
+    yield from _token(world, BundleKind.MANIFEST)
+    yield from _token(world, BundleKind.READY)
+    yield from _token(world, BundleKind.START_TOKEN)
+    yield from _token(world, BundleKind.RUNNING)
+    _ask(world, world.source, CONTROL, Command.FINISH)
+    yield
+    _ask(world, world.destination, CONTROL, Command.FINISH)
+    yield
+
+
+def handshake(world: World) -> Script:
+    """All handshake messages, each seen by the host and open to tampering. The only place that knows their order."""
+    hello = _ask(world, world.source, CONTROL, Command.PREPARE, world.schedule.channels)
+    yield
+    reply = _ask(world, world.destination, CONTROL, Command.PREPARE, 1, package=_carry(world, hello))
+    yield
+    evidence = _ask(world, world.source, CONTROL, Command.SETUP, package=_carry(world, reply))
+    yield
+    _ask(world, world.destination, CONTROL, Command.SETUP, 1, package=_carry(world, evidence))
+    yield
+
+
+def _carry(world: World, message: bytes) -> bytes:
+    """What arrives of a handshake message."""
+    world.letters.append(message)
+    step = next((step for step in world.waiting if step.act is Act.HANDSHAKE), None)
+    if step is None:
+        return message
+    world.waiting.remove(step)
+    world.tally[step.act.value] += 1
+    return _tampered(world.letters, step)
+
+
+def _tampered(letters: list[bytes], step: Step) -> bytes:
+    data = bytearray(letters[-1])
+    match step.x % 4:
+        case 0:
+            data[step.y % len(data)] ^= 1 << step.z % 8
+        case 1:
+            del data[step.y % len(data) :]
+        case 2:
+            data[:] = letters[step.y % len(letters)]
+        case _:
+            data += bytes(1 + step.y % 40)
+    return bytes(data)
+
+
+def _epoch(world: World) -> Script:
+    """One epoch: pages are sealed and arrive in any order that the steps say, then the token closes it."""
+    if not world.hiding:
+        hints = bytearray(8 * -(-world.schedule.pages // 64))
+        for gfn in world.guest.log:
+            hints[gfn // 8] |= 1 << gfn % 8
+        _ask(world, world.source, CONTROL, Command.HINT, 0, package=bytes(hints))
+    world.guest.log.clear()
+    _ask(world, world.source, CONTROL, Command.EPOCH)
+    x = yield
+    work = deque(range(0, world.schedule.pages, _CHUNK_PAGES))
+    channels = world.schedule.channels
+    while True:
+        ready = [
+            channel
+            for channel in range(channels)
+            if channel not in world.withheld and world.queues[Direction.FORWARD, channel]
+        ]
+        if not work and not ready:
+            break
+        if work and x % (len(ready) + 1) == 0:
+            start = work.popleft()
+            channel = x // 8 % channels
+            pages = min(_CHUNK_PAGES, world.schedule.pages - start)
+            reply = world.command(world.source, channel + 1, Command.EXPORT, start, pages)
+            if reply.data:
+                world.send(Direction.FORWARD, channel, reply.data)
+            if not reply.ok or reply.status is None:
+                raise _Refused
+            if reply.status.status is SlotStatus.INCOMPLETE:
+                work.appendleft(start)
+        else:
+            _deliver(world, Direction.FORWARD, ready[x % len(ready)])
+        x = yield
+    yield from _token(world, BundleKind.EPOCH_TOKEN)
+
+
+def _park(world: World) -> Script:
+    """Black-out; a vCPU that is slow gets some patience and then parks."""
+    for attempt in range(_PARK_PATIENCE + 1):
+        if attempt == _PARK_PATIENCE:
+            world.guest.gate.slow.clear()
+        reply = world.command(world.source, CONTROL, Command.BLACKOUT)
+        yield
+        if not reply.ok or reply.status is None:
+            raise _Refused
+        if reply.status.status is SlotStatus.OK:
+            return
+
+
+def _token(world: World, kind: BundleKind) -> Script:
+    """Have one side seal a token, and give it to the other."""
+    forward = kind in (BundleKind.EPOCH_TOKEN, BundleKind.MANIFEST, BundleKind.START_TOKEN)
+    direction = Direction.FORWARD if forward else Direction.BACKWARD
+    side = world.source if forward else world.destination
+    world.send(direction, 0, _ask(world, side, FIRST, Command.TOKEN, kind))
+    yield
+    while world.queues[direction, 0]:
+        _deliver(world, direction, 0)
+        yield
+
+
+def _deliver_all(world: World, channel: int) -> Script:
+    while world.queues[Direction.FORWARD, channel]:
+        _deliver(world, Direction.FORWARD, channel)
+        yield
+
+
+def _deliver(world: World, direction: Direction, channel: int) -> None:
+    message = world.queues[direction, channel].popleft()
+    if not world.deliver(message, world.receiver(message)).ok:
+        raise _Refused
+
+
+def _ask(
+    world: World, side: Side, slot: int, command: Command, argument: int = 0, *, package: bytes | None = None
+) -> bytes:
+    reply = world.command(side, slot, command, argument, package=package)
+    if not reply.ok:
+        raise _Refused
+    return reply.data

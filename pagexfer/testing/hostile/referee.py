@@ -1,0 +1,305 @@
+"""The referee: what must hold after every answer of an SVSM, rule by rule, whatever the host does.
+
+It judges by what it can see from outside: gates, memory, the headers of bundles, and the guest's own truth. So it needs no
+word of the SVSMs, and finds a broken rule at the first answer that the rule forbids, also where another rule would
+have caught the consequence later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from ...errors import RefusalCode
+from ...wire.bundle import HEADER_BYTES, BundleKind, parse_entries_untrusted, parse_header_untrusted
+from ...wire.constants import FINAL_EPOCH, FIRST_EPOCH
+from ...wire.slot import Command, SlotStatus
+from ...wire.slot import SessionStatus as State
+from .ledger import stream_of
+from .violation import Violation
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from ...wire.bundle import BundleHeader
+    from ...wire.slot import StatusRegisters
+    from .guest import HostileGuest
+    from .ledger import CipherLedger, Stream
+    from .world import Side
+
+_KEYED_COMMANDS = (Command.SETUP, Command.EPOCH, Command.EXPORT, Command.IMPORT, Command.STATE, Command.TOKEN)
+_NOTHING_CHANGED = (RefusalCode.COMMAND, RefusalCode.STATE, RefusalCode.NOT_READY)
+_PARKED = (State.PARKED, State.STARTED, State.FINISHED)
+
+
+class Before(NamedTuple):
+    """How a side stood before a command; RAM and page states of a destination."""
+
+    state: State
+    words: NDArray[np.uint64] | None
+    states: NDArray[np.uint32] | None
+
+
+class Answered(NamedTuple):
+    """A command and its answer. `slot` 0 is the control slot, c + 1 that of channel c."""
+
+    slot: int
+    command: int
+    argument: int
+    package: bytes
+    status: StatusRegisters
+    data: bytes
+
+
+@dataclass
+class _Book:
+    """What one side has done so far, as seen from outside."""
+
+    session: bytes = b""
+    said: dict[int, bytes] = field(default_factory=dict)  # by handshake attempt
+    over: bool = False
+    epoch: int = FIRST_EPOCH
+    gfns: set[int] = field(default_factory=set)  # of this epoch
+    bundles: set[tuple[int, int]] = field(default_factory=set)  # (channel, counter) of this epoch's PAGES
+    sealed: Counter[int] = field(default_factory=Counter)  # bundles of each channel
+    taken: Counter[int] = field(default_factory=Counter)
+    # A source's
+    sent: dict[int, int] = field(default_factory=dict)  # version of each page as sent last
+    due: set[int] = field(default_factory=set)
+    closed: dict[int, frozenset[tuple[int, int]]] = field(default_factory=dict)
+    vcpus: set[int] = field(default_factory=set)
+    at_manifest: Counter[int] = field(default_factory=Counter)
+    ready: bool = False
+    started: bool = False
+    let_go: bool = False
+    # A destination's
+    altered: bool = False
+    opened: bool = False
+
+
+class Referee:
+    """Sees every answer; raises Violation. `altered` holds the bundles that were sealed anew with other content."""
+
+    def __init__(self, guest: HostileGuest, ledger: CipherLedger) -> None:
+        self._guest = guest
+        self._ledger = ledger
+        self._books: defaultdict[Side, _Book] = defaultdict(_Book)
+        self._sealed: dict[tuple[Stream, int], bytes] = {}
+        self._heard: dict[bytes, bytes] = {}
+        self.altered: set[bytes] = set()
+        self.handed_over = False
+
+    def before(self, side: Side, command: int) -> Before:
+        """To be asked before each command."""
+        if side.is_source or command not in (Command.IMPORT, Command.SETUP):
+            return Before(side.svsm.state, None, None)
+        memory = side.machine.memory
+        return Before(side.svsm.state, memory.words.copy(), memory.states.copy())
+
+    def answered(self, side: Side, before: Before, answer: Answered) -> None:
+        """To be told after each command."""
+        book = self._books[side]
+        if answer.status.status is SlotStatus.REFUSED:
+            self._refused(side, book, before, answer)
+        else:
+            _rule(
+                "R8", not (book.over and answer.command in _KEYED_COMMANDS), "a session that is over goes on"
+            )
+            if side.is_source:
+                self._source_did(book, answer)
+            else:
+                self._destination_did(side, book, before, answer)
+        book.over |= answer.status.session in (State.ABORTED, State.FAILED)
+        book.over |= answer.command == Command.FINISH and answer.status.status is SlotStatus.OK
+        _rule("R8", not (book.over and self._ledger.alive(side)), "keys outlive their session")
+        self.check()
+
+    def check(self) -> None:
+        """What holds at any time: who runs, and whether he may."""
+        source_runs = self._guest.gate.any_moving
+        running = int(source_runs)
+        for side, book in self._books.items():
+            if side.is_source:
+                _rule("R5", not (source_runs and side.svsm.state in _PARKED), "parked, but a vCPU runs")
+                _rule(
+                    "R7", not (source_runs and book.started and not book.let_go), "runs after the start token"
+                )
+            elif side.machine.gate.any_moving:
+                running += 1
+                if not book.opened:
+                    book.opened = self.handed_over = True
+                    _rule(
+                        "R6",
+                        side.machine.same_as(self._guest),
+                        "the guest that was let go is not the source's",
+                    )
+        _rule("R7", running < 2, "both run")
+        _rule("R7", not (self.handed_over and source_runs), "the source runs a guest that was handed over")
+
+    # Refusals
+
+    def _refused(self, side: Side, book: _Book, before: Before, answer: Answered) -> None:
+        code, after = answer.status.error, answer.status.session
+        _rule("R8", code not in (None, RefusalCode.INTERNAL), "a refusal without a documented code")
+        if before.words is not None and before.states is not None:
+            memory = side.machine.memory
+            same = np.array_equal(before.words, memory.words) and np.array_equal(before.states, memory.states)
+            _rule("R10", same, "a refused bundle changed guest memory")
+        if code in _NOTHING_CHANGED:
+            _rule("R8", after is before.state, f"refused with {code.name}, but the state changed")
+        elif answer.command == Command.IMPORT and side.is_source:
+            book.over = True
+            _rule("R8", after in (State.ABORTED, State.STARTED, State.FINISHED), "goes on after a bad answer")
+        elif answer.command == Command.IMPORT:
+            _rule("R8", after in (State.FAILED, State.RUNNING), "goes on after a bad bundle")
+        elif answer.command == Command.SETUP and answer.slot:
+            _rule("R8", after is before.state, "a stranger disturbed the session")
+
+    # A source
+
+    def _source_did(self, book: _Book, answer: Answered) -> None:
+        match answer.command:
+            case Command.PREPARE:
+                book.said[0] = answer.data
+            case Command.SETUP if answer.slot == 0:
+                _rule(
+                    "R11",
+                    self._heard.get(answer.package) == book.said[0],
+                    "a reply that none gave to this hello",
+                )
+                self._heard[answer.data] = answer.package
+            case Command.EPOCH:
+                book.due = self._unsent(book)
+            case Command.IMPORT:
+                self._answer_taken(book, answer)
+            case Command.SETUP | Command.EXPORT | Command.STATE | Command.TOKEN if answer.data:
+                header = self._seal(book, answer.data)
+                self._source_sealed(book, header, answer)
+
+    def _source_sealed(self, book: _Book, header: BundleHeader, answer: Answered) -> None:
+        guest = self._guest
+        match header.kind:
+            case BundleKind.PAGES:
+                gfns = _gfns(header, answer.data, guest.memory.pages)
+                _rule("R1", not gfns & book.gfns, "a page was sealed twice in one epoch")
+                _rule("R2", header.epoch == book.epoch, "pages sealed for another epoch")
+                book.gfns |= gfns
+                book.bundles.add((header.channel, header.counter))
+                book.sent.update((gfn, guest.versions[gfn]) for gfn in gfns)
+            case BundleKind.EPOCH_TOKEN:
+                _rule("R4", book.due <= book.gfns, "an epoch token while a page is pending")
+                _rule("R3", header.epoch == book.epoch, "a token of another epoch")
+                book.closed[book.epoch] = frozenset(book.bundles)
+                book.epoch += 1
+                book.gfns.clear()
+                book.bundles.clear()
+                book.due.clear()
+            case BundleKind.VCPU_STATE:
+                _rule("R5", not guest.gate.any_moving, "a vCPU was saved while one runs")
+                book.vcpus.add(answer.argument)
+            case BundleKind.MANIFEST:
+                self._all_sent(book, "manifest")
+                book.at_manifest = Counter(book.sealed)
+            case BundleKind.START_TOKEN:
+                _rule("R7", book.ready, "a start token before READY")
+                self._all_sent(book, "start token")
+                book.started = True
+
+    def _all_sent(self, book: _Book, what: str) -> None:
+        _rule("R5", not self._guest.gate.any_moving, f"a {what} while a vCPU runs")
+        _rule("R6", not self._unsent(book) and not book.bundles, f"a {what} while a page is dirty or unsent")
+        _rule("R6", len(book.vcpus) == self._guest.gate.vcpus, f"a {what} without all vCPUs")
+
+    def _unsent(self, book: _Book) -> set[int]:
+        return {gfn for gfn, version in enumerate(self._guest.versions) if book.sent.get(gfn) != version}
+
+    def _answer_taken(self, book: _Book, answer: Answered) -> None:
+        header = parse_header_untrusted(answer.package, len(answer.package))
+        self._is_genuine(header, answer.package)
+        book.ready |= header.kind is BundleKind.READY
+        if header.kind is BundleKind.ABORT_TOKEN:
+            book.let_go = True
+            for side, other in self._books.items():
+                if other.session == header.session and not side.is_source and side.alive:
+                    _rule("R7", side.svsm.state is State.FAILED, "an abort token of one that may still run")
+
+    # A destination
+
+    def _destination_did(self, side: Side, book: _Book, before: Before, answer: Answered) -> None:
+        match answer.command:
+            case Command.PREPARE:
+                book.said[answer.argument] = answer.data
+                self._heard[answer.data] = answer.package
+            case Command.SETUP if answer.slot == 0:
+                heard = self._heard.get(answer.package)
+                _rule("R11", heard == book.said[answer.argument], "evidence that none gave for this reply")
+                book.session = answer.data
+            case Command.SETUP | Command.IMPORT:
+                self._accepted(book, before, answer)
+            case Command.TOKEN:
+                header = self._seal(book, answer.data)
+                if header.kind is BundleKind.ABORT_TOKEN:
+                    _rule("R7", side.svsm.state is State.FAILED, "an abort token of one that is not FAILED")
+
+    def _accepted(self, book: _Book, before: Before, answer: Answered) -> None:
+        header = parse_header_untrusted(answer.package, len(answer.package))
+        altered = answer.package in self.altered
+        if not altered:
+            self._is_genuine(header, answer.package)
+        place = (header.session, header.channel)
+        _rule("G6", place == (book.session, answer.slot - 1), "a bundle of another session or channel")
+        epoch = FINAL_EPOCH if before.state is State.VERIFIED else book.epoch
+        _rule("R2", header.epoch == epoch, f"a bundle of epoch {header.epoch} in epoch {epoch}")
+        _rule("R2", header.counter == book.taken[header.channel], "a bundle that is not the next one")
+        book.taken[header.channel] += 1
+        book.altered |= altered
+        source = self._source_of(header.session)
+        match header.kind:
+            case BundleKind.PAGES:
+                gfns = _gfns(header, answer.package, self._guest.memory.pages)
+                _rule("R1", not gfns & book.gfns, "a page came twice in one epoch")
+                book.gfns |= gfns
+                book.bundles.add((header.channel, header.counter))
+            case BundleKind.EPOCH_TOKEN:
+                complete = source.closed.get(header.epoch) == frozenset(book.bundles)
+                _rule("R3", complete and not altered, "an epoch was closed that is not complete")
+                book.epoch += 1
+                book.gfns.clear()
+                book.bundles.clear()
+            case BundleKind.MANIFEST:
+                whole = book.taken == source.at_manifest and not book.altered
+                _rule("R6", whole, "a manifest of something else")
+            case BundleKind.START_TOKEN:
+                _rule("R6", not altered, "another start token")
+                _rule("R7", source.started, "a start token that none gave")
+
+    def _source_of(self, session: bytes) -> _Book:
+        books = (book for side, book in self._books.items() if side.is_source and book.session == session)
+        return next(books, _Book())
+
+    # Both
+
+    def _seal(self, book: _Book, data: bytes) -> BundleHeader:
+        header = parse_header_untrusted(data, len(data))
+        book.session = header.session
+        _rule("R9", header.counter == book.sealed[header.channel], "a number that is not the next was sealed")
+        book.sealed[header.channel] += 1
+        self._sealed[stream_of(header), header.counter] = data
+        return header
+
+    def _is_genuine(self, header: BundleHeader, data: bytes) -> None:
+        genuine = self._sealed.get((stream_of(header), header.counter)) == data
+        _rule("G2", genuine, "a bundle was taken that no SVSM sealed")
+
+
+def _rule(name: str, holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Violation(name, otherwise)
+
+
+def _gfns(header: BundleHeader, data: bytes, pages: int) -> set[int]:
+    entries = parse_entries_untrusted(data[HEADER_BYTES : header.aad_bytes], header, pages)
+    return set(entries.gfns.tolist())

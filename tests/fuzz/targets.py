@@ -1,0 +1,207 @@
+"""What is fuzzed: each target takes any bytes and raises only where a parser does something that it must not do.
+
+A parser of hostile bytes either returns a value or raises MalformedData. Where the value can be packed again, that gives
+back the bytes that were parsed: nothing in them was overlooked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from pagexfer.attestation.snp import parse_endorsements_untrusted
+from pagexfer.attestation.snp.certificates import _load_untrusted
+from pagexfer.attestation.snp.leaf import parse_leaf_untrusted
+from pagexfer.attestation.snp.product import parse_tcb_untrusted
+from pagexfer.attestation.snp.report import parse_report_untrusted
+from pagexfer.attestation.snp.table import parse_certificate_table_untrusted
+from pagexfer.errors import MalformedData
+from pagexfer.guests.kvm import state as kvm_state
+from pagexfer.guests.kvm.hypervisor import parse_device_state_untrusted
+from pagexfer.guests.simulated.registers import parse_registers_untrusted
+from pagexfer.wire.bundle import (
+    HEADER_BYTES,
+    BundleKind,
+    pack_entries,
+    parse_entries_untrusted,
+    parse_header_untrusted,
+)
+from pagexfer.wire.control import pack_control, parse_control_untrusted
+from pagexfer.wire.framing import (
+    pack_barrier,
+    parse_barrier_untrusted,
+    parse_connection_hello_untrusted,
+    parse_frame_header_untrusted,
+)
+from pagexfer.wire.handshake import parse_hello_untrusted, split_reply_untrusted
+from pagexfer.wire.slot import (
+    COMMAND_OFFSET,
+    IDENTITY_OFFSET,
+    REGISTER_PAGE_BYTES,
+    STATUS_OFFSET,
+    SlotGeometry,
+    SlotMemory,
+    parse_identity_untrusted,
+)
+from pagexfer.wire.token import parse_epoch_totals_untrusted, parse_manifest_untrusted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LINE_BYTES: Final = 64
+_RAM_PAGES: Final = 65536
+_MAX_FORMATTED_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """`parsers` are the functions that `check` gives any bytes to."""
+
+    name: str
+    parsers: tuple[Callable[..., object], ...]
+    check: Callable[[bytes], None]
+
+    def run(self, data: bytes) -> bool:
+        """Whether the bytes were taken. Raises where the parser fails in any way but the documented one."""
+        try:
+            self.check(data)
+        except MalformedData:
+            return False
+        return True
+
+
+def _frame_header(data: bytes) -> None:
+    assert parse_frame_header_untrusted(data).pack() == data
+
+
+def _connection_hello(data: bytes) -> None:
+    assert parse_connection_hello_untrusted(data).pack() == data
+
+
+def _barrier(data: bytes) -> None:
+    assert pack_barrier(parse_barrier_untrusted(data)) == data
+
+
+def _control(data: bytes) -> None:
+    message = parse_control_untrusted(data)  # msgpack has several codings of one value
+    assert parse_control_untrusted(pack_control(message)) == message
+
+
+def _hello(data: bytes) -> None:
+    assert parse_hello_untrusted(data).pack() == data
+
+
+def _reply(data: bytes) -> None:
+    assert b"".join(split_reply_untrusted(data)) == data
+
+
+def _bundle(data: bytes) -> None:
+    header = parse_header_untrusted(data, len(data))
+    assert header.pack() == data[:HEADER_BYTES]
+    if header.kind is BundleKind.PAGES:
+        raw = data[HEADER_BYTES : header.aad_bytes]
+        assert pack_entries(*parse_entries_untrusted(raw, header, _RAM_PAGES)).tobytes() == raw
+
+
+def _epoch_totals(data: bytes) -> None:
+    assert parse_epoch_totals_untrusted(data).pack() == data
+
+
+def _manifest(data: bytes) -> None:
+    assert parse_manifest_untrusted(data).pack() == data
+
+
+def _identity(data: bytes) -> None:
+    page = data[:_LINE_BYTES].ljust(REGISTER_PAGE_BYTES, b"\0")
+    geometry = parse_identity_untrusted(page)
+    if geometry.slot_bytes <= _MAX_FORMATTED_BYTES:
+        memory = bytearray(geometry.slot_bytes)
+        SlotMemory.format(memory, geometry)
+        assert memory[IDENTITY_OFFSET : IDENTITY_OFFSET + _LINE_BYTES] == page[:_LINE_BYTES]
+
+
+def _command(data: bytes) -> None:
+    raw, slot = _slot_with(COMMAND_OFFSET, data)
+    registers = slot.read_command_untrusted()
+    slot.write_command(registers)
+    assert raw[COMMAND_OFFSET : COMMAND_OFFSET + _LINE_BYTES] == _line(data)
+
+
+def _status(data: bytes) -> None:
+    raw, slot = _slot_with(STATUS_OFFSET, data)
+    registers = slot.read_status_untrusted()
+    slot.write_status(registers)
+    assert raw[STATUS_OFFSET : STATUS_OFFSET + _LINE_BYTES] == _line(data)
+
+
+def _slot_with(offset: int, data: bytes) -> tuple[bytearray, SlotMemory]:
+    geometry = SlotGeometry(0, 2, 1 << 16)
+    raw = bytearray(geometry.slot_bytes)
+    slot = SlotMemory.format(raw, geometry)
+    raw[offset : offset + _LINE_BYTES] = _line(data)
+    return raw, slot
+
+
+def _line(data: bytes) -> bytes:
+    return data[:_LINE_BYTES].ljust(_LINE_BYTES, b"\0")
+
+
+def _tcb(data: bytes) -> None:
+    tcb = parse_tcb_untrusted(data[1:], data[0] if data else 0)
+    assert str(tcb)
+
+
+def _report(data: bytes) -> None:
+    assert data.endswith(parse_report_untrusted(data).raw)
+
+
+def _certificate_table(data: bytes) -> None:
+    parse_certificate_table_untrusted(data)
+
+
+def _endorsements(data: bytes) -> None:
+    """The parts are divided by a mark that no DER or PEM has any use for."""
+    leaf, _, rest = data.partition(b"\0--\0")
+    chain, _, crl = rest.partition(b"\0--\0")
+    parse_leaf_untrusted(parse_endorsements_untrusted(leaf, chain, crl or None).leaf)
+
+
+def _leaf(data: bytes) -> None:
+    for certificate in _load_untrusted(data):
+        parse_leaf_untrusted(certificate)
+
+
+def _kvm_state(data: bytes) -> None:
+    assert kvm_state.encode(kvm_state.parse_untrusted(data)) == data
+
+
+def _device_state(data: bytes) -> None:
+    parse_device_state_untrusted(data)
+
+
+def _registers(data: bytes) -> None:
+    assert parse_registers_untrusted(data).to_bytes() == data
+
+
+TARGETS: Final = (
+    Target("frame-header", (parse_frame_header_untrusted,), _frame_header),
+    Target("connection-hello", (parse_connection_hello_untrusted,), _connection_hello),
+    Target("barrier", (parse_barrier_untrusted,), _barrier),
+    Target("control", (parse_control_untrusted,), _control),
+    Target("hello", (parse_hello_untrusted,), _hello),
+    Target("reply", (split_reply_untrusted,), _reply),
+    Target("bundle", (parse_header_untrusted, parse_entries_untrusted), _bundle),
+    Target("epoch-totals", (parse_epoch_totals_untrusted,), _epoch_totals),
+    Target("manifest", (parse_manifest_untrusted,), _manifest),
+    Target("slot-identity", (parse_identity_untrusted,), _identity),
+    Target("slot-command", (SlotMemory.read_command_untrusted,), _command),
+    Target("slot-status", (SlotMemory.read_status_untrusted,), _status),
+    Target("snp-tcb", (parse_tcb_untrusted,), _tcb),
+    Target("snp-report", (parse_report_untrusted,), _report),
+    Target("snp-table", (parse_certificate_table_untrusted,), _certificate_table),
+    Target("snp-endorsements", (parse_endorsements_untrusted,), _endorsements),
+    Target("snp-leaf", (parse_leaf_untrusted,), _leaf),
+    Target("kvm-vcpu", (kvm_state.parse_untrusted,), _kvm_state),
+    Target("kvm-device", (parse_device_state_untrusted,), _device_state),
+    Target("simulated-vcpu", (parse_registers_untrusted,), _registers),
+)

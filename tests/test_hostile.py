@@ -1,0 +1,160 @@
+"""The hostile host in memory: what it must have tried for its silence to mean something, and that it is not blind."""
+
+from __future__ import annotations
+
+import random
+import sys
+from dataclasses import replace
+
+import pytest
+
+from pagexfer.svsm.states import DESTINATION, SOURCE, Event
+from pagexfer.testing.hostile import (
+    ATTACKS,
+    Act,
+    HostileHost,
+    Schedule,
+    Step,
+    Violation,
+    as_python,
+    fails_alike,
+    make_schedule,
+    shrink,
+)
+from pagexfer.testing.hostile.__main__ import main
+from pagexfer.wire.slot import SessionStatus as State
+
+SCHEDULES = 1200
+# What is seldom by its nature (an attack on two messages that wait, say) still has to come this often in a run.
+AT_LEAST_TRIED = 20
+AT_LEAST_REACHED = 300
+
+
+def test_no_schedule_violates_a_rule_and_every_attack_and_state_was_there() -> None:
+    report = HostileHost().run_seeds(range(SCHEDULES))
+    seldom = {
+        act.value: report.tally[act.value] for act in ATTACKS if report.tally[act.value] < AT_LEAST_TRIED
+    }
+    assert seldom == {}
+    reached = [f"source {state.name}" for state in SOURCE.values()]
+    reached += [f"destination {state.name}" for state in DESTINATION.values()]
+    assert {name: report.tally[name] for name in reached if report.tally[name] < AT_LEAST_REACHED} == {}
+    assert report.tally["migrations completed"] > SCHEDULES // 4
+    for code in ("COMMAND", "STATE", "NOT_READY", "INTEGRITY", "AUTHENTICATION"):
+        assert report.tally[f"refused {code}"] > AT_LEAST_TRIED
+
+
+def test_seeds_that_nobody_has_seen_yet() -> None:
+    first = random.SystemRandom().randrange(1 << 32)
+    print(f"seeds {first} to {first + 99}")
+    HostileHost().run_seeds(range(first, first + 100))
+
+
+def test_an_honest_host_completes_every_migration() -> None:
+    host = HostileHost()
+    for seed in range(30):
+        schedule = make_schedule(seed)
+        steps = tuple(step for step in schedule.steps if step.act in (Act.HONEST, Act.WRITE, Act.PAGE_STATE))
+        host.run(replace(schedule, steps=steps + (Step(Act.HONEST, 5),) * 150))
+    assert host.report.tally["migrations completed"] == 30
+    assert not any(name.startswith("refused") for name in host.report.tally)
+
+
+@pytest.mark.parametrize(
+    "act",
+    [Act.HIDE_DIRTY, Act.FALSE_HINT, Act.SLOW_PARK, Act.STRANGER, Act.RERUN_SOURCE, Act.RERUN_SESSION],
+)
+def test_what_a_host_may_do_without_harm_does_not_end_a_migration(act: Act) -> None:
+    """Also a network full of strangers, and a host that asks for a second session: refused, and nothing else happens."""
+    host = HostileHost()
+    for seed in range(20):
+        attacks = [Step(act, *random.Random(seed).choices(range(1 << 16), k=3)) for _ in range(3)]
+        steps = [Step(Act.HONEST, 3)] * 150
+        steps[12:12], steps[30:30] = attacks[:1], attacks[1:]
+        host.run(Schedule(tuple(steps), pages=16, vcpus=2, channels=2))
+    assert host.report.tally["migrations completed"] == 20
+    assert host.report.tally[act.value] >= 20
+
+
+def test_the_same_seeds_give_the_same_run() -> None:
+    """But for the keys, which are fresh: what happens does not depend on them."""
+    assert HostileHost().run_seeds(range(60)).tally == HostileHost().run_seeds(range(60)).tally
+
+
+def test_a_hidden_dirty_page_is_seen_where_no_svsm_tracks_writes() -> None:
+    """The one freshness that is not promised (R13): the referee must see the stale page that no SVSM can see."""
+    steps = (
+        [Step(Act.HONEST)] * 10 + [Step(Act.HIDE_DIRTY), Step(Act.WRITE, 3, 0, 5)] + [Step(Act.HONEST)] * 100
+    )
+    untracked = Schedule(tuple(steps), tracked=False)
+    with pytest.raises(Violation, match=r"^R4"):
+        HostileHost().run(untracked)
+    HostileHost().run(replace(untracked, tracked=True))
+
+
+# Finding, shrinking, reproducing
+
+
+@pytest.fixture
+def abort_after_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SOURCE, (State.STARTED, Event.ABORT), State.ABORTED)
+
+
+@pytest.mark.usefixtures("abort_after_start")
+def test_a_violation_comes_with_its_seed_and_a_schedule_that_reproduces_it() -> None:
+    with pytest.raises(Violation) as caught:
+        HostileHost().run_seeds(range(300))
+    assert caught.value.rule == "R7"
+    text, _, code = caught.value.what.partition(", shortest schedule:\n")
+    assert "; seed " in text
+    shortest = eval(code, {"Schedule": Schedule, "Step": Step, "Act": Act})
+    assert isinstance(shortest, Schedule)
+    assert sum(step.act is not Act.HONEST for step in shortest.steps) <= 2
+    with pytest.raises(Violation, match=r"^R7"):
+        HostileHost().run(shortest)
+
+
+@pytest.mark.usefixtures("abort_after_start")
+def test_the_command_prints_a_violation_and_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hostile", "--schedules", "300"])
+    assert main() == 1
+    printed = capsys.readouterr().out
+    assert "violations                                             1\nR7: " in printed
+
+
+def test_the_command_prints_what_was_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["hostile", "--schedules", "40", "--seed", "7"])
+    assert main() == 0
+    printed = capsys.readouterr().out
+    assert "violations                                             0\n" in printed
+    assert printed.rstrip().endswith("seeds 7 to 46")
+
+
+def test_shrinking_leaves_nothing_out_that_is_needed() -> None:
+    def fails(schedule: Schedule) -> bool:
+        kinds = [step.act for step in schedule.steps]
+        return kinds.count(Act.DROP) >= 2 and Step(Act.FLIP, 7) in schedule.steps
+
+    schedule = make_schedule(1)
+    needed = [Step(Act.DROP, 1), Step(Act.DROP, 2, 3), Step(Act.FLIP, 7)]
+    long = replace(schedule, steps=(*schedule.steps[:20], *needed, *schedule.steps[20:], *needed))
+    short = shrink(long, fails)
+    assert len(short.steps) == 3
+    assert fails(short)
+    assert short.pages == short.vcpus == short.channels == 1
+
+
+def test_a_failure_of_another_kind_is_another_failure() -> None:
+    schedule = Schedule((Step(Act.HONEST),) * 10)
+    assert not fails_alike(schedule, Violation("R1", "something else"))
+
+
+def test_a_schedule_prints_as_python() -> None:
+    schedule = Schedule((Step(Act.HONEST), Step(Act.HONEST), Step(Act.FLIP, 0, 2)), 12, 2, 3, tracked=False)
+    text = as_python(schedule)
+    assert "*[Step(Act.HONEST)] * 2," in text
+    assert eval(text, {"Schedule": Schedule, "Step": Step, "Act": Act}) == schedule
