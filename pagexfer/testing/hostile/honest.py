@@ -66,6 +66,7 @@ def _migration(world: World) -> Script:
         world.send(Direction.FORWARD, channel, opening)
         yield
         yield from _deliver_all(world, channel)
+    yield from _token(world, BundleKind.LEDGER)
     for _ in range(_PRECOPY_EPOCHS):
         yield from _epoch(world)
     yield from _park(world)
@@ -90,9 +91,11 @@ def handshake(world: World) -> Script:
     yield
     reply = _ask(world, world.destination, CONTROL, Command.PREPARE, 1, package=_carry(world, hello))
     yield
-    evidence = _ask(world, world.source, CONTROL, Command.SETUP, package=_carry(world, reply))
+    proof = _ask(world, world.source, CONTROL, Command.SETUP, package=_carry(world, reply))
     yield
-    _ask(world, world.destination, CONTROL, Command.SETUP, 1, package=_carry(world, evidence))
+    end = _ask(world, world.destination, CONTROL, Command.SETUP, 1, package=_carry(world, proof))
+    yield
+    _ask(world, world.source, CONTROL, Command.CONFIRM, package=_carry(world, end))
     yield
 
 
@@ -173,7 +176,7 @@ def _park(world: World) -> Script:
 
 def _token(world: World, kind: BundleKind) -> Script:
     """Have one side seal a token, and give it to the other."""
-    forward = kind in (BundleKind.EPOCH_TOKEN, BundleKind.MANIFEST, BundleKind.START_TOKEN)
+    forward = kind not in (BundleKind.READY, BundleKind.RUNNING, BundleKind.ABORT_TOKEN)
     direction = Direction.FORWARD if forward else Direction.BACKWARD
     side = world.source if forward else world.destination
     world.send(direction, 0, _ask(world, side, FIRST, Command.TOKEN, kind))

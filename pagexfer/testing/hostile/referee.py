@@ -16,6 +16,7 @@ import numpy as np
 from ...errors import RefusalCode
 from ...wire.bundle import HEADER_BYTES, BundleKind, parse_entries_untrusted, parse_header_untrusted
 from ...wire.constants import FINAL_EPOCH, FIRST_EPOCH
+from ...wire.handshake import parse_established_untrusted
 from ...wire.slot import Command, SlotStatus
 from ...wire.slot import SessionStatus as State
 from .ledger import stream_of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .world import Side
 
 _KEYED_COMMANDS = (Command.SETUP, Command.EPOCH, Command.EXPORT, Command.IMPORT, Command.STATE, Command.TOKEN)
+_LAST_WORD = (Command.TOKEN, BundleKind.ABORT_TOKEN)  # of a destination that was VERIFIED (R7)
 _NOTHING_CHANGED = (RefusalCode.COMMAND, RefusalCode.STATE, RefusalCode.NOT_READY)
 _PARKED = (State.PARKED, State.STARTED, State.FINISHED)
 
@@ -60,6 +62,7 @@ class _Book:
 
     session: bytes = b""
     said: dict[int, bytes] = field(default_factory=dict)  # by handshake attempt
+    proof: bytes = b""
     over: bool = False
     epoch: int = FIRST_EPOCH
     gfns: set[int] = field(default_factory=set)  # of this epoch
@@ -76,6 +79,7 @@ class _Book:
     started: bool = False
     let_go: bool = False
     # A destination's
+    owes_word: bool = False  # READY may have left: the source may wait for an abort token
     altered: bool = False
     opened: bool = False
 
@@ -105,16 +109,20 @@ class Referee:
         if answer.status.status is SlotStatus.REFUSED:
             self._refused(side, book, before, answer)
         else:
-            _rule(
-                "R8", not (book.over and answer.command in _KEYED_COMMANDS), "a session that is over goes on"
-            )
+            last_word = book.owes_word and (answer.command, answer.argument) == _LAST_WORD
+            goes_on = book.over and answer.command in _KEYED_COMMANDS and not last_word
+            _rule("R8", not goes_on, "a session that is over goes on")
+            book.owes_word &= not last_word
             if side.is_source:
                 self._source_did(book, answer)
             else:
                 self._destination_did(side, book, before, answer)
         book.over |= answer.status.session in (State.ABORTED, State.FAILED)
         book.over |= answer.command == Command.FINISH and answer.status.status is SlotStatus.OK
-        _rule("R8", not (book.over and self._ledger.alive(side)), "keys outlive their session")
+        book.owes_word |= before.state is not State.VERIFIED and answer.status.session is State.VERIFIED
+        book.owes_word &= answer.status.session in (State.VERIFIED, State.FAILED)
+        keys = self._ledger.alive(side)
+        _rule("R8", not book.over or keys <= book.owes_word, "keys outlive their session")
         self.check()
 
     def check(self) -> None:
@@ -171,6 +179,13 @@ class Referee:
                     "a reply that none gave to this hello",
                 )
                 self._heard[answer.data] = answer.package
+                book.proof = answer.data
+            case Command.CONFIRM:
+                _rule(
+                    "R11",
+                    self._heard.get(answer.package) == book.proof,
+                    "an end that none gave to this proof",
+                )
             case Command.EPOCH:
                 book.due = self._unsent(book)
             case Command.IMPORT:
@@ -236,7 +251,8 @@ class Referee:
             case Command.SETUP if answer.slot == 0:
                 heard = self._heard.get(answer.package)
                 _rule("R11", heard == book.said[answer.argument], "evidence that none gave for this reply")
-                book.session = answer.data
+                self._heard[answer.data] = answer.package
+                book.session, _ = parse_established_untrusted(answer.data)
             case Command.SETUP | Command.IMPORT:
                 self._accepted(book, before, answer)
             case Command.TOKEN:
