@@ -1,7 +1,7 @@
 """The hostile network between two engines, over real TCP: a seed says what happens to which frame of which connection.
 
-A fault is bound to a frame's place (connection, direction, number) and not to a moment, so the same seed does the same to
-every migration, however its connections race. What the network saw it keeps, also from one migration to the next.
+A fault is bound to a frame's place (connection, direction, number) or kind and not to a moment, so the same seed does the
+same to every migration, however its connections race. What the network saw it keeps, also from one migration to the next.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ...wire.bundle import Direction
+from ...wire.bundle import BundleKind, Direction
 from ..proxy import Action, FaultProxy
 
 if TYPE_CHECKING:
@@ -67,11 +67,14 @@ class HostileProxy(FaultProxy):
         self._faults = self._plan(channels)
         self.done: Counter[Fault] = Counter()
 
-    def _plan(self, channels: int) -> dict[Place, Fault]:
+    def _plan(self, channels: int) -> dict[Place | BundleKind, Fault]:
         rng = self._rng
         connections: list[int | None] = [None, 0, 0, *range(channels)]
-        faults: dict[Place, Fault] = {}
-        for _ in range(rng.randint(1, _MAX_FAULTS)):
+        # Half of the time one fault more awaits a certain kind of bundle, so that the hand-over is not missed.
+        faults: dict[Place | BundleKind, Fault] = {}
+        if rng.random() < 0.5:
+            faults[rng.choice(tuple(BundleKind))] = rng.choice(FAULTS)
+        for _ in range(rng.randint(len(faults) == 0, _MAX_FAULTS - 1)):
             direction = rng.choice((Direction.FORWARD, Direction.FORWARD, Direction.BACKWARD))
             number = rng.randrange(_FRAMES if direction is Direction.FORWARD else _ANSWERS)
             faults[rng.choice(connections), direction, number] = rng.choice(FAULTS)
@@ -86,6 +89,8 @@ class HostileProxy(FaultProxy):
             self._crossing[frame.direction].remove(crossed)
             await target.send_all(crossed.data)
         fault = self._faults.get(place)
+        if frame.kind is not None and frame.kind in self._faults:
+            fault = self._faults.pop(frame.kind)
         if fault is not None:
             self.done[fault] += 1
         match fault:
