@@ -11,9 +11,10 @@ with its host may, has them collide with probability at most 32769 / 2^128 < 2^-
 again learns nothing from it but that they differed. For 1 TiB (2^21 comparisons) the chance that the audit misses any
 changed page at all is below 2^-91.
 
-GHASH and not a cryptographic hash, because one call over many pages reads RAM once, at about the speed of a copy; sums of AES
-blocks over a page, vectorised in numpy, reach a quarter of that, and a keyed BLAKE2 a tenth. For one page a call costs more
-than its hashing, so tags are made page by page when pages are sealed, and composed in the audit (`ghash.RunComposer`).
+GHASH and not a cryptographic hash, because one call over many pages reads RAM once, at about the speed of a copy; sums of
+AES blocks over a page, vectorised in numpy, reach a quarter of that, and a keyed BLAKE2 a tenth. For one page a call costs
+more than its hashing, so tags are made page by page when pages are sealed, and composed in the audit
+(`ghash.RunComposer`).
 """
 
 from __future__ import annotations
