@@ -179,7 +179,7 @@ def test_pages_that_the_guest_gave_up_have_no_content(memory: GuestMemory) -> No
 
 
 def test_only_runs_that_differ_are_looked_at_page_by_page(memory: GuestMemory) -> None:
-    """What makes the audit fast: composed digests equal those of whole runs, with pages left out too, and of the last run."""
+    """What makes the audit fast: composed digests equal those of whole runs, with pages left out, and of the last one."""
     digests = all_sent(memory)
     excused = DirtyBitmap(memory.pages)
     assert digests._changed_runs(0, memory.pages, excused).size == 0
