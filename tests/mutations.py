@@ -9,6 +9,7 @@ be a violation; a mutation that it does not find would be a rule that nothing wa
 from __future__ import annotations
 
 import argparse
+import hashlib
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -19,7 +20,7 @@ from cryptography.exceptions import InvalidTag
 from pagexfer.attestation import Claims, PskAttestor
 from pagexfer.dirty import DirtyBitmap
 from pagexfer.errors import IntegrityError, RemoteProtocolError
-from pagexfer.svsm import service
+from pagexfer.svsm import ledger, service
 from pagexfer.svsm.content import ContentTable
 from pagexfer.svsm.destination import DestinationSvsm
 from pagexfer.svsm.memory import GuestMemory
@@ -28,6 +29,7 @@ from pagexfer.svsm.source import SourceSvsm
 from pagexfer.svsm.states import SOURCE, Event
 from pagexfer.testing.hostile import HostileHost, Violation, make_schedule
 from pagexfer.wire.bundle import HEADER_BYTES, parse_entries_untrusted
+from pagexfer.wire.constants import FINAL_EPOCH
 from pagexfer.wire.handshake import AttestorKind
 from pagexfer.wire.slot import SessionStatus as State
 from pagexfer.wire.token import EpochTotals
@@ -212,7 +214,9 @@ def _any_manifest(stack: ExitStack) -> None:
 def _any_start_payload(stack: ExitStack) -> None:
     start = DestinationSvsm._start
     stack.enter_context(
-        patch.object(DestinationSvsm, "_start", lambda self, _payload: start(self, self._manifest))
+        patch.object(
+            DestinationSvsm, "_start", lambda self, payload: start(self, self._manifest + payload[-64:])
+        )
     )
 
 
@@ -269,18 +273,16 @@ def _abort_token_without_failing(stack: ExitStack) -> None:
     seal = DestinationSvsm.seal_answer
 
     def lying(self: DestinationSvsm, kind: BundleKind, out: memoryview) -> int:
-        state = self._machine.state
-        with patch.object(DestinationSvsm, "_wipe", lambda _self: None):
-            length = seal(self, kind, out)
-        self._machine.state = state
-        return length
+        if kind is not BundleKind.ABORT_TOKEN or self._sealer is None:
+            return seal(self, kind, out)
+        return self._sealer.seal(kind, FINAL_EPOCH, b"", hashlib.sha384(self._manifest).digest(), out)
 
     stack.enter_context(patch.object(DestinationSvsm, "seal_answer", lying))
 
 
 def _guest_is_anybodys(stack: ExitStack) -> None:
     """A second session may move a guest that one moves already, or has moved."""
-    stack.enter_context(patch.object(GuestMemory, "claim", lambda _self: None))
+    stack.enter_context(patch.object(GuestMemory, "claim", lambda _self: 1))
 
 
 # R8
@@ -378,6 +380,10 @@ def _any_evidence(stack: ExitStack) -> None:
     stack.enter_context(patch.object(PskAttestor, "verify", lambda _self, _evidence, _data: _NO_CLAIMS))
 
 
+def _any_signature(stack: ExitStack) -> None:
+    stack.enter_context(patch.object(ledger, "_check_signature", lambda *_arguments: None))
+
+
 MUTATIONS: Final = (
     Mutation("R1", "destination: seen bitmap never says that a page came", _nothing_seen),
     Mutation("R1", "source: a sealed page stays pending", _pages_stay_pending),
@@ -408,6 +414,7 @@ MUTATIONS: Final = (
     Mutation("R10", "pages written before the tag held", _written_before_the_tag),
     Mutation("R10", "the tag is not looked at", _any_tag, "G2"),
     Mutation("R11", "evidence is not verified", _any_evidence),
+    Mutation("R12", "the source's signature of the move is not checked", _any_signature, "R6"),
 )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from pagexfer.attestation.snp import Evidence
+from pagexfer.attestation.snp.framing import pack_evidence
 from pagexfer.guests.kvm import hypervisor, ioctls
 from pagexfer.guests.kvm import state as kvm_state
 from pagexfer.guests.pattern import Layout
@@ -24,6 +26,10 @@ _VECTORS: Final = {
     "control": ("control", "messages", "refused"),
     "hello": ("handshake", "hellos", "refused_hellos"),
     "reply": ("handshake", "replies", "refused_replies"),
+    "proof": ("handshake", "proofs", "refused_proofs"),
+    "end": ("handshake", "ends", "refused_ends"),
+    "journal": ("journal", "records", "refused_records"),
+    "ledger": ("ledger", "ledgers", "refused_ledgers"),
     "bundle": ("bundles", "bundles", "refused_headers"),
     "epoch-totals": ("tokens", "epoch_totals", "refused_epoch_totals"),
     "manifest": ("tokens", "manifests", "refused_manifests"),
@@ -45,6 +51,8 @@ def seeds_of(target: Target) -> list[bytes]:
         end = start + 64 if target.name in _LINES else None
         return [data_of(vector)[start:end] for name in lists for vector in vectors[name]]
     own = {
+        "start-token": [data_of(vector) + bytes(64) for vector in load("tokens")["manifests"]],
+        "snp-evidence": [pack_evidence(Evidence(bytes(1184), table)) for table in (b"", bytes(24))],
         "snp-tcb": [bytes([layout]) + bytes(range(1, 9)) for layout in (0, 1)] + [bytes(9), b"\1" + bytes(8)],
         "kvm-vcpu": [kvm_state.encode(_vcpu_state(xsave)) for xsave in (ioctls.XSAVE_BYTES, 2 * 4096)],
         "kvm-device": [

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Final
 
 from pagexfer.attestation.snp import parse_endorsements_untrusted
 from pagexfer.attestation.snp.certificates import _load_untrusted
+from pagexfer.attestation.snp.framing import pack_evidence, parse_evidence_untrusted
 from pagexfer.attestation.snp.leaf import parse_leaf_untrusted
 from pagexfer.attestation.snp.product import parse_tcb_untrusted
 from pagexfer.attestation.snp.report import parse_report_untrusted
 from pagexfer.attestation.snp.table import parse_certificate_table_untrusted
-from pagexfer.errors import MalformedData
+from pagexfer.errors import LedgerRefused, MalformedData
 from pagexfer.guests.kvm import state as kvm_state
 from pagexfer.guests.kvm.hypervisor import parse_device_state_untrusted
 from pagexfer.guests.simulated.registers import parse_registers_untrusted
+from pagexfer.svsm.ledger import read_terms_untrusted
 from pagexfer.wire.bundle import (
     HEADER_BYTES,
     BundleKind,
@@ -33,7 +35,15 @@ from pagexfer.wire.framing import (
     parse_connection_hello_untrusted,
     parse_frame_header_untrusted,
 )
-from pagexfer.wire.handshake import parse_hello_untrusted, split_reply_untrusted
+from pagexfer.wire.handshake import (
+    pack_established,
+    parse_established_untrusted,
+    parse_hello_untrusted,
+    split_proof_untrusted,
+    split_reply_untrusted,
+)
+from pagexfer.wire.journal import parse_journal_untrusted
+from pagexfer.wire.ledger import pack_ledger, parse_body_untrusted, parse_ledger_untrusted
 from pagexfer.wire.slot import (
     COMMAND_OFFSET,
     IDENTITY_OFFSET,
@@ -43,7 +53,12 @@ from pagexfer.wire.slot import (
     SlotMemory,
     parse_identity_untrusted,
 )
-from pagexfer.wire.token import parse_epoch_totals_untrusted, parse_manifest_untrusted
+from pagexfer.wire.token import (
+    pack_start,
+    parse_epoch_totals_untrusted,
+    parse_manifest_untrusted,
+    split_start_untrusted,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,6 +110,14 @@ def _reply(data: bytes) -> None:
     assert b"".join(split_reply_untrusted(data)) == data
 
 
+def _proof(data: bytes) -> None:
+    assert b"".join(split_proof_untrusted(data)) == data
+
+
+def _end(data: bytes) -> None:
+    assert pack_established(*parse_established_untrusted(data)) == data
+
+
 def _bundle(data: bytes) -> None:
     header = parse_header_untrusted(data, len(data))
     assert header.pack() == data[:HEADER_BYTES]
@@ -109,6 +132,25 @@ def _epoch_totals(data: bytes) -> None:
 
 def _manifest(data: bytes) -> None:
     assert parse_manifest_untrusted(data).pack() == data
+
+
+def _start(data: bytes) -> None:
+    assert pack_start(*split_start_untrusted(data)) == data
+
+
+def _journal(data: bytes) -> None:
+    assert parse_journal_untrusted(data).pack() == data
+
+
+def _ledger(data: bytes) -> None:
+    records = parse_ledger_untrusted(data)
+    assert pack_ledger(records) == data
+    for record in records:
+        assert parse_body_untrusted(record.body.pack()) == record.body
+        try:
+            read_terms_untrusted(record.proofs)
+        except LedgerRefused:
+            return
 
 
 def _identity(data: bytes) -> None:
@@ -155,6 +197,10 @@ def _report(data: bytes) -> None:
     assert data.endswith(parse_report_untrusted(data).raw)
 
 
+def _evidence(data: bytes) -> None:
+    assert pack_evidence(parse_evidence_untrusted(data)) == data
+
+
 def _certificate_table(data: bytes) -> None:
     parse_certificate_table_untrusted(data)
 
@@ -190,14 +236,20 @@ TARGETS: Final = (
     Target("control", (parse_control_untrusted,), _control),
     Target("hello", (parse_hello_untrusted,), _hello),
     Target("reply", (split_reply_untrusted,), _reply),
+    Target("proof", (split_proof_untrusted,), _proof),
+    Target("end", (parse_established_untrusted,), _end),
     Target("bundle", (parse_header_untrusted, parse_entries_untrusted), _bundle),
     Target("epoch-totals", (parse_epoch_totals_untrusted,), _epoch_totals),
     Target("manifest", (parse_manifest_untrusted,), _manifest),
+    Target("start-token", (split_start_untrusted,), _start),
+    Target("journal", (parse_journal_untrusted,), _journal),
+    Target("ledger", (parse_ledger_untrusted, parse_body_untrusted, read_terms_untrusted), _ledger),
     Target("slot-identity", (parse_identity_untrusted,), _identity),
     Target("slot-command", (SlotMemory.read_command_untrusted,), _command),
     Target("slot-status", (SlotMemory.read_status_untrusted,), _status),
     Target("snp-tcb", (parse_tcb_untrusted,), _tcb),
     Target("snp-report", (parse_report_untrusted,), _report),
+    Target("snp-evidence", (parse_evidence_untrusted,), _evidence),
     Target("snp-table", (parse_certificate_table_untrusted,), _certificate_table),
     Target("snp-endorsements", (parse_endorsements_untrusted,), _endorsements),
     Target("snp-leaf", (parse_leaf_untrusted,), _leaf),
