@@ -28,7 +28,7 @@ from pagexfer.svsm.sealing import Opener, Sealer, _Stream
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.svsm.states import SOURCE, Event
 from pagexfer.testing.hostile import HostileHost, Violation, make_schedule
-from pagexfer.wire.bundle import HEADER_BYTES, parse_entries_untrusted
+from pagexfer.wire.bundle import HEADER_BYTES, BundleKind, parse_entries_untrusted
 from pagexfer.wire.constants import FINAL_EPOCH
 from pagexfer.wire.handshake import AttestorKind
 from pagexfer.wire.slot import SessionStatus as State
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from pagexfer.svsm.destination import Imported
     from pagexfer.svsm.source import Exported
-    from pagexfer.wire.bundle import BundleHeader, BundleKind
+    from pagexfer.wire.bundle import BundleHeader
     from pagexfer.wire.slot import SlotMemory
     from pagexfer.wire.token import Manifest
 
