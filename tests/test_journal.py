@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pagexfer.errors import IntegrityError, JournalError, KeyPoisoned, LocalProtocolError
+from pagexfer.svsm.source import SourceSvsm
 from pagexfer.testing import SvsmPair
 from pagexfer.wire.bundle import HEADER_BYTES, MAX_BUNDLE_BYTES, BundleKind
 from pagexfer.wire.handshake import Role
@@ -178,9 +179,36 @@ def test_a_source_without_a_record_of_keyed_has_no_session(journaled: JournaledM
     journaled.source.full = {State.KEYED}
     with pytest.raises(JournalError):
         journaled.pair.handshake()
-    assert journaled.pair.source.state not in (State.KEYED, State.PRECOPY)
-    journaled.pair.source.abort()
+    assert journaled.pair.source.state is State.ABORTED
     assert journaled.move.guest.gate.running
+
+
+def test_a_session_that_could_not_be_written_down_seals_nothing_and_cannot_be_confirmed_again(
+    journaled: JournaledMove,
+) -> None:
+    """A second set of sealers under the same keys would begin to count at zero once more."""
+    source, destination = journaled.pair.source, journaled.pair.destination
+    end = destination.establish(1, source.establish(destination.answer(1, source.prepare(2))))
+    journaled.source.full = {State.KEYED}
+    with pytest.raises(JournalError):
+        source.confirm(end)
+    journaled.source.full = set()
+    for call in (lambda: source.open_channel(0, memoryview(journaled.out)), lambda: source.confirm(end)):
+        with pytest.raises(LocalProtocolError):
+            call()
+
+
+def test_a_guest_that_is_being_received_is_nobodys_to_move(journaled: JournaledMove) -> None:
+    """A source over a destination's guest could let it go without a start token."""
+    journaled.until_ready()
+    other = SourceSvsm(journaled.move.memory, journaled.move.gate, None, ATTESTOR, bytes(16))
+    with pytest.raises(LocalProtocolError):
+        other.prepare(1)
+    other.abort()
+    assert not journaled.move.gate.running
+    journaled.pair.start()
+    journaled.pair.running()
+    assert journaled.move.arrived()
 
 
 def test_a_destination_without_a_record_of_keyed_fails(journaled: JournaledMove) -> None:

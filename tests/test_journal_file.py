@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -124,6 +125,47 @@ def test_a_journal_in_use_is_nobody_elses(path: Path) -> None:
         journal.record(record(State.STARTED))
         assert read_journal(path) == (record(State.STARTED), True)
     assert read_journal(path) == (record(State.STARTED), False)
+
+
+def test_a_record_that_is_replaced_before_it_is_locked_is_not_the_last_word(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process that writes moves on, and its lock with it, between another's open and lock."""
+    owner = FileJournal(path)
+    owner.record(record(State.VERIFIED, Role.DESTINATION))
+    lock = fcntl.flock
+
+    def lock_too_late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        owner.record(record(State.RUNNING, Role.DESTINATION))
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_too_late)
+    assert read_journal(path) == (record(State.RUNNING, Role.DESTINATION), True)
+    owner.record(record(State.VERIFIED, Role.DESTINATION))
+    monkeypatch.setattr(fcntl, "flock", lock_too_late)
+    with pytest.raises(UsageError, match="in use"):
+        abandon(path)
+    assert read_journal(path) == (record(State.RUNNING, Role.DESTINATION), True)
+    owner.close()
+
+
+def test_a_next_file_that_a_stranger_locks_is_an_error_of_the_journal(path: Path) -> None:
+    with FileJournal(path) as journal:
+        journal.record(record(State.KEYED))
+        with (path.parent / f"{path.name}.new").open("w") as stranger:
+            fcntl.flock(stranger, fcntl.LOCK_EX)
+            with pytest.raises(JournalError, match="in use"):
+                journal.record(record(State.STARTED))
+
+
+def test_a_closed_journal_takes_no_record(path: Path) -> None:
+    journal = FileJournal(path)
+    journal.record(record(State.KEYED))
+    journal.close()
+    with pytest.raises(JournalError, match="closed"):
+        journal.record(record(State.STARTED))
+    assert read_journal(path) == (record(State.KEYED), False)
 
 
 @pytest.mark.parametrize("role", Role)

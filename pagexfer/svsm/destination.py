@@ -165,7 +165,9 @@ class DestinationSvsm:
             raise LocalProtocolError("no such handshake is open")
         try:
             self._session, established = opened.finish(proof)
-        except GeometryError:
+            # Nobody may move a guest on, or let it go, while it is being received, nor after that failed (G5).
+            self._memory.claim()
+        except (GeometryError, LocalProtocolError):
             self.fail()
             raise
         self._drop_attempts()
@@ -375,6 +377,7 @@ class DestinationSvsm:
         self._machine.advance(Event.START)
         self._ledger = ledger
         self._gate.release()
+        self._memory.disclaim()
 
     def _check_epoch(self, header: BundleHeader) -> None:
         expected = FINAL_EPOCH if self._machine.state is State.VERIFIED else self._epoch

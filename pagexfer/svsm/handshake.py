@@ -95,6 +95,7 @@ class SourceHandshake:
         )
         self._proved = b""
         self._session: Established | None = None
+        self._confirmed = False
 
     def hello(self) -> bytes:
         """The first message."""
@@ -123,10 +124,14 @@ class SourceHandshake:
         return keys.confirmation(Role.SOURCE, self._proved) + own
 
     def confirm(self, message: bytes) -> Established:
-        """Check the destination's last message. Raises MalformedData, AttestationError, or KeyPoisoned without `prove`."""
+        """Check the destination's last message.
+
+        Raises MalformedData or AttestationError, and KeyPoisoned without `prove` or where it was called before.
+        """
         session = self._session
-        if session is None:
-            raise KeyPoisoned("nothing was proved in this handshake")
+        if session is None or self._confirmed:
+            raise KeyPoisoned("nothing is to be confirmed in this handshake")
+        self._confirmed = True
         named, confirmation = parse_established_untrusted(message)
         session.keys.check_confirmation(Role.DESTINATION, self._proved, confirmation)
         if named != session.keys.session:

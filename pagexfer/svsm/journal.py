@@ -83,10 +83,15 @@ class FileJournal:
         self._new = path.parent / f"{path.name}.new"
         self._current: int | None = None
         self._next: int | None = None
+        self._closed = False
         try:
             self._current = _open_existing(path)
             if self._current is not None:
                 self._lock(self._current)
+                if not _is_at(
+                    self._current, path
+                ):  # replaced before it was locked, by a process that still writes
+                    raise UsageError(f"the journal {path} is in use: its process still runs")
                 self.last = _read(self._current, path)
             self._next = self._prepare()
         except BaseException as error:
@@ -110,6 +115,8 @@ class FileJournal:
 
     def record(self, record: JournalRecord) -> None:
         """See `Journal`; after an error either the record before or this one is at `path`, and both are whole."""
+        if self._closed:
+            raise JournalError(f"the journal {self.path} was closed")
         try:
             if self._next is None:
                 self._next = self._prepare()
@@ -122,12 +129,14 @@ class FileJournal:
             if replaced is not None:
                 os.close(replaced)
             _sync_folder(self.path)
-        except OSError as error:
-            raise JournalError(f"cannot write the journal {self.path}: {error.strerror}") from error
+        except (OSError, UsageError) as error:  # the latter where a stranger holds the next file's lock
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise JournalError(f"cannot write the journal {self.path}: {reason}") from error
         self.last = record
 
     def close(self) -> None:
-        """Give the file back. It stays, with its last record."""
+        """Give the file back. It stays, with its last record; none can follow."""
+        self._closed = True
         if self._next is not None:
             self._new.unlink(missing_ok=True)
         for descriptor in (self._current, self._next):
@@ -168,13 +177,18 @@ class FileJournal:
 def read_journal(path: Path) -> tuple[JournalRecord, bool]:
     """The record at `path`, and whether the process that writes it still lives. Raises UsageError where there is none."""
     try:
-        descriptor = _open_existing(path)
-        if descriptor is None:
-            raise UsageError(f"there is no journal {path}: no session of its side got as far as keys")
-        try:
-            return _read(descriptor, path), _is_locked(descriptor)
-        finally:
-            os.close(descriptor)
+        while True:
+            descriptor = _open_existing(path)
+            if descriptor is None:
+                raise UsageError(f"there is no journal {path}: no session of its side got as far as keys")
+            try:
+                # The lock first: a record that was replaced meanwhile is not the last word, and its lock is gone.
+                locked = _is_locked(descriptor)
+                record = _read(descriptor, path)
+                if _is_at(descriptor, path):
+                    return record, locked
+            finally:
+                os.close(descriptor)
     except OSError as error:
         raise UsageError(f"cannot read the journal {path}: {error.strerror}") from None
 
@@ -207,6 +221,16 @@ def _open_existing(path: Path) -> int | None:
         os.close(descriptor)
         raise UsageError(f"{path} is no journal: not a regular file")
     return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the file behind `descriptor` is still the one at `path`."""
+    try:
+        at = path.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    own = os.fstat(descriptor)
+    return (own.st_dev, own.st_ino) == (at.st_dev, at.st_ino)
 
 
 def _read(descriptor: int, path: Path) -> JournalRecord:

@@ -198,17 +198,18 @@ class SourceSvsm:
         self._machine.require(Event.KEY_CONFIRMED)
         assert self._handshake is not None
         try:
-            self._session = self._handshake.confirm(established)
-        except RemoteProtocolError:
+            session = self._handshake.confirm(established)
+            self._journal.begin(session.keys.session, self._guest_id)
+            self._machine.advance(Event.KEY_CONFIRMED)
+        except PagexferError:  # also where the session cannot be written down: no second try under its keys
             self.abort()
             raise
-        keys = self._session.keys
-        self._journal.begin(keys.session, self._guest_id)
+        self._session = session
+        keys = session.keys
         self._sealers = [
             Sealer(keys, Direction.FORWARD, channel) for channel in range(self._session.channels)
         ]
         self._opener = Opener(keys, Direction.BACKWARD, channel=0)
-        self._machine.advance(Event.KEY_CONFIRMED)
 
     def open_channel(self, channel: int, out: memoryview) -> int:
         """Seal the bundle that proves to the destination that a connection is this session's `channel`."""

@@ -37,6 +37,7 @@ _UNDERSTOOD_CRITICAL: Final = (ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_
 # What the library raises for bytes that it cannot read; not all of it is a ValueError.
 _UNREADABLE: Final = (
     ValueError,
+    TypeError,  # a name with a BIT STRING in it
     x509.InvalidVersion,
     x509.DuplicateExtension,
     x509.UnsupportedGeneralNameType,
