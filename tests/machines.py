@@ -58,6 +58,8 @@ class Machines:
         if not never_ran(self.destination):
             self.destination.close()
             self.destination = SimulatedGuest.empty(RAM_BYTES, VCPUS)
+        # One that never ran stands for a new guest, which takes too long to make for every fault.
+        self.destination.memory.disclaim()
         await self.source.hypervisor.resume()
         self.source.gate.release()
 
