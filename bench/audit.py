@@ -142,9 +142,10 @@ class _Move:
 
     def run(self) -> dict[str, float]:
         reply = self._destination.answer(1, self._source.prepare(1))
-        self._destination.establish(1, self._source.establish(reply))
+        self._source.confirm(self._destination.establish(1, self._source.establish(reply)))
         package = self._buffer[: self._source.open_channel(0, self._buffer)]
         self._destination.open_channel_untrusted(0, package)
+        self._carry(self._source.ledger)
         self._source.begin_epoch()
         self._timed("pages", self._pages)
         self._timed("epoch tokens", lambda: self._carry(self._source.epoch_token))
