@@ -9,8 +9,8 @@ import struct
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from .agreed import PSK, evidence_of, hello, report_data, sha384, transcript_of
 from .parts import Json, bad, noise, patched
-from .sealed import PSK, evidence_of, hello, report_data, sha384, transcript_of
 
 HEADER = b"PGXLEDGR" + struct.pack("<H6s", 1, bytes(6))
 SIDES = ("source", "destination")
