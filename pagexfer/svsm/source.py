@@ -292,6 +292,8 @@ class SourceSvsm:
         self._epoch += 1
         self._epoch_bundles = self._epoch_pages = 0
         self._content.refresh()
+        if self._digests is not None:
+            self._digests.settle()
         return length
 
     # Black-out
