@@ -18,7 +18,7 @@ from ..dirty import DirtyBitmap
 from ..engine.destination import DestinationEngine
 from ..engine.doorbell import Doorbells
 from ..engine.slots import Slot
-from ..engine.source import SourceEngine, SourceOptions
+from ..engine.source import SourceEngine
 from ..engine.streams import listen
 from ..errors import ChannelBroken, GuestError, MalformedData, TransferAborted, UsageError
 from ..wire.monitor import Fields, as_fields, from_fields_untrusted
@@ -107,7 +107,9 @@ class Engine:
         info: MigrationInfo | None = None
         try:
             with self.work:
-                info = await (self._send(task, control) if task.source else self._receive_guest(task, control))
+                info = await (
+                    self._send(task, control) if task.source else self._receive_guest(task, control)
+                )
         except TransferAborted as aborted:
             return {
                 "type": "aborted",
