@@ -84,7 +84,7 @@ async def send_guest(
     A destination that is silent, or takes nothing, for `stall_timeout_s` is taken for dead. With a file as `journal`,
     `pagexfer recover` answers after a crash who may run the guest; without one nobody can.
 
-    With `isolated`, the engine is a process of its own, which shares mailbox memory and doorbells with this one, and nothing
+    With `isolated`, the engine is a process of its own, which shares mailbox memory and doorbells with this one and nothing
     else; `cpus` pins that process, and the threads that serve its slots, to these processors.
 
     `ledger` is what the guest's last destination reported as its ledger, empty for a guest that never moved.
@@ -170,8 +170,8 @@ async def receive_guest(
     """Receive one guest into `guest`, which has fresh RAM and vCPUs that never ran, listening at `host`:`port`.
 
     `on_listening` gets the port, which the kernel chooses for 0; `on_stranger` one line for each connection that was not
-    the source's; `journal`, `isolated` and `cpus` are as for `send_guest`. When it returns, the guest runs here. Raises UsageError where address or
-    journal cannot be used, and TransferAborted where the migration failed: the guest then never
+    the source's; `journal`, `isolated` and `cpus` are as for `send_guest`. When it returns, the guest runs here. Raises
+    UsageError where address or journal cannot be used, and TransferAborted where the migration failed: the guest then never
     runs here, except with outcome UNDECIDED.
     """
     _check_network(port, 0, stall_timeout_s)

@@ -22,7 +22,7 @@ from pagexfer.dirty import DirtyBitmap
 from pagexfer.errors import IntegrityError, RemoteProtocolError
 from pagexfer.svsm import ledger, service
 from pagexfer.svsm.content import ContentTable
-from pagexfer.svsm.destination import DestinationSvsm
+from pagexfer.svsm.destination import _STAGING_BYTES, DestinationSvsm
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.svsm.sealing import Opener, Sealer, _Stream
 from pagexfer.svsm.source import SourceSvsm
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from pagexfer.svsm.destination import Imported
     from pagexfer.svsm.source import Exported
+    from pagexfer.svsm.staging import StagingPool
     from pagexfer.wire.bundle import BundleHeader
     from pagexfer.wire.slot import SlotMemory
     from pagexfer.wire.token import Manifest
@@ -290,7 +291,8 @@ def _guest_is_anybodys(stack: ExitStack) -> None:
 
 def _goes_on_after_a_bad_bundle(stack: ExitStack) -> None:
     def lenient(self: DestinationSvsm, channel: int, package: memoryview) -> Imported:
-        return self._import(self._opener(channel), channel, package)
+        with self.staging.area(_STAGING_BYTES) as staging:
+            return self._import(self._opener(channel), channel, package, staging)
 
     stack.enter_context(patch.object(DestinationSvsm, "import_untrusted", lenient))
 
@@ -335,8 +337,8 @@ def _counter_not_raised(stack: ExitStack) -> None:
 def _used_in_place(stack: ExitStack) -> None:
     border = service.Border.__init__
 
-    def trusting(self: service.Border, slot: SlotMemory, *, shared: bool) -> None:
-        border(self, slot, shared=False)
+    def trusting(self: service.Border, slot: SlotMemory, staging: StagingPool, *, shared: bool) -> None:
+        border(self, slot, staging, shared=False)
 
     stack.enter_context(patch.object(service.Border, "__init__", trusting))
 

@@ -1,6 +1,7 @@
 """Main of the engine's process: an engine over slots whose SVSM is another process.
 
-It gets mailbox memory, doorbells and a monitor connection, and opens TCP sockets. It never maps guest RAM and never has a key.
+It gets mailbox memory, doorbells and a monitor connection, and opens TCP sockets. It never maps guest RAM and never has a
+key.
 """
 
 from __future__ import annotations

@@ -58,15 +58,15 @@ class Mailbox:
         memory = self._memory[start : start + self._slot_bytes]
         slot = SlotMemory.format(memory, SlotGeometry(slot_id, self._buffers, self._buffer_bytes))
         try:
-            bells = [os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2)]
+            to_svsm, to_host = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
         except OSError as error:
             raise UsageError(f"no doorbell for slot {slot_id}: {error.strerror}; see 'ulimit -n'") from None
-        self._bells += bells
+        self._bells += (to_svsm, to_host)
         cpu = self._cpus[len(self.handlers) % len(self._cpus)] if self._cpus else None
-        handler = Handler(slot, serve(slot), *bells, self._on_death, cpu)
+        handler = Handler(slot, serve(slot), to_svsm, to_host, self._on_death, cpu)
         self.handlers.append(handler)
         handler.start()
-        return bells
+        return [to_svsm, to_host]
 
     def __enter__(self) -> Self:
         return self

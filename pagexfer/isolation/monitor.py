@@ -1,4 +1,4 @@
-"""The end of the monitor that has the guest: starts the engine's process, does what a hypervisor does, hears how it goes."""
+"""The end of the monitor that has the guest: starts the engine's process and does what a hypervisor does."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..engine.source import SourceOptions
 from ..engine.streams import STALL_TIMEOUT_S
@@ -20,4 +20,4 @@ class Task:
     has_dirty_log: bool
     cpus: tuple[int, ...] = ()
     stall_timeout_s: float = STALL_TIMEOUT_S
-    options: SourceOptions = SourceOptions()
+    options: SourceOptions = field(default_factory=SourceOptions)

@@ -92,8 +92,8 @@ class Imported(NamedTuple):
 class DestinationSvsm:
     """The trusted side of one incoming migration. The vCPUs behind `gate` are parked and never ran.
 
-    Slots may be served by threads of their own: every call is made with `lock` held, but for `import_untrusted`, which takes
-    it where it needs it, so that channels open in parallel.
+    Slots may be served by threads of their own: every call is made with `lock` held but `import_untrusted`, which takes it
+    where it needs it, so that channels open in parallel.
     """
 
     def __init__(
