@@ -26,8 +26,8 @@ _END_TIMEOUT_S: Final = 5.0
 class Handler:
     """Serves `service` over `slot` from `start` to `stop`: woken by the eventfd `to_svsm`, it answers on `to_host`.
 
-    `cpu` pins the thread. Where the thread dies of a defect, or is killed, `on_death` is called in it, the command it was at
-    is answered as a fault, and the slot serves nothing any more.
+    `cpu` pins the thread. Where the thread dies of a defect, or is killed, `on_death` is called in it, the command that it
+    was at is answered as a fault, and the slot serves nothing any more.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -40,9 +40,9 @@ from ..wire.handshake import Freshness, Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
 from ..wire.token import EpochTotals, Manifest, pack_start
-from .audit import PageDigests
+from .audit import Audited, PageDigests
 from .content import ContentTable, vcpu_digest
-from .export import Packager
+from .export import Exported, Packager
 from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
 from .ledger import check_chain, next_body
@@ -63,23 +63,6 @@ BUNDLE_PAGES: Final = 256
 
 _OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + TAG_BYTES
 _VCPU: Final = struct.Struct("<I")
-
-
-class Exported(NamedTuple):
-    """One sealed bundle: its length (0 where nothing was pending), its pages, and whether more may be pending."""
-
-    length: int
-    pages: int
-    zero_pages: int
-    more: bool
-
-
-class Audited(NamedTuple):
-    """One step of the audit: pages looked at, how many of them nobody had reported, and whether more are left."""
-
-    pages: int
-    found: int
-    more: bool
 
 
 class SourceSvsm:
