@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pagexfer.testing.proxy import Frame
 
 _RATE: Final = 5 << 20
-_STALL_S: Final = 2.0
+_STALL_S: Final = 1.5
 
 
 class Pair:
@@ -38,6 +38,7 @@ class Pair:
         self.source = SimulatedGuest.boot(RAM_BYTES, VCPUS, write_rate_bytes=_RATE)
         self.destination = SimulatedGuest.empty(RAM_BYTES, VCPUS)
         self.sent, self.received = Side(), Side()
+        self.stall_s = _STALL_S
 
     async def migrate(
         self, point: Callable[[Frame], bool] | None, act: Callable[[], None], channels: int = 2
@@ -66,7 +67,7 @@ class Pair:
                 ATTESTOR,
                 channels=channels,
                 downtime_limit_s=1.0,
-                stall_timeout_s=_STALL_S,
+                stall_timeout_s=self.stall_s,
                 isolated=True,
             )
         except TransferAborted as aborted:
@@ -79,7 +80,7 @@ class Pair:
                 HOST,
                 0,
                 ATTESTOR,
-                stall_timeout_s=_STALL_S,
+                stall_timeout_s=self.stall_s,
                 isolated=True,
                 on_listening=task_status.started,
             )
@@ -128,6 +129,7 @@ async def test_a_migration_completes(pair: Pair, channels: int) -> None:
 
 
 async def test_the_engine_has_neither_ram_nor_keys(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.stall_s = 10.0  # the look takes its time, and this process waits for it
     secrets: list[bytes] = []
     derive = keys.KeySchedule.traffic_key
 
@@ -226,6 +228,7 @@ async def test_an_engine_that_stands_still_is_ended(pair: Pair) -> None:
     assert never_ran(pair.destination)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("which", [0, -1], ids=["destination", "source"])
 async def test_a_handler_that_dies_ends_the_session(pair: Pair, which: int) -> None:
     def kill() -> None:

@@ -47,8 +47,8 @@ class EngineProcess:
         self._end: Fields | None = None
         self.latest: MigrationInfo | None = None
 
-    async def run(self, task: Task) -> MigrationInfo | None:
-        """Until the engine's end: its final figures, or None where it ended because it was cancelled.
+    async def run(self, task: Task) -> MigrationInfo:
+        """Until the engine's end; returns its final figures.
 
         Raises TransferAborted or UsageError as the engine says, TransferAborted with reason "engine" where it died, said
         nothing for too long, or spoke nonsense. A cancel is passed on, and the engine's answer to it is awaited.
@@ -74,21 +74,28 @@ class EngineProcess:
         return self._result()
 
     async def _converse(self, link: Link, task: Task) -> None:
-        with trio.CancelScope(shield=True) as inner:
+        ended = trio.Event()
+        conversation = trio.CancelScope(shield=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._talk, link, task, conversation, ended)
+            try:
+                await ended.wait()
+            except trio.Cancelled:
+                with trio.move_on_after(task.stall_timeout_s, shield=True):
+                    await self._cancel(link)
+                    await ended.wait()
+                conversation.cancel()
+                # Where the cancel came too late, the engine's end stands.
+                if self._end is None or self._end.get("type") == "cancelled":
+                    raise
+
+    async def _talk(self, link: Link, task: Task, conversation: trio.CancelScope, ended: trio.Event) -> None:
+        with conversation:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._begin, link, task)
-                nursery.start_soon(self._serve, link, nursery.cancel_scope, task)
-                inner.shield = False
-                try:
-                    await trio.sleep_forever()
-                except trio.Cancelled:
-                    if self._end is None:
-                        inner.shield = True
-                        with trio.move_on_after(task.stall_timeout_s, shield=True):
-                            await self._cancel(link)
-                            await trio.sleep_forever()
-                    nursery.cancel_scope.cancel()
-                    raise
+                await self._serve(link, task)
+                nursery.cancel_scope.cancel()
+        ended.set()
 
     async def _cancel(self, link: Link) -> None:
         try:
@@ -103,7 +110,7 @@ class EngineProcess:
         except (ChannelBroken, OSError):
             return  # the other task hears of its end
 
-    async def _serve(self, link: Link, done: trio.CancelScope, task: Task) -> None:
+    async def _serve(self, link: Link, task: Task) -> None:
         try:
             while self._end is None:
                 with trio.fail_after(self._patience_s):
@@ -116,7 +123,6 @@ class EngineProcess:
             self._end = _failed(f"the engine's process spoke nonsense: {error}")
         except trio.TooSlowError:
             self._end = _failed(f"the engine's process said nothing for {self._patience_s:g} s")
-        done.cancel()
 
     async def _take(self, link: Link, fields: Fields, payload: bytes) -> None:
         match fields:
@@ -191,7 +197,7 @@ class EngineProcess:
             await trio.to_thread.run_sync(self._hypervisor.dirty_log.stop)
         return b""
 
-    def _result(self) -> MigrationInfo | None:
+    def _result(self) -> MigrationInfo:
         match self._end:
             case {"type": "completed", "info": info}:
                 return from_fields_untrusted(MigrationInfo, info)
@@ -200,8 +206,6 @@ class EngineProcess:
             case {"type": "aborted", "outcome": int(outcome), "reason": str(reason), "message": str(message)}:
                 known = outcome if outcome in (Outcome.REFUSED, Outcome.UNDECIDED) else Outcome.ENDED
                 raise TransferAborted(Outcome(known), reason, message)
-            case {"type": "cancelled"}:
-                return None
         raise TransferAborted(Outcome.ENDED, "engine", "the engine's process said nothing that makes sense")
 
 

@@ -68,8 +68,6 @@ async def send_isolated(
                     await guest.hypervisor.resume()
     if svsm.state is SessionStatus.FINISHED:
         return _completed(info or engine.latest)
-    if info is None and aborted is None:
-        await trio.sleep_forever()  # cancelled, and the engine said so: the cancel ends this here
     why = str(aborted) if aborted is not None else "the engine says that the move is complete, and it is not"
     if svsm.state is SessionStatus.STARTED:
         if aborted is not None and aborted.outcome is Outcome.UNDECIDED:
@@ -134,8 +132,6 @@ async def receive_isolated(
         return _completed(info or engine.latest)
     if aborted is not None:
         raise aborted
-    if info is None:
-        await trio.sleep_forever()  # cancelled, and the engine said so: the cancel ends this here
     raise TransferAborted(Outcome.ENDED, "engine", "the engine says that the move is complete, and it is not")
 
 
