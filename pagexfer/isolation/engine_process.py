@@ -44,6 +44,7 @@ class Engine:
         self._mailbox = -1
         self._doorbells: list[Doorbells] = []
         self._news, self._reports = trio.open_memory_channel[Fields](1 << 12)
+        self._told = trio.Event()
         self.work = trio.CancelScope()
 
     # Calls of the monitor
@@ -95,13 +96,8 @@ class Engine:
             nursery.start_soon(self._tell)
             nursery.start_soon(self._live)
             end = await self._work(task, control)
-            with trio.move_on_after(1, shield=True):
-                while self._reports.statistics().current_buffer_used:  # noqa: ASYNC110 (what was said before goes first)
-                    await trio.sleep(0.001)
-            try:
-                await self._link.send(end)
-            except ChannelBroken:
-                print(f"pagexfer: engine: {end.get('message', 'the SVSM is gone')}", file=sys.stderr)
+            await self._news.send(end)  # behind all that was said before
+            await self._told.wait()
             nursery.cancel_scope.cancel()
 
     async def _work(self, task: Task, control: Slot) -> Fields:
@@ -164,10 +160,15 @@ class Engine:
 
     async def _tell(self) -> None:
         async for fields in self._reports:
+            is_end = fields["type"] in ("completed", "aborted", "cancelled", "unusable")
             try:
                 await self._link.send(fields)
             except ChannelBroken:
-                return
+                if is_end:
+                    print(f"pagexfer: engine: {fields.get('message', 'the SVSM is gone')}", file=sys.stderr)
+            if is_end:
+                break
+        self._told.set()
 
     async def _live(self) -> None:
         while True:
