@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pagexfer.svsm.destination import Imported
-    from pagexfer.svsm.source import Exported
+    from pagexfer.svsm.export import Exported
     from pagexfer.svsm.staging import StagingPool
     from pagexfer.wire.bundle import BundleHeader
     from pagexfer.wire.slot import SlotMemory

@@ -161,7 +161,7 @@ class SourceEngine:
     async def _precopy(self, control: Control) -> None:
         log = self._hypervisor.dirty_log
         if log is not None:
-            log.start()
+            await trio.to_thread.run_sync(log.start)
         audit_s: float | None = None
         while True:
             now = trio.current_time()
@@ -211,7 +211,8 @@ class SourceEngine:
         """Pending pages and the chunks that cover them."""
         log = self._hypervisor.dirty_log
         if log is not None:
-            words = log.collect().words.view(np.uint8).data
+            dirty = await trio.to_thread.run_sync(log.collect)
+            words = dirty.words.view(np.uint8).data
             for start in range(0, len(words), _HINT_BYTES):
                 await self._control_slot.exchange(
                     Command.HINT, start * 8, bytes(words[start : start + _HINT_BYTES])
@@ -330,7 +331,7 @@ class SourceEngine:
             with hypervisor_call("continue the guest"):
                 await self._hypervisor.resume()
             if log is not None:
-                log.stop()
+                await trio.to_thread.run_sync(log.stop)
         except GuestError as error:
             return error
         return None

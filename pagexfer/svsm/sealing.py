@@ -52,6 +52,11 @@ class _Stream:
         self._cipher: AESGCM | None = AESGCM(secret.reveal())
         secret.wipe()
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where the next bundle stands in the channel: incarnation and counter."""
+        return self.incarnation, self.counter
+
     def record(self, bundles: int | None = None) -> ChannelRecord:
         """Count and transcript of the first `bundles` bundles, by default of all so far.
 

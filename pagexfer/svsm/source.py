@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
-from typing import TYPE_CHECKING, Final, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Final
 
 from ..dirty import DirtyBitmap, as_run
 from ..errors import (
@@ -33,10 +31,10 @@ from ..wire.handshake import Freshness, Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
 from ..wire.token import Manifest, pack_start
-from .audit import PageDigests
+from .audit import Audited, PageDigests
 from .content import ContentTable, vcpu_digest
 from .epoch import EpochBook
-from .export import Packager
+from .export import Exported, Packager
 from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
 from .ledger import check_chain, next_body
@@ -59,23 +57,6 @@ BUNDLE_PAGES: Final = 256
 
 _OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + TAG_BYTES
 _VCPU: Final = struct.Struct("<I")
-
-
-class Exported(NamedTuple):
-    """One sealed bundle: its length (0 where nothing was pending), its pages, and whether more may be pending."""
-
-    length: int
-    pages: int
-    zero_pages: int
-    more: bool
-
-
-class Audited(NamedTuple):
-    """One step of the audit: pages looked at, how many of them nobody had reported, and whether more are left."""
-
-    pages: int
-    found: int
-    more: bool
 
 
 class SourceSvsm:
@@ -240,7 +221,7 @@ class SourceSvsm:
         self._require_no_manifest()
         if self._epoch.ledger is not None:
             raise LocalProtocolError("the ledger was sealed already")
-        place = self._next_place()
+        place = self._sealer(0).place
         length = self._seal(BundleKind.LEDGER, self._epoch.next_number, self._ledger, out)
         self._epoch.ledger = place
         return length
@@ -252,12 +233,7 @@ class SourceSvsm:
 
         Raises LocalProtocolError, changing nothing, where it does not fit RAM.
         """
-        whole = np.zeros_like(self._hinted.words)
-        first_byte = first_gfn // 8
-        if first_gfn % 64 or len(log) % 8 or not 0 <= first_byte <= whole.nbytes - len(log):
-            raise LocalProtocolError("a part of a dirty log that does not fit RAM")
-        whole.view(np.uint8)[first_byte : first_byte + len(log)] = np.frombuffer(log, dtype=np.uint8)
-        self._hinted.union_words(whole)
+        self._hinted.union_part(first_gfn, log)
 
     def begin_epoch(self) -> DirtyBitmap:
         """Take in what was written since the last epoch; returns what is pending now (not to be changed).
@@ -318,7 +294,7 @@ class SourceSvsm:
             raise NotReady(f"{self._pending.count()} pages are pending, {self._sealing} bundles being sealed")
         if self._epoch.number + 1 >= FINAL_EPOCH:
             raise LocalProtocolError("the epoch counter is used up")
-        place = self._next_place()
+        place = self._sealer(0).place
         length = self._seal(BundleKind.EPOCH_TOKEN, self._epoch.number, self._epoch.totals.pack(), out)
         self._epoch.seal(place)
         self._content.refresh()
@@ -469,10 +445,6 @@ class SourceSvsm:
         if self._epoch.commit():
             self._session_streams().close_epoch()
 
-    def _next_place(self) -> tuple[int, int]:
-        sealer = self._sealer(0)
-        return sealer.incarnation, sealer.counter
-
     def _session_streams(self) -> SourceStreams:
         if self._streams is None:
             raise LocalProtocolError("there is no session yet")
@@ -523,7 +495,6 @@ class SourceSvsm:
         self._claimed = False
 
     def _wipe(self) -> None:
-        if self._streams is not None:
-            self._streams.wipe()
-        if self._handshake is not None:
-            self._handshake.wipe()
+        for secrets in (self._streams, self._handshake):
+            if secrets is not None:
+                secrets.wipe()
