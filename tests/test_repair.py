@@ -122,10 +122,10 @@ async def test_r9_channel_that_cannot_be_replaced_ends_the_migration(
 
 async def test_end_of_a_connection_is_noticed_without_sending() -> None:
     async with connections() as (near, far):
-        assert not near.ended
+        ended_before = near.ended
         async with trio.open_nursery() as nursery:
             nursery.start_soon(near.wait_end)
             far.close()
-        assert near.ended
+        assert (ended_before, near.ended) == (False, True)
         with pytest.raises(ChannelBroken):
             await near.receive_header()
