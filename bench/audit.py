@@ -1,6 +1,6 @@
 """What trust costs in black-out: the digest audit against memory bandwidth, and tokens and manifest against the move.
 
-    python -m bench.audit [--ram 1GiB] [--repeats 7] [--json FILE] [--quick]
+    python -m bench audit [--ram 1GiB] [--repeats 7] [--json FILE] [--quick]
 
 First, hashing RAM against what was sent, in turn with a plain copy (np.copyto) of the same RAM, both with one thread and
 with one for each core. "of a copy" is bytes per second against the copy with one thread, for each thread, "of copies"
@@ -242,7 +242,7 @@ def _guest(ram_bytes: int) -> GuestMemory:
 
 
 def main(argv: list[str] | None = None) -> None:
-    made = parser(__doc__, repeats=7)
+    made = parser("audit", __doc__, repeats=7)
     made.add_argument("--ram", type=size, help="of the guest (default: 1GiB, quick 256MiB)")
     made.add_argument(
         "--table", type=positive, metavar="GIB", help="size of the larger guest (default: 1024)"
@@ -284,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
             for gib, cases in manifests.items()
         ),
     ]
-    finish(options, "audit", figures, tables)
+    finish(options, figures, tables)
 
 
 def _rate_table(ram_bytes: int, rates: list[Rate]) -> Table:

@@ -1,4 +1,4 @@
-"""What the handshake costs: python -m bench.handshake [--json FILE] [--quick]
+"""What the handshake costs: python -m bench handshake [--json FILE] [--quick]
 
 All four messages between two SVSMs in one thread, so a figure is the work of both sides together; on a network each side
 waits two round trips besides. `psk` and `emulated` run in turn; "over psk" is what attestation adds, of which the target
@@ -61,7 +61,7 @@ def cases() -> dict[str, Case]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = parse(parser(__doc__, repeats=11), argv)
+    options = parse(parser("handshake", __doc__, repeats=11), argv)
     spreads = {name: spread.scaled(1e3) for name, spread in alternate(cases(), options.repeats).items()}
     added = spreads["emulated"].median - spreads["psk"].median
     rows = [
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         f"Attestation adds {added:.2f} ms to a pre-shared key; the target is under {TARGET_MS:g} ms.",
     )
     figures = {name: asdict(spread) for name, spread in spreads.items()}
-    finish(options, "handshake", {"milliseconds": figures, "over_psk": added}, [table])
+    finish(options, {"milliseconds": figures, "over_psk": added}, [table])
 
 
 if __name__ == "__main__":

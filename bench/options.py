@@ -29,9 +29,11 @@ class CannotRun(Exception):
     """This machine cannot run the bench; the message says in one line what is missing."""
 
 
-def parser(doc: str | None, *, repeats: int, plots: bool = False) -> argparse.ArgumentParser:
-    """A parser with the shared options; `doc` is the bench's docstring, `plots` whether it can draw."""
-    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(bench: str, doc: str | None, *, repeats: int, plots: bool = False) -> argparse.ArgumentParser:
+    """A parser with the shared options; `doc` is the docstring of `bench`, `plots` whether it can draw."""
+    made = argparse.ArgumentParser(
+        f"python -m bench {bench}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--json", type=_new_file, metavar="FILE", help="write all figures to FILE as well")
     if plots:
         made.add_argument("--plot", type=_new_file, metavar="FILE.png", help="draw the figures as well")
@@ -40,7 +42,7 @@ def parser(doc: str | None, *, repeats: int, plots: bool = False) -> argparse.Ar
         "--repeats", type=positive, metavar="N", help=f"repeats of each case (default: {repeats})"
     )
     made.add_argument("--seed", type=int, default=1, help="of all that is random (default: %(default)s)")
-    made.set_defaults(full_repeats=repeats, plot=None)
+    made.set_defaults(bench=bench, full_repeats=repeats, plot=None)
     return made
 
 
@@ -56,7 +58,6 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
 
 def finish(
     options: argparse.Namespace,
-    bench: str,
     figures: Mapping[str, object],
     tables: Sequence[Table],
     plot: Callable[[Path], None] | None = None,
@@ -65,7 +66,12 @@ def finish(
     for table in tables:
         print(table.text(), end="\n\n", flush=True)
     if options.json is not None:
-        shared = {"bench": bench, "quick": options.quick, "repeats": options.repeats, "seed": options.seed}
+        shared = {
+            "bench": options.bench,
+            "quick": options.quick,
+            "repeats": options.repeats,
+            "seed": options.seed,
+        }
         write_json(options.json, {**shared, **figures, "tables": [asdict(table) for table in tables]})
     if options.plot is not None and plot is not None:
         plot(options.plot)
