@@ -101,6 +101,7 @@ class SourceSvsm:
         guest_id: bytes,
         *,
         audit: bool = False,
+        bundle_pages: int = BUNDLE_PAGES,
         ledger: bytes = b"",
         journal: Journal | None = None,
     ) -> None:
@@ -122,6 +123,7 @@ class SourceSvsm:
         self._sealers: list[Sealer] = []
         self._opener: Opener | None = None
         self._packager = Packager(memory, stage=audit)
+        self._bundle_pages = bundle_pages
         self._digests = PageDigests(memory) if audit else None
         self._audited_pages = 0
         self._pending = DirtyBitmap.full(memory.pages)
@@ -260,7 +262,7 @@ class SourceSvsm:
         """Seal the next bundle of what is pending in gfns `start` to `stop` - 1 into `out`."""
         self._require_epoch()
         sealer = self._sealer(channel)
-        capacity = min(BUNDLE_PAGES, (len(out) - _OVERHEAD_BYTES) // PAGE_SIZE)
+        capacity = min(self._bundle_pages, (len(out) - _OVERHEAD_BYTES) // PAGE_SIZE)
         # Zero pages cost 8 bytes each: after a bundle without data, look at as many pages as entries allow.
         look = MAX_BUNDLE_ENTRIES if self._zero_run else capacity
         gfns = self._pending.first(start, stop, look)
