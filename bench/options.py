@@ -29,7 +29,9 @@ class CannotRun(Exception):
     """This machine cannot run the bench; the message says in one line what is missing."""
 
 
-def parser(bench: str, doc: str | None, *, repeats: int, plots: bool = False) -> argparse.ArgumentParser:
+def parser(
+    bench: str, doc: str | None, *, repeats: int, quick_repeats: int = QUICK_REPEATS, plots: bool = False
+) -> argparse.ArgumentParser:
     """A parser with the shared options; `doc` is the docstring of `bench`, `plots` whether it can draw."""
     made = argparse.ArgumentParser(
         f"python -m bench {bench}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -37,12 +39,12 @@ def parser(bench: str, doc: str | None, *, repeats: int, plots: bool = False) ->
     made.add_argument("--json", type=_new_file, metavar="FILE", help="write all figures to FILE as well")
     if plots:
         made.add_argument("--plot", type=_new_file, metavar="FILE.png", help="draw the figures as well")
-    made.add_argument("--quick", action="store_true", help=f"small cases, {QUICK_REPEATS} repeats")
+    made.add_argument("--quick", action="store_true", help=f"small cases, repeats {quick_repeats}")
     made.add_argument(
         "--repeats", type=positive, metavar="N", help=f"repeats of each case (default: {repeats})"
     )
     made.add_argument("--seed", type=int, default=1, help="of all that is random (default: %(default)s)")
-    made.set_defaults(bench=bench, full_repeats=repeats, plot=None)
+    made.set_defaults(bench=bench, full_repeats=repeats, quick_repeats=quick_repeats, plot=None)
     return made
 
 
@@ -50,7 +52,7 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
     """Parse, with the number of repeats filled in. Ends the process with code 2 and one line where an option is bad."""
     options = made.parse_args(argv)
     if options.repeats is None:
-        options.repeats = QUICK_REPEATS if options.quick else options.full_repeats
+        options.repeats = options.quick_repeats if options.quick else options.full_repeats
     if options.plot is not None and find_spec("matplotlib") is None:
         made.error("plots need the bench extra: pip install 'pagexfer[bench]'")
     return options
