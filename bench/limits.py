@@ -1,8 +1,9 @@
 """What this machine can do, in one run: python -m bench limits [--json FILE] [--quick]
 
 The parts that a sealed migration is made of, each alone and in turn: AES-256-GCM into a buffer of its own (1 MiB records,
-one core and all), one copy, gathering scattered pages, the test for zero pages and a plain read; then plain TCP between two
-processes. Seconds per GiB are wall time of the part; for TCP they are CPU seconds of both ends.
+one core and all), one copy, gathering scattered pages, the test for zero pages and a plain read (a sum); then a ring and its
+answer over two eventfds, and plain TCP, each between two processes. Seconds per GiB are wall time of the part; for TCP they
+are CPU seconds of both ends.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
+from .doorbell import ping_pong
 from .measure import Case, Spread, alternate
 from .options import finish, numbers, parse, parser, progress, size
 from .table import Table
@@ -28,6 +30,7 @@ TAG_BYTES: Final = 16
 NONCE: Final = bytes(12)  # one key and no secret: only time is taken here
 WORDS_PER_PAGE: Final = 512
 BUNDLE_PAGES: Final = BUFFER_BYTES // 4096
+RINGS: Final = 20_000
 
 
 def parts(ram_bytes: int, seed: int) -> dict[str, Case]:
@@ -46,7 +49,7 @@ def parts(ram_bytes: int, seed: int) -> dict[str, Case]:
         "copy": Case(lambda: np.copyto(target, words)),
         "gather": Case(lambda: _gather(words, scattered, target)),
         "zero test": Case(lambda: np.bitwise_or.reduce(zeros, axis=1)),
-        "read": Case(lambda: np.max(words.reshape(-1))),
+        "read": Case(lambda: np.add.reduce(words.reshape(-1))),
     }
 
 
@@ -103,6 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     ram_bytes = options.ram or (GIB // 4 if options.quick else GIB)
     streams = options.streams or ([1, 4] if options.quick else [1, 2, 4, 8, 16, 32, 64])
     alone = alternate(parts(ram_bytes, options.seed), options.repeats)
+    rung = ping_pong(RINGS // 10 if options.quick else RINGS)
     sent = tcp(ram_bytes, streams, options.repeats)
     rows = [
         (
@@ -122,9 +126,17 @@ def main(argv: list[str] | None = None) -> None:
         {
             "ram_bytes": ram_bytes,
             "seconds": {name: asdict(spread) for name, spread in alone.items()},
+            "doorbell": asdict(rung),
             "tcp": {n: {"gb_per_s": asdict(r), "cpu_s_per_gib": asdict(c)} for n, (r, c) in sent.items()},
         },
-        [Table.of("What this machine can do", ("", "GB/s", "min", "max", "s/GiB"), rows)],
+        [
+            Table.of("What this machine can do", ("", "GB/s", "min", "max", "s/GiB"), rows),
+            Table.of(
+                "Doorbell and answer between two processes",
+                ("", "p50 us", "p99 us"),
+                [("two eventfds", f"{rung.p50_us:.1f}", f"{rung.p99_us:.1f}")],
+            ),
+        ],
     )
 
 

@@ -215,10 +215,14 @@ def draw(link: Link, figures: list[Figure], path: Path) -> None:
         if channels == 1 and given_up:
             _mark(times, given_up[0].write_mb_per_s)
             _mark(downtimes, given_up[0].write_mb_per_s)
-    times.set(ylabel="seconds to switchover (x: given up)", ylim=(0, None), title=f"{link.name}: time")
-    downtimes.set(ylabel="downtime, ms", ylim=(0, None), title=f"{link.name}: downtime")
+    times.set(ylabel="seconds to switchover (x: given up)", title=f"{link.name}: time")
+    downtimes.set(ylabel="downtime, ms", title=f"{link.name}: downtime")
+    rates = sorted({f.write_mb_per_s for f in figures})
     for axes in (times, downtimes):
-        axes.set(xlabel="guest writes, MB/s", xscale="log")
+        axes.set(xlabel="guest writes, MB/s", xscale="log", xlim=(rates[0] / 1.2, rates[-1] * 1.2))
+        axes.set_ylim(0, axes.get_ylim()[1])
+        axes.set_xticks(rates, [str(rate) for rate in rates], rotation=45)
+        axes.set_xticks([], minor=True)
     save(figure, path)
 
 
