@@ -42,14 +42,13 @@ from xxhash import xxh3_128_digest
 
 from ..errors import LocalProtocolError
 from .bitmap import DirtyBitmap
+from .ram import PAGE_SIZE, check_form
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from numpy.typing import NDArray
 
-_PAGE_SIZE: Final = 4096
-_WORDS_PER_PAGE: Final = _PAGE_SIZE // 8
 _SEED_BITS: Final = 64
 
 # 512 KiB: a call over so much costs what its hashing costs and lets the interpreter's lock go, a copy of it stays in the
@@ -75,12 +74,7 @@ class ContentTracker:
         workers: int = 1,
     ) -> None:
         """Raises LocalProtocolError where `words` is not whole pages, one after the other."""
-        if words.ndim != 2 or words.shape[1] != _WORDS_PER_PAGE or not len(words) or words.dtype != np.uint64:
-            raise LocalProtocolError(
-                f"RAM is uint64 of shape (pages, 512), not {words.dtype} of {words.shape}"
-            )
-        if not words.flags.c_contiguous:
-            raise LocalProtocolError("RAM has to be contiguous")
+        check_form(words)
         self._words = words
         self._octets = words.reshape(-1).view(np.uint8).data
         self._pages = len(words)
@@ -88,8 +82,8 @@ class ContentTracker:
         self._workers = workers
         self._seed = secrets.randbits(_SEED_BITS)
         runs = -(-self._pages // _RUN_PAGES)
-        zeros = bytes(_RUN_PAGES * _PAGE_SIZE)
-        self._zero_page, self._zero_run = (self._digest([part]) for part in (zeros[:_PAGE_SIZE], zeros))
+        zeros = bytes(_RUN_PAGES * PAGE_SIZE)
+        self._zero_page, self._zero_run = (self._digest([part]) for part in (zeros[:PAGE_SIZE], zeros))
         # Digest of each page, and of each run's copy; stale runs had a page sent that was other than in that copy.
         self._kept: NDArray[np.uint64] = np.zeros((self._pages, 2), dtype=np.uint64)
         self._kept_runs: NDArray[np.uint64] = np.zeros((runs, 2), dtype=np.uint64)
@@ -130,7 +124,7 @@ class ContentTracker:
         self._require_started()
         if content is None:
             digests = np.broadcast_to(self._zero_page, (len(gfns), 2))
-        elif content.nbytes == len(gfns) * _PAGE_SIZE:
+        elif content.nbytes == len(gfns) * PAGE_SIZE:
             digests = self._digest(_pages_of(content))
         else:
             raise LocalProtocolError(f"{len(gfns)} pages are not {content.nbytes} bytes")
@@ -164,7 +158,7 @@ class ContentTracker:
         differ = self._stale[runs] | (actual != self._kept_runs[runs]).any(axis=1)
         if not differ.any():
             return np.zeros(0, dtype=np.int64)
-        copy = np.empty(_RUN_PAGES * _PAGE_SIZE, dtype=np.uint8)
+        copy = np.empty(_RUN_PAGES * PAGE_SIZE, dtype=np.uint8)
         pages = _pages_of(copy.data)
         return np.concatenate([self._look_closer(run, copy, pages) for run in runs[differ].tolist()])
 
@@ -185,7 +179,7 @@ class ContentTracker:
         return changed
 
     def _run(self, run: int) -> memoryview:
-        return self._octets[run * _RUN_PAGES * _PAGE_SIZE : (run + 1) * _RUN_PAGES * _PAGE_SIZE]
+        return self._octets[run * _RUN_PAGES * PAGE_SIZE : (run + 1) * _RUN_PAGES * PAGE_SIZE]
 
     def _digest(self, parts: Sequence[memoryview | bytes]) -> NDArray[np.uint64]:
         """Digests of these parts, uint64 of shape (n, 2)."""
@@ -194,4 +188,4 @@ class ContentTracker:
 
 
 def _pages_of(octets: memoryview) -> list[memoryview]:
-    return [octets[start : start + _PAGE_SIZE] for start in range(0, octets.nbytes, _PAGE_SIZE)]
+    return [octets[start : start + PAGE_SIZE] for start in range(0, octets.nbytes, PAGE_SIZE)]
