@@ -174,7 +174,12 @@ class TestTracking:
 @pytest.mark.parametrize(
     ("system_call", "request_number", "error", "reason"),
     [
-        (323, None, "EPERM", "this process may not use userfaultfd and /proc/self/pagemap: Operation not permitted"),
+        (
+            323,
+            None,
+            "EPERM",
+            "this process may not use userfaultfd and /proc/self/pagemap: Operation not permitted",
+        ),
         (323, None, "ENOSYS", "this kernel cannot track this memory"),
         (16, UFFDIO_API, "EINVAL", "this kernel cannot track this memory"),
         (16, UFFDIO_REGISTER, "ENOMEM", "the kernel does not track this memory: Cannot allocate memory"),
