@@ -1,4 +1,7 @@
-"""PAGEMAP_SCAN on memory of this very process: what it reports, what it cannot see, and kernels that refuse."""
+"""PAGEMAP_SCAN on memory of this very process: what it reports, what it cannot see, and kernels that refuse.
+
+Under writers that do not wait for it, it is tested with the other trackers (test_trackers.py).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -139,31 +141,6 @@ class TestTracking:
         remap_fixed(ram[8:9])
         with pytest.raises(GuestError, match="does not say which pages were written"):
             tracker.collect()
-        tracker.stop()
-
-    def test_threads_that_write_lose_nothing(self) -> None:
-        ram, target = shared(), np.zeros((PAGES, WORDS), dtype=np.uint64)
-        tracker = started(ram)
-        done = threading.Event()
-
-        def write(seed: int) -> None:
-            rng = np.random.default_rng(seed)
-            for value in range(1, 3000):
-                ram[rng.integers(0, PAGES, 20), seed] = value
-            done.set()
-
-        threads = [threading.Thread(target=write, args=(seed,)) for seed in range(2)]
-        for thread in threads:
-            thread.start()
-        collects = 0
-        while any(thread.is_alive() for thread in threads):
-            gfns = tracker.collect().gfns()
-            target[gfns] = ram[gfns]
-            collects += bool(gfns.size)
-        gfns = tracker.collect().gfns()
-        target[gfns] = ram[gfns]
-        assert np.array_equal(target, ram)
-        assert collects > 10
         tracker.stop()
 
     def test_needs_no_privilege(self) -> None:
