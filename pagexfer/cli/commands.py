@@ -26,7 +26,7 @@ from .demo import run_demo
 from .ledger import check_writable, ledger_commands, ledger_option, read_ledger, write_ledger
 from .output import ProgressLine, note, print_json, print_table
 from .recover import recover
-from .values import Address, Seconds, Size
+from .values import Address, Cpus, Seconds, Size
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -85,6 +85,15 @@ def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _isolation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--cpus", type=Cpus(), default="", help="Pin an isolated engine and its slots: 0,2-3."),
+        click.option("--isolated", is_flag=True, help="Run the engine as a process of its own."),
+    ):
+        command = option(command)
+    return command
+
+
 def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
@@ -129,6 +138,7 @@ _journal_option = click.option(
 @_journal_option
 @ledger_option("The guest's ledger so far; without the file, this is its first move.")
 @_source_options
+@_isolation_options
 @_guest_options
 def send(
     address: tuple[str, int],
@@ -142,7 +152,9 @@ def send(
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    cpus: tuple[int, ...],
     *,
+    isolated: bool,
     as_json: bool,
     **files: Path | None,
 ) -> int:
@@ -151,7 +163,18 @@ def send(
     moves = read_ledger(ledger)
     with boot_guest(kind, ram, vcpus, write_rate) as guest:
         return trio.run(
-            _send, guest, address, attestor, moves, journal, channels, downtime_limit, freshness, as_json
+            _send,
+            guest,
+            address,
+            attestor,
+            moves,
+            journal,
+            channels,
+            downtime_limit,
+            freshness,
+            isolated,
+            cpus,
+            as_json,
         )
 
 
@@ -167,6 +190,7 @@ def send(
     help="Let the guest run this long, then check it.",
 )
 @_journal_option
+@_isolation_options
 @_guest_options
 def receive(
     address: tuple[str, int],
@@ -177,7 +201,9 @@ def receive(
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    cpus: tuple[int, ...],
     *,
+    isolated: bool,
     as_json: bool,
     **files: Path | None,
 ) -> int:
@@ -186,12 +212,13 @@ def receive(
     check_writable(ledger)
     Layout.plan(ram, vcpus)
     with empty_guest(kind, ram, vcpus) as guest:
-        return trio.run(_receive, guest, address, attestor, ledger, journal, run_for, as_json)
+        return trio.run(_receive, guest, address, attestor, ledger, journal, run_for, isolated, cpus, as_json)
 
 
 @cli.command()
 @attest_option(AttestorKind.PSK, AttestorKind.EMULATED)
 @_source_options
+@_isolation_options
 @_guest_options
 def demo(
     attest: str,
@@ -202,7 +229,9 @@ def demo(
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    cpus: tuple[int, ...],
     *,
+    isolated: bool,
     as_json: bool,
 ) -> int:
     """Migrate a busy guest between two processes on this machine, and check that it goes on."""
@@ -213,7 +242,9 @@ def demo(
         "--freshness": freshness,
     }
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
-    return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, as_json=as_json)
+    both = ["--isolated"] if isolated else []
+    both += ["--cpus", ",".join(map(str, cpus))] if cpus else []
+    return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, both, as_json=as_json)
 
 
 async def _send(
@@ -225,6 +256,8 @@ async def _send(
     channels: int,
     downtime_limit: float,
     freshness: FreshnessChoice,
+    isolated: bool,
+    cpus: tuple[int, ...],
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
@@ -237,6 +270,8 @@ async def _send(
             downtime_limit_s=downtime_limit,
             journal=journal,
             freshness=freshness,
+            isolated=isolated,
+            cpus=cpus,
             on_progress=show,
         )
 
@@ -255,6 +290,8 @@ async def _receive(
     ledger: Path | None,
     journal: Path | None,
     run_for: float,
+    isolated: bool,
+    cpus: tuple[int, ...],
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
@@ -263,6 +300,8 @@ async def _receive(
             *address,
             attestor,
             journal=journal,
+            isolated=isolated,
+            cpus=cpus,
             on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
             on_progress=show,
             on_stranger=note,

@@ -48,11 +48,12 @@ def run_demo(
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    both: list[str],
     *,
     as_json: bool,
 ) -> int:
-    """Run both sides and print the merged report; returns the exit code."""
-    guest = ["--guest", resolve_kind(kind), "--ram", str(ram), "--vcpus", str(vcpus), "--json"]
+    """Run both sides, `both` being options of either, and print the merged report; returns the exit code."""
+    guest = ["--guest", resolve_kind(kind), "--ram", str(ram), "--vcpus", str(vcpus), *both, "--json"]
     options = [part for pair in source_options.items() for part in pair]
     with tempfile.TemporaryDirectory(prefix="pagexfer-") as folder:
         proof = _attestation(attest, Path(folder))
