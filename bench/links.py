@@ -40,7 +40,7 @@ QUICK_FLOWS_MB: Final = (40,)
 RATES: Final = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 QUICK_RATES: Final = (0.5, 1.5, 3.5)
 # The shared link carries as much as so many flows.
-LINK_FLOWS: Final = 3
+LINK_FLOWS: Final = 2
 
 _Runs = dict[int, dict[int, list[Moved]]]
 

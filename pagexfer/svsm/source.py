@@ -103,8 +103,8 @@ class SourceSvsm:
         self._machine = StateMachine(SOURCE, self._journal.before_entering)
         self._handshake: SourceHandshake | None = None
         self._session: Established | None = None
-        self._bundle_pages = bundle_pages
         self._streams: SourceStreams | None = None
+        self._bundle_pages = bundle_pages
         self._audit = audit
         # As many as threads seal at a time: one that was used last is still in the cache.
         self._packagers: list[Packager] = []
