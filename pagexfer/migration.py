@@ -19,6 +19,7 @@ import trio
 from .engine.destination import DestinationEngine
 from .engine.slots import Slot
 from .engine.source import SourceEngine, SourceOptions
+from .engine.steering import DOWNTIME_LIMIT_S, MigrationParameters, Steering
 from .engine.streams import STALL_TIMEOUT_S, listen
 from .errors import LedgerRefused, MalformedData, TransferAborted, UsageError
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
@@ -73,13 +74,17 @@ async def send_guest(
     *,
     ledger: bytes = b"",
     channels: int = 4,
-    downtime_limit_s: float = 0.3,
+    downtime_limit_s: float | None = None,
+    steering: Steering | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
     freshness: FreshnessChoice = "auto",
     journal: Path | None = None,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
 ) -> MigrationReport:
     """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
+
+    `steering` holds what may be changed while it runs, and can pause and end it; make one for each migration.
+    `downtime_limit_s` is short for one that is never changed.
 
     A destination that is silent, or takes nothing, for `stall_timeout_s` is taken for dead. With a file as `journal`,
     `pagexfer recover` answers after a crash who may run the guest; without one nobody can.
@@ -96,8 +101,11 @@ async def send_guest(
     """
     if not 1 <= channels <= MAX_CHANNELS:
         raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
-    if not 0 < downtime_limit_s < 2000:
-        raise UsageError(f"a downtime limit is above 0 and below 2000 s, not {downtime_limit_s:g} s")
+    if steering is None:
+        limit_s = DOWNTIME_LIMIT_S if downtime_limit_s is None else downtime_limit_s
+        steering = Steering(MigrationParameters(downtime_limit_s=limit_s))
+    elif downtime_limit_s is not None:
+        raise UsageError("the downtime limit is given twice: leave it to the steering")
     if freshness not in get_args(FreshnessChoice):
         raise UsageError(f"freshness is {' or '.join(get_args(FreshnessChoice))}, not {freshness}")
     _check_network(port, 1, stall_timeout_s)
@@ -126,7 +134,8 @@ async def send_guest(
         guest.hypervisor,
         guest.memory.pages,
         guest.gate.vcpus,
-        SourceOptions(channels, downtime_limit_s, stall_timeout_s, audit),
+        SourceOptions(channels, stall_timeout_s, audit),
+        steering,
         on_progress,
     )
     with kept or nullcontext():
