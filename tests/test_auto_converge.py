@@ -30,6 +30,8 @@ async def _migrate(
     destination: CheckedGuest,
     steering: Steering,
     infos: list[pagexfer.MigrationInfo] | None = None,
+    *,
+    isolated: bool = False,
 ) -> pagexfer.MigrationReport | pagexfer.TransferAborted:
     async def serve(task_status: trio.TaskStatus[int]) -> None:
         try:
@@ -49,6 +51,7 @@ async def _migrate(
                 PSK,
                 channels=2,
                 steering=steering,
+                isolated=isolated,
                 on_progress=lambda info: infos.append(info) if infos is not None else None,
             )
         except pagexfer.TransferAborted as aborted:
@@ -67,8 +70,9 @@ async def test_a_guest_that_outruns_the_link_does_not_converge_by_itself() -> No
         assert (await prove(source, 0.05)).consistent
 
 
+@pytest.mark.parametrize("isolated", [False, True], ids=["local", "isolated"])
 async def test_auto_converge_slows_it_down_until_it_does(
-    guest_type: type[KvmGuest] | type[SimulatedGuest],
+    guest_type: type[KvmGuest] | type[SimulatedGuest], isolated: bool
 ) -> None:
     infos: list[pagexfer.MigrationInfo] = []
     with (
@@ -77,7 +81,7 @@ async def test_auto_converge_slows_it_down_until_it_does(
     ):
         with trio.fail_after(30):
             steering = Steering(replace(TIGHT, auto_converge=True))
-            end = await _migrate(source, destination, steering, infos)
+            end = await _migrate(source, destination, steering, infos, isolated=isolated)
         assert isinstance(end, pagexfer.MigrationReport), end
         # At the destination nothing is held back, and nothing of the throttle is in the guest.
         proof = await prove(destination, 0.1)
@@ -170,3 +174,34 @@ async def test_a_migration_stays_under_its_bandwidth_limit() -> None:
     moving_s = (end.info.total_time - end.info.setup_time) / 1000
     # Beside the limit: ten unpaced segments of each of two channels.
     assert end.info.ram.transferred / moving_s <= 1.5 * limit
+
+
+@pytest.mark.parametrize("end_by", ["continue", "cancel"])
+async def test_an_isolated_engine_is_steered_as_well(end_by: str) -> None:
+    steering = Steering(MigrationParameters(pause_before_switchover=True))
+    infos: list[pagexfer.MigrationInfo] = []
+    with (
+        SimulatedGuest.boot(RAM, 1, write_rate_bytes=1 << 20) as source,
+        SimulatedGuest.empty(RAM, 1) as destination,
+    ):
+
+        async def answer_the_pause() -> None:
+            with trio.fail_after(20):
+                while not steering.paused:  # noqa: ASYNC110 (an embedding program looks at progress)
+                    await trio.sleep(0.005)
+            steering.parameters = replace(steering.parameters, downtime_limit_s=1.25)
+            steering.cancel() if end_by == "cancel" else steering.continue_switchover()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(answer_the_pause)
+            end = await _migrate(source, destination, steering, infos, isolated=True)
+        assert not steering.paused
+        if end_by == "cancel":
+            assert isinstance(end, pagexfer.TransferAborted)
+            assert (end.outcome, end.reason) == (pagexfer.Outcome.ENDED, "cancelled")
+            assert infos[-1].status is pagexfer.Status.CANCELLED
+            assert (await prove(source, 0.05)).progressed
+        else:
+            assert isinstance(end, pagexfer.MigrationReport), end
+            assert end.info.downtime_limit == 1250
+            assert (await prove(destination, 0.05)).consistent

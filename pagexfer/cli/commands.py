@@ -29,7 +29,7 @@ from .ledger import check_writable, ledger_commands, ledger_option, read_ledger,
 from .output import ProgressLine, note, print_json, print_table
 from .recover import recover
 from .steering import ControlSocket, control, steering_arguments, steering_options
-from .values import Address, Seconds, Size
+from .values import Address, Cpus, Seconds, Size
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -89,6 +89,15 @@ def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _isolation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--cpus", type=Cpus(), default="", help="Pin an isolated engine and its slots: 0,2-3."),
+        click.option("--isolated", is_flag=True, help="Run the engine as a process of its own."),
+    ):
+        command = option(command)
+    return command
+
+
 def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option(
@@ -137,6 +146,7 @@ _journal_option = click.option(
 @click.option("--pause-before-switchover", is_flag=True, help="Wait for 'pagexfer control PATH continue'.")
 @steering_options
 @_source_options
+@_isolation_options
 @_guest_options
 def send(
     address: tuple[str, int],
@@ -154,9 +164,11 @@ def send(
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    cpus: tuple[int, ...],
     *,
     auto_converge: bool,
     pause_before_switchover: bool,
+    isolated: bool,
     as_json: bool,
     **files: Path | None,
 ) -> int:
@@ -186,6 +198,8 @@ def send(
             steering,
             listening,
             freshness,
+            isolated,
+            cpus,
             as_json,
         )
 
@@ -202,6 +216,7 @@ def send(
     help="Let the guest run this long, then check it.",
 )
 @_journal_option
+@_isolation_options
 @_guest_options
 def receive(
     address: tuple[str, int],
@@ -212,7 +227,9 @@ def receive(
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    cpus: tuple[int, ...],
     *,
+    isolated: bool,
     as_json: bool,
     **files: Path | None,
 ) -> int:
@@ -221,13 +238,14 @@ def receive(
     check_writable(ledger)
     Layout.plan(ram, vcpus)
     with empty_guest(kind, ram, vcpus) as guest:
-        return trio.run(_receive, guest, address, attestor, ledger, journal, run_for, as_json)
+        return trio.run(_receive, guest, address, attestor, ledger, journal, run_for, isolated, cpus, as_json)
 
 
 @cli.command()
 @attest_option(AttestorKind.PSK, AttestorKind.EMULATED)
 @steering_options
 @_source_options
+@_isolation_options
 @_guest_options
 def demo(
     attest: str,
@@ -241,8 +259,10 @@ def demo(
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    cpus: tuple[int, ...],
     *,
     auto_converge: bool,
+    isolated: bool,
     as_json: bool,
 ) -> int:
     """Migrate a busy guest between two processes on this machine, and check that it goes on."""
@@ -260,7 +280,9 @@ def demo(
         *steering_arguments(parameters),
     ]
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
-    return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, as_json=as_json)
+    both = ["--isolated"] if isolated else []
+    both += ["--cpus", ",".join(map(str, cpus))] if cpus else []
+    return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, both, as_json=as_json)
 
 
 async def _send(
@@ -273,6 +295,8 @@ async def _send(
     steering: Steering,
     listening: ControlSocket | None,
     freshness: FreshnessChoice,
+    isolated: bool,
+    cpus: tuple[int, ...],
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
@@ -290,6 +314,8 @@ async def _send(
             steering=steering,
             journal=journal,
             freshness=freshness,
+            isolated=isolated,
+            cpus=cpus,
             on_progress=see,
         )
 
@@ -309,6 +335,8 @@ async def _receive(
     ledger: Path | None,
     journal: Path | None,
     run_for: float,
+    isolated: bool,
+    cpus: tuple[int, ...],
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
@@ -317,6 +345,8 @@ async def _receive(
             *address,
             attestor,
             journal=journal,
+            isolated=isolated,
+            cpus=cpus,
             on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
             on_progress=show,
             on_stranger=note,

@@ -48,11 +48,12 @@ def run_demo(
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    both: list[str],
     *,
     as_json: bool,
 ) -> int:
-    """Run both sides and print the merged report; returns the exit code."""
-    guest = ["--guest", resolve_kind(kind), "--ram", str(ram), "--vcpus", str(vcpus), "--json"]
+    """Run both sides, `both` being options of either, and print the merged report; returns the exit code."""
+    guest = ["--guest", resolve_kind(kind), "--ram", str(ram), "--vcpus", str(vcpus), *both, "--json"]
     with tempfile.TemporaryDirectory(prefix="pagexfer-") as folder:
         proof = _attestation(attest, Path(folder))
         with _Child(["receive", "--listen", "127.0.0.1:0", *proof, *guest]) as destination:

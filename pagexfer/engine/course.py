@@ -101,7 +101,7 @@ class Course:
             await self._pause()
             return Decision.TRANSFER
         self._progress.wait(waiting=False)
-        self._steering.end()
+        self._steering.waits(paused=False)
         return verdict.decision
 
     @contextmanager

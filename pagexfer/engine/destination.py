@@ -43,7 +43,7 @@ from .reception import INTRODUCTION_TIMEOUT_S, Reception
 from .streams import STALL_TIMEOUT_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from ..wire.framing import ConnectionHello
     from .hypervisor import Hypervisor
@@ -98,12 +98,12 @@ class Barrier:
 
 
 class DestinationEngine:
-    """One incoming migration; `run` once. `make_slot` gives the slot of a channel once their number is known."""
+    """One incoming migration; `run` once. `make_slots` gives the channels' slots once their number is known."""
 
     def __init__(
         self,
         control_slot: Slot,
-        make_slot: Callable[[int], Slot],
+        make_slots: Callable[[int], Awaitable[list[Slot]]],
         hypervisor: Hypervisor,
         ram_pages: int,
         on_progress: Callable[[MigrationInfo], None],
@@ -111,7 +111,7 @@ class DestinationEngine:
         stall_timeout_s: float = STALL_TIMEOUT_S,
     ) -> None:
         self._control_slot = control_slot
-        self._make_slot = make_slot
+        self._make_slots = make_slots
         self._hypervisor = hypervisor
         self._on_progress = on_progress
         self._on_stranger = on_stranger
@@ -181,7 +181,7 @@ class DestinationEngine:
             return False
         self._established_message = established
         self._session, _ = parse_established_untrusted(established)
-        self._slots = [self._make_slot(channel) for channel in range(answer.result)]
+        self._slots = await self._make_slots(answer.result)
         self._progress.channels = [ChannelTally(channel) for channel in range(answer.result)]
         self._control = control
         self._established.set()

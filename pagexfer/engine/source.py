@@ -170,7 +170,7 @@ class SourceEngine:
     async def _precopy(self, control: Control) -> None:
         log = self._hypervisor.dirty_log
         if log is not None:
-            log.start()
+            await trio.to_thread.run_sync(log.start)
         audit_s: float | None = None
         while True:
             pending, chunks = await self._begin_epoch()
@@ -216,7 +216,8 @@ class SourceEngine:
         """Pending pages and the chunks that cover them."""
         log = self._hypervisor.dirty_log
         if log is not None:
-            words = log.collect().words.view(np.uint8).data
+            dirty = await trio.to_thread.run_sync(log.collect)
+            words = dirty.words.view(np.uint8).data
             for start in range(0, len(words), _HINT_BYTES):
                 await self._control_slot.exchange(
                     Command.HINT, start * 8, bytes(words[start : start + _HINT_BYTES])
@@ -340,13 +341,13 @@ class SourceEngine:
                 await self._hypervisor.resume()
             await self._course.lift_throttle()
             if log is not None:
-                log.stop()
+                await trio.to_thread.run_sync(log.stop)
         except GuestError as error:
             return error
         return None
 
     def _finish(self, status: Status) -> MigrationInfo:
-        self._steering.end()
+        self._steering.waits(paused=False)
         self._progress.end(status, trio.current_time())
         info = self._progress.info(trio.current_time())
         self._on_progress(info)

@@ -91,6 +91,7 @@ class Steering:
         """
         if not self._paused:
             raise UsageError("the migration does not wait before its switchover")
+        self._paused = False
         self.parameters = replace(self._parameters, pause_before_switchover=False)
 
     def cancel(self) -> None:
@@ -115,9 +116,9 @@ class Steering:
                 await self._changed.wait()
         self._paused = self._parameters.pause_before_switchover
 
-    def end(self) -> None:
-        """The migration does not wait any more: it is parked, or over."""
-        self._paused = False
+    def waits(self, *, paused: bool) -> None:
+        """Say whether the migration waits before its switchover."""
+        self._paused = paused
 
 
 def _check_limit(what: str, seconds: float) -> None:
