@@ -27,8 +27,8 @@ from .isolation.task import Task
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
 from .svsm.destination import DestinationSvsm
 from .svsm.journal import FileJournal
-from .svsm.source import SourceSvsm
-from .wire.constants import GUEST_ID_BYTES, MAX_CHANNELS
+from .svsm.source import BUNDLE_PAGES, SourceSvsm
+from .wire.constants import GUEST_ID_BYTES, MAX_BUNDLE_ENTRIES, MAX_CHANNELS
 from .wire.ledger import guest_id_of
 from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory
 
@@ -71,6 +71,7 @@ async def send_guest(
     *,
     ledger: bytes = b"",
     channels: int = 4,
+    bundle_pages: int = BUNDLE_PAGES,
     downtime_limit_s: float = 0.3,
     stall_timeout_s: float = STALL_TIMEOUT_S,
     freshness: FreshnessChoice = "auto",
@@ -80,6 +81,9 @@ async def send_guest(
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
 ) -> MigrationReport:
     """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
+
+    A bundle has up to `bundle_pages` pages with content, as far as they fit a slot's buffer: more of them cost less in
+    calls, fewer stay in a core's cache.
 
     A destination that is silent, or takes nothing, for `stall_timeout_s` is taken for dead. With a file as `journal`,
     `pagexfer recover` answers after a crash who may run the guest; without one nobody can.
@@ -99,6 +103,8 @@ async def send_guest(
     """
     if not 1 <= channels <= MAX_CHANNELS:
         raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
+    if not 1 <= bundle_pages <= MAX_BUNDLE_ENTRIES:
+        raise UsageError(f"a bundle has 1 to {MAX_BUNDLE_ENTRIES} pages, not {bundle_pages}")
     if not 0 < downtime_limit_s < 2000:
         raise UsageError(f"a downtime limit is above 0 and below 2000 s, not {downtime_limit_s:g} s")
     if freshness not in get_args(FreshnessChoice):
@@ -117,6 +123,7 @@ async def send_guest(
             attestor,
             guest_id,
             audit=audit,
+            bundle_pages=bundle_pages,
             ledger=ledger,
             journal=kept,
         )
