@@ -329,12 +329,6 @@ class SlotMemory:
 
     # Both sides: the data register
 
-    def reset_buffers(self, line: int) -> None:
-        """Make every buffer FREE in a turn of its own, newer than whatever both words say."""
-        for index in range(self.geometry.buffers):
-            turn, _ = self._current(index)
-            self._write_word(index, line, (turn + 1) & _TURN_MASK, BufferState.FREE)
-
     def buffer_state(self, index: int) -> BufferState:
         """Whose a buffer is, from both sides' words: the word of the newer turn counts, in one turn the later state."""
         return self._current(index)[1]
