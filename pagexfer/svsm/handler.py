@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import select
 import threading
-import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -21,9 +20,10 @@ if TYPE_CHECKING:
 
 # Looks without a bell. One look takes some 20 µs, so that a thousand idle handlers use a few percent of a core.
 FALLBACK_MS: Final = 1000
-# As in `engine.doorbell`: what comes sooner than a sleeper wakes is waited for awake.
-POLL_S: Final = 50e-6
-SLEEP_S: Final = 200e-6
+# Looks for the next command before sleep, some 50 µs: less than a sleeper takes to wake. Where they are in vain they
+# are left out more and more often, and at most this often.
+LOOKS: Final = 64
+MAX_PAUSE: Final = 64
 _END_TIMEOUT_S: Final = 5.0
 
 
@@ -80,22 +80,25 @@ class Handler:
         bell = select.poll()
         bell.register(self._to_svsm, select.POLLIN)
         answered = 0
-        is_quick = False
-        began = time.perf_counter()
+        looks, pause, commands = 0, 1, 0
         while not self._stopping:
             seen = self._slot.command_sequence
             if seen != answered:
+                if looks:
+                    pause = 1  # it was worth it
                 # What cannot be read has no number of its own: it is not looked at twice.
                 answered = self._service.service() or seen
                 _ring(self._to_host)
-                began = time.perf_counter()
-            elif is_quick:
-                os.sched_yield()  # on a busy machine the other side waits for this very core
-                is_quick = time.perf_counter() - began < POLL_S
+                commands += 1
+                looks = 0 if commands % pause else LOOKS
+            elif looks:
+                os.sched_yield()  # on a busy machine the host waits for this very core
+                looks -= 1
+                if not looks:
+                    pause = min(2 * pause, MAX_PAUSE)
             elif bell.poll(FALLBACK_MS):
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._to_svsm)
-                is_quick = time.perf_counter() - began < SLEEP_S
 
 
 def _ring(bell: int) -> None:
