@@ -32,6 +32,7 @@ enum pgx_command {
     PGX_COMMAND_HINT = 11,
     PGX_COMMAND_CONFIRM = 12,
     PGX_COMMAND_AUDIT = 13,
+    PGX_COMMAND_REPLACE = 14,
 };
 
 enum pgx_slot_status {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import numpy as np
@@ -20,6 +21,8 @@ from ..errors import (
     MalformedData,
     Outcome,
     PagexferError,
+    RefusalCode,
+    SvsmRefused,
     TransferAborted,
 )
 from ..wire.bundle import BundleKind
@@ -41,6 +44,7 @@ from .convergence import Decision, EpochSample, decide
 from .failure import SECOND_HAND, as_aborted, first_failure, hypervisor_call, say_farewell, undecided
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
+from .repair import Repair
 from .streams import STALL_TIMEOUT_S, connect
 
 if TYPE_CHECKING:
@@ -96,6 +100,7 @@ class SourceEngine:
         self._on_progress = on_progress
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
         self._channels: list[SourceChannel] = []
+        self._lost_pages = 0  # since the epoch began
         self._samples: list[EpochSample] = []
         self._epoch = FIRST_EPOCH
         self._completed = False
@@ -130,8 +135,15 @@ class SourceEngine:
             # Before any page: a guest that may not move again is refused while it still runs here.
             await self._channels[0].token(BundleKind.LEDGER)
             self._progress.set_up(trio.current_time())
-            await self._precopy(control)
-            await self._blackout(control)
+            connect_again = partial(connect, host, port, self._options.stall_timeout_s)
+            repair = Repair(self._channels, connect_again, session, self._options.stall_timeout_s)
+            async with trio.open_nursery() as watching:
+                watching.start_soon(repair.watch)
+                await self._precopy(control, repair)
+                await self._blackout(control, repair)
+                watching.cancel_scope.cancel()
+            # Little is left to send from here on, and a connection that breaks ends the migration before START.
+            await self._hand_over(control)
             nursery.cancel_scope.cancel()
         done.cancel()
 
@@ -158,7 +170,7 @@ class SourceEngine:
             await self._channels[-1].open(session)
         await control.receive(ChannelsOpen, self._options.stall_timeout_s)
 
-    async def _precopy(self, control: Control) -> None:
+    async def _precopy(self, control: Control, repair: Repair) -> None:
         log = self._hypervisor.dirty_log
         if log is not None:
             await trio.to_thread.run_sync(log.start)
@@ -174,9 +186,10 @@ class SourceEngine:
                 return
             if verdict.decision is Decision.GIVE_UP:
                 raise TransferAborted(Outcome.ENDED, "not-converging", verdict.reason)
-            await self._transfer(control, pending, chunks)
+            await self._transfer(control, repair, pending, chunks)
 
-    async def _blackout(self, control: Control) -> None:
+    async def _blackout(self, control: Control, repair: Repair) -> None:
+        """Park the guest and send everything that is left of its memory."""
         self._progress.park(trio.current_time())
         await self._park()
         # The hypervisor's stop after the park, which it has no part in, and before the last epoch: until then its devices
@@ -186,7 +199,12 @@ class SourceEngine:
         pending, chunks = await self._begin_epoch()
         if self._options.audit and await self._audit():
             pending, chunks = await self._begin_epoch()
-        await self._transfer(control, pending, chunks)
+        await self._transfer(control, repair, pending, chunks)
+        while self._lost_pages:
+            pending, chunks = await self._begin_epoch()
+            await self._transfer(control, repair, pending, chunks)
+
+    async def _hand_over(self, control: Control) -> None:
         with hypervisor_call("save the devices"):
             device_state = await self._hypervisor.save_device_state()
         await control.send_device_state(device_state)
@@ -209,6 +227,7 @@ class SourceEngine:
 
     async def _begin_epoch(self) -> tuple[int, list[Chunk]]:
         """Pending pages and the chunks that cover them."""
+        self._lost_pages = 0
         log = self._hypervisor.dirty_log
         if log is not None:
             dirty = await trio.to_thread.run_sync(log.collect)
@@ -246,27 +265,80 @@ class SourceEngine:
         self._progress.audit = AuditInfo(1000 * (trio.current_time() - began), found)
         return found
 
-    async def _transfer(self, control: Control, pending: int, chunks: list[Chunk]) -> None:
+    async def _transfer(self, control: Control, repair: Repair, pending: int, chunks: list[Chunk]) -> None:
         """Send one epoch over all channels and have the destination close it."""
         began, sent = trio.current_time(), self._progress.transferred
         self._progress.begin_epoch(pending)
         queue = deque(chunks)
         async with trio.open_nursery() as nursery:
             for channel in self._channels:
-                nursery.start_soon(self._send_epoch, channel, queue)
-        await self._channels[0].token(BundleKind.EPOCH_TOKEN)
-        closed = await control.receive(EpochClosed, self._options.stall_timeout_s)
-        if closed.epoch != self._epoch:
-            raise MalformedData(f"the destination closed epoch {closed.epoch} instead of {self._epoch}")
+                nursery.start_soon(self._send_epoch, channel, repair, queue)
+        await self._close_epoch(control, repair)
         self._epoch += 1
         seconds = trio.current_time() - began
         if self._samples:
             self._progress.dirty_pages_rate = pending / max(began - self._samples[-1].began_s, 1e-6)
         self._samples.append(EpochSample(pending, began, self._progress.transferred - sent, seconds))
 
-    async def _send_epoch(self, channel: SourceChannel, queue: deque[Chunk]) -> None:
-        await channel.export(queue)
-        await channel.barrier(self._epoch)
+    async def _send_epoch(self, channel: SourceChannel, repair: Repair, queue: deque[Chunk]) -> None:
+        while True:
+            try:
+                await channel.export(queue)
+                await channel.barrier(self._epoch)
+                return
+            except ChannelBroken:
+                await self._replace(channel, repair)
+            except SvsmRefused as refused:
+                if refused.code is not RefusalCode.EXHAUSTED:
+                    raise
+                await self._replace(channel, repair)  # a new connection has a new key
+
+    async def _close_epoch(self, control: Control, repair: Repair) -> None:
+        """Send the token until the destination has closed the epoch.
+
+        Where a connection breaks meanwhile, channel 0 is replaced as well: a token on its way counts what was lost.
+        """
+        first = self._channels[0]
+        again: set[SourceChannel] = set()
+        token_due = True
+        while True:
+            try:
+                for channel in again if token_due else ():
+                    await channel.barrier(self._epoch)
+                if token_due:
+                    await first.token(BundleKind.EPOCH_TOKEN)
+                    token_due = False
+            except ChannelBroken:
+                closed = False
+            else:
+                closed = await self._epoch_closed(control, repair)
+            if closed:
+                return
+            again = {first, *repair.ended()}
+            for channel in again:
+                token_due |= await self._replace(channel, repair)
+
+    async def _epoch_closed(self, control: Control, repair: Repair) -> bool:
+        """True once the destination has closed the epoch, False where a connection ends before."""
+        closed: EpochClosed | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                await repair.wait_ended()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(give_up)
+            closed = await control.receive(EpochClosed, self._options.stall_timeout_s)
+            nursery.cancel_scope.cancel()
+        if closed is not None and closed.epoch != self._epoch:
+            raise MalformedData(f"the destination closed epoch {closed.epoch} instead of {self._epoch}")
+        return closed is not None
+
+    async def _replace(self, channel: SourceChannel, repair: Repair) -> bool:
+        """Replace a channel's connection; returns whether the epoch's token was lost with it."""
+        damage = await repair.replace(channel)
+        self._lost_pages += damage.pages
+        return damage.token
 
     async def _park(self) -> None:
         with trio.move_on_after(PARK_TIMEOUT_S):

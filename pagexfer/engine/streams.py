@@ -38,6 +38,7 @@ class Connection:
         self._socket = sock
         self._woken_at = 1
         self._turn_due = True
+        self.ended = False  # whether peer, network or this side ended it, as far as anybody noticed
         self.stall_timeout = stall_timeout
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -59,7 +60,7 @@ class Connection:
         except (OSError, trio.ClosedResourceError) as error:
             raise self._broken(error) from None
         if rest:
-            raise ChannelBroken(f"{self.peer} takes no data for {self.stall_timeout:g} s")
+            raise self._ended(f"{self.peer} takes no data for {self.stall_timeout:g} s")
 
     async def receive_into(self, view: memoryview, timeout: float | None = None) -> None:
         """Receive exactly `len(view)` bytes, waiting `timeout` seconds (by default the stall timeout) for each part.
@@ -81,7 +82,7 @@ class Connection:
         except (OSError, trio.ClosedResourceError) as error:
             raise self._broken(error) from None
         if rest:
-            raise ChannelBroken(f"{self.peer} sends nothing for {timeout:g} s")
+            raise self._ended(f"{self.peer} sends nothing for {timeout:g} s")
 
     async def send_frame(self, frame_type: FrameType, payload: bytes) -> None:
         """Send one small frame."""
@@ -114,8 +115,18 @@ class Connection:
             raise MalformedData(f"{header.type.name} frame where {frame_type.name} is due")
         return await self.receive_payload(header)
 
+    async def wait_end(self) -> None:
+        """Until the connection ends, or the peer sends something; for one on which the peer has nothing to say."""
+        try:
+            if self._socket.fileno() >= 0:
+                await trio.lowlevel.wait_readable(self._socket)
+        except (OSError, trio.ClosedResourceError):
+            await trio.lowlevel.checkpoint()
+        self.ended = True
+
     def close(self) -> None:
         """Close at once; a task that waits on the connection sees ChannelClosed."""
+        self.ended = True
         if self._socket.fileno() >= 0:
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
@@ -134,7 +145,7 @@ class Connection:
         except BlockingIOError:
             return view
         if view and not received:
-            raise ChannelBroken(f"{self.peer} closed the connection")
+            raise self._ended(f"{self.peer} closed the connection")
         return view[received:]
 
     def _wake_at(self, received_bytes: int) -> None:
@@ -143,7 +154,12 @@ class Connection:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, received_bytes)
             self._woken_at = received_bytes
 
+    def _ended(self, why: str) -> ChannelBroken:
+        self.ended = True
+        return ChannelBroken(why)
+
     def _broken(self, error: OSError | trio.ClosedResourceError) -> ChannelBroken | ChannelClosed:
+        self.ended = True
         if isinstance(error, trio.ClosedResourceError) or error.errno == errno.EBADF:
             return ChannelClosed("this side closed the connection")
         return ChannelBroken(f"connection to {self.peer}: {error.strerror or error}")

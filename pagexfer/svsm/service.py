@@ -132,6 +132,10 @@ class Call:
     def argument(self) -> int:
         return self.registers.argument
 
+    @property
+    def has_package(self) -> bool:
+        return self._package is not None
+
     def package(self) -> memoryview:
         """The package. Raises LocalProtocolError where the command came without."""
         if self._package is None:

@@ -54,6 +54,7 @@ class Command(enum.IntEnum):
     HINT = 11  # control: part of the hypervisor's dirty log
     CONFIRM = 12  # control: take the destination's key confirmation
     AUDIT = 13  # control: hash part of RAM against what was sent
+    REPLACE = 14  # channel (source), control (destination): a new connection takes a lost one's place
 
 
 class SlotStatus(enum.IntEnum):
