@@ -1,9 +1,9 @@
 """What this machine can do, in one run: python -m bench limits [--json FILE] [--quick]
 
 The parts that a sealed migration is made of, each alone and in turn: AES-256-GCM into a buffer of its own (1 MiB records,
-The parts that a sealed migration is made of, each alone and in turn: AES-256-GCM into a buffer of its own (1 MiB records,
-answer over two eventfds, and plain TCP, each between two processes. Seconds per GiB are wall time of the part; for TCP they
-are CPU seconds of both ends.
+one core and all), one copy, gathering scattered pages, the test for zero pages and a plain read (a sum); then a ring and
+its answer over two eventfds, and plain TCP, each between two processes. Seconds per GiB are wall time of the part; for TCP
+they are CPU seconds of both ends.
 """
 
 from __future__ import annotations
