@@ -21,6 +21,8 @@ from ..wire.constants import PAGE_SIZE, WORDS_PER_PAGE
 from ..wire.page_state import PERMISSION_BITS, PRIVATE, SHARED, STATE_MASK, VALIDATED, vmpl_shift
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from numpy.typing import NDArray
 
 _VALIDATED: Final = np.uint32(VALIDATED)
@@ -40,12 +42,13 @@ class GuestMemory:
             raise PageStateError(
                 f"RAM of {ram_bytes} bytes is not a positive number of {PAGE_SIZE}-byte pages"
             )
+        mapping = mmap.mmap(ram_fd, ram_bytes, mmap.MAP_SHARED)
+        self._set_up(ram_fd, np.frombuffer(mapping, dtype=np.uint64).reshape(-1, WORDS_PER_PAGE))
+
+    def _set_up(self, ram_fd: int, words: NDArray[np.uint64]) -> None:
         self.ram_fd = ram_fd
-        self.pages = ram_bytes // PAGE_SIZE
-        self.mapping = mmap.mmap(ram_fd, ram_bytes, mmap.MAP_SHARED)
-        self.words: NDArray[np.uint64] = np.frombuffer(self.mapping, dtype=np.uint64).reshape(
-            -1, WORDS_PER_PAGE
-        )
+        self.pages = len(words)
+        self.words = words
         self.states: NDArray[np.uint32] = np.full(self.pages, 0, dtype=np.uint32)
         self.state_changes = DirtyBitmap(self.pages)
         # Pages that may differ from zero: all, unless `allocate` knows better.
@@ -65,6 +68,22 @@ class GuestMemory:
             raise
         # Fresh RAM is known to be zero, so a zero page costs nothing until its page has been written.
         memory._populated.clear()
+        return memory
+
+    @classmethod
+    def over(
+        cls, words: NDArray[np.uint64], populated: Iterable[tuple[int, int]] | None = None
+    ) -> GuestMemory:
+        """RAM that is mapped already, `words` of shape (pages, 512); it has no `ram_fd` (-1).
+
+        `populated` are the (start, stop) of all gfns that may differ from zero; default: all.
+        """
+        memory = cls.__new__(cls)
+        memory._set_up(-1, words)
+        if populated is not None:
+            memory._populated.clear()
+            for start, stop in populated:
+                memory._populated.set_gfns(range(start, stop))
         return memory
 
     def close(self) -> None:
