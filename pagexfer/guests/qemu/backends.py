@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .qmp import QmpClient
 
 _MAP_SHARED_FIXED: Final = 0x11
+_MAP_NORESERVE: Final = 0x4000  # include/uapi/asm-generic/mman.h
 _HUGE_BYTES: Final = 2 << 20
 _MEMFD: Final = "/memfd:memory-backend-memfd"
 
@@ -83,11 +84,9 @@ def close_backends(backends: tuple[Backend, ...] | list[Backend]) -> None:
 def map_backends(backends: tuple[Backend, ...]) -> NDArray[np.uint64]:
     """All backends as one range of memory, uint64 of shape (pages, 512), that lives as long as the array."""
     total = sum(backend.size for backend in backends)
-    reservation = mmap.mmap(
-        -1, total + _HUGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ
-    )
-    whole_range = np.frombuffer(reservation, dtype=np.uint8)
-    base = int(whole_range.ctypes.data)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+    reservation = mmap.mmap(-1, total + _HUGE_BYTES, flags)
+    base = int(np.frombuffer(reservation, dtype=np.uint8).ctypes.data)
     offset = -base % _HUGE_BYTES  # huge pages are mapped at their own multiples only
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
@@ -106,11 +105,9 @@ def map_backends(backends: tuple[Backend, ...]) -> NDArray[np.uint64]:
                 f"memory backend {backend.id} cannot be mapped: {os.strerror(ctypes.get_errno())}"
             )
         address += backend.size
-    # The reservation was made read-only for Python; what is mapped over it is not.
-    writable = (ctypes.c_uint8 * total).from_address(base + offset)
-    words = np.frombuffer(writable, dtype=np.uint64).reshape(-1, WORDS_PER_PAGE)
-    writable._owner = whole_range  # type: ignore[attr-defined]
-    return words
+    return np.frombuffer(reservation, dtype=np.uint64, count=total // 8, offset=offset).reshape(
+        -1, WORDS_PER_PAGE
+    )
 
 
 def data_gfns(backends: tuple[Backend, ...]) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """The device state of a QEMU: what must be equal at both ends, then QEMU's own migration stream without RAM.
 
-QEMU leaves RAM out of its stream by the capability `x-ignore-shared`. The stream comes and goes over a socket whose other end
-QEMU gets with `getfd`, so nothing in the file system, and nobody else, can be in between.
+QEMU leaves RAM out of its stream by the capability `x-ignore-shared`. The stream comes and goes over a socket whose other
+end QEMU gets with `getfd`, so nothing in the file system, and nobody else, can be in between.
 """
 
 from __future__ import annotations

@@ -206,19 +206,25 @@ class QmpClient:
         match message:
             case QmpEvent():
                 self._on_event(message)
-            case Reply(id=number) | Refusal(id=int(number)):
-                if not 0 < number <= self._last_id:
-                    raise MalformedData("QEMU answers a command that was never given")
-                call = self._calls.get(number)  # None where it came after its timeout
-                if call is not None:
-                    refused = isinstance(message, Refusal)
-                    call.end(
-                        QmpRefused(call.command, message.kind, message.description) if refused else message
-                    )
+            case Reply():
+                self._answer(message.id, message)
+            case Refusal(id=int(number)):
+                self._answer(number, message)
             case Refusal():
                 raise MalformedData(f"QEMU does not understand what it is told: {message.description}")
             case _:
                 raise MalformedData("a second greeting")
+
+    def _answer(self, number: int, answer: Reply | Refusal) -> None:
+        if not 0 < number <= self._last_id:
+            raise MalformedData("QEMU answers a command that was never given")
+        call = self._calls.get(number)
+        if call is None:  # its timeout was first
+            return
+        if isinstance(answer, Refusal):
+            call.end(QmpRefused(call.command, answer.kind, answer.description))
+        else:
+            call.end(answer)
 
     async def _line(self) -> bytes:
         """The next line. Raises OSError where there is none, MalformedData where it is too long."""
