@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,14 +12,15 @@ import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from pagexfer.guests.qemu import QemuGuest
 
 QEMU = shutil.which("qemu-system-x86_64")
 needs_qemu = pytest.mark.skipif(QEMU is None, reason="qemu-system-x86_64 is not installed")
 
-# Real-mode code, for each round: raise the dword at 0x7e00, then raise the first dword of each page from 0x20000 to 0x7ffff,
-# and count at 0x7e04 every one that is not the number of rounds then.
+# Real-mode code, for each round: raise the dword at 0x7e00, then the first dword of each page from 0x20000 to 0x7ffff, and
+# count at 0x7e04 every one that is not the number of rounds then.
 _CODE = bytes.fromhex(
     "fa6631c08ed88ee066ff06007ebb00208ec32666a100006640663b06007e740566ff06047e2666a3000081c3000181fb008075dcebd2"
 )

@@ -40,7 +40,9 @@ class QemuHypervisor:
         await self._machine.wait_settled()
 
     async def save_device_state(self) -> bytes:
-        return self._platform.pack() + await save_stream(self._qmp)
+        stream = await save_stream(self._qmp)
+        await self._machine.refresh(self._qmp)  # no event says that QEMU is "postmigrate" now
+        return self._platform.pack() + stream
 
     async def load_device_state(self, state: bytes) -> None:
         """Raises GuestError where the source is another kind of machine, or QEMU refuses."""
