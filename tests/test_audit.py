@@ -141,6 +141,27 @@ def test_digest_of_a_page_does_not_depend_on_its_bundle(cuts: list[int], again: 
     memory.close()
 
 
+@given(st.lists(st.tuples(st.sets(st.integers(0, RAM_PAGES - 1), min_size=1), st.booleans()), max_size=5))
+def test_digests_of_runs_are_those_of_their_pages(sent: list[tuple[set[int], bool]]) -> None:
+    """Composed as they are recorded, composed at an epoch's end, or left for the audit."""
+    memory = a_memory()
+    digests = all_sent(memory)
+    for number, (gfns, settled) in enumerate(sent):
+        memory.words[sorted(gfns), 3] = number
+        send(memory, digests, np.array(sorted(gfns)))
+        if settled:
+            digests.settle()
+        fresh = ~digests._stale
+        runs = digests._table.reshape(-1, RUN_PAGES, 2)[fresh].reshape(-1, 2)
+        assert np.array_equal(digests._composed[fresh], digests._composer.compose(runs))
+        assert changed(memory, digests) == []
+        assert fresh.all() or not settled
+        memory.words[17, 3] ^= np.uint64(1)
+        assert changed(memory, digests) == [17]
+        memory.words[17, 3] ^= np.uint64(1)
+    memory.close()
+
+
 def test_digests_under_another_key_are_others(memory: GuestMemory) -> None:
     first, second = all_sent(memory), all_sent(memory)
     data = slice(0, RAM_PAGES - 9)

@@ -13,8 +13,8 @@ changed page at all is below 2^-91.
 
 GHASH and not a cryptographic hash, because one call over many pages reads RAM once, at about the speed of a copy; sums of
 AES blocks over a page, vectorised in numpy, reach a quarter of that, and a keyed BLAKE2 a tenth. For one page a call costs
-more than its hashing, so tags are made page by page when pages are sealed, and composed in the audit
-(`ghash.RunComposer`).
+more than its hashing, so tags are made page by page when pages are sealed, and composed to those of runs
+(`ghash.RunComposer`) before black-out as well, which then pays for hashing and for runs with a page that is pending.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.ciphers.algorithms import AES
 from cryptography.hazmat.primitives.ciphers.modes import ECB
 
-from ..dirty import DirtyBitmap
+from ..dirty import DirtyBitmap, as_run
 from ..wire.bundle import DATA, ZERO
 from ..wire.constants import GCM_NONCE_BYTES, KEY_BYTES, PAGE_SIZE, WORDS_PER_PAGE
 from ..wire.page_state import SHARED, VALIDATED
@@ -73,7 +73,11 @@ class PageDigests:
             self._tags([memoryview(bytes(PAGE_SIZE * pages))]) for pages in (1, RUN_PAGES)
         )
         # Whole runs; what is behind the last page stays zero, and is never looked at in RAM.
-        self._table: NDArray[np.uint64] = np.zeros((-(-memory.pages // RUN_PAGES) * RUN_PAGES, 2), np.uint64)
+        runs = -(-memory.pages // RUN_PAGES)
+        self._table: NDArray[np.uint64] = np.zeros((runs * RUN_PAGES, 2), np.uint64)
+        # What the table composes to, run by run, except where a page was recorded since: zeros compose to zero.
+        self._composed: NDArray[np.uint64] = np.zeros((runs, 2), np.uint64)
+        self._stale = np.zeros(runs, dtype=np.bool_)
 
     @property
     def step_pages(self) -> int:
@@ -91,6 +95,15 @@ class PageDigests:
         digests[is_data] = self._tags(pages) ^ self._zero_page
         kept = is_data | (operations == ZERO)
         self._table[gfns[kept]] = digests[kept]
+        self._stale[gfns >> _RUN_LEVELS] = True
+        run = as_run(gfns)
+        if isinstance(run, range):
+            # All of RAM comes this way in the first epoch: composed while it is in the cache, not at once in the end.
+            self._compose(np.arange(-(-run.start // RUN_PAGES), run.stop // RUN_PAGES))
+
+    def settle(self) -> None:
+        """Compose the runs of which pages were recorded, so that this is not left for black-out."""
+        self._compose(np.flatnonzero(self._stale))
 
     def trial(self, pages: int) -> None:
         """Hash the first `pages` pages as `changed` does, for its cost alone."""
@@ -126,17 +139,28 @@ class PageDigests:
 
     def _changed_runs(self, first: int, stop: int, excused: DirtyBitmap) -> NDArray[np.int64]:
         """First gfn of every run in which a page differs that is not excused."""
-        end = -(-stop // RUN_PAGES) * RUN_PAGES
-        left_out = np.ones(end - first, dtype=np.bool_)
+        first_run, end_run = first // RUN_PAGES, -(-stop // RUN_PAGES)
+        left_out = np.ones((end_run - first_run) * RUN_PAGES, dtype=np.bool_)
         left_out[: stop - first] = self._excused(np.arange(first, stop), excused)
-        expected = self._table[first:end].copy()
-        # Pages that are left out are zero on both sides.
-        expected[left_out] = 0
         by_run = left_out.reshape(-1, RUN_PAGES)
         partly: NDArray[np.bool_] = np.logical_or.reduce(by_run, axis=1)
+        expected = self._composed[first_run:end_run].copy()
+        apart = np.flatnonzero(partly | self._stale[first_run:end_run])
+        pages = self._pages_of(first_run + apart)
+        # Pages that are left out are zero on both sides.
+        pages[by_run[apart]] = 0
+        expected[apart] = self._composer.compose(pages.reshape(-1, 2))
         actual = self._tags(self._runs(first, by_run, partly)) ^ self._zero_run
-        differ = (actual != self._composer.compose(expected)).any(axis=1)
+        differ = (actual != expected).any(axis=1)
         return first + np.flatnonzero(differ) * RUN_PAGES
+
+    def _compose(self, runs: NDArray[np.int64]) -> None:
+        self._composed[runs] = self._composer.compose(self._pages_of(runs).reshape(-1, 2))
+        self._stale[runs] = False
+
+    def _pages_of(self, runs: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """A copy of the digests of all pages of `runs`, shape (n, 128, 2)."""
+        return self._table.reshape(-1, RUN_PAGES, 2)[runs]
 
     def _runs(
         self, first: int, left_out: NDArray[np.bool_], partly: NDArray[np.bool_]

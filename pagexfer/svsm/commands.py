@@ -116,7 +116,8 @@ def source_channel(slot: SlotMemory, svsm: SourceSvsm, channel: int, *, shared: 
         return Answer(seal(call.room()))
 
     def accept(call: Call) -> Answer:
-        return Answer(result=svsm.accept_untrusted(call.package()))
+        with svsm.lock:
+            return Answer(result=svsm.accept_untrusted(call.package()))
 
     tokens: dict[int, Callable[[memoryview], int]] = {
         BundleKind.LEDGER: svsm.ledger,

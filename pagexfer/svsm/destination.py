@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -56,9 +57,12 @@ from .handshake import DestinationAttempt, Established
 from .journal import SessionJournal
 from .ledger import append, check_next, next_body
 from .sealing import Opener, Sealer
+from .staging import StagingPool
 from .states import DESTINATION, Event, StateMachine
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from ..attestation import Attestor, Claims
     from ..wire.handshake import Freshness
     from .gate import VcpuGate
@@ -68,6 +72,7 @@ if TYPE_CHECKING:
 # Open handshakes of peers that proved nothing yet; more than this many strangers at once push out the oldest.
 MAX_ATTEMPTS: Final = 16
 
+_STAGING_BYTES: Final = MAX_BUNDLE_ENTRIES * PAGE_SIZE
 _VCPU: Final = struct.Struct("<I")
 _STATE_FOR: Final = {
     BundleKind.READY: State.VERIFIED,
@@ -85,11 +90,17 @@ class Imported(NamedTuple):
 
 
 class DestinationSvsm:
-    """The trusted side of one incoming migration. The vCPUs behind `gate` are parked and never ran."""
+    """The trusted side of one incoming migration. The vCPUs behind `gate` are parked and never ran.
+
+    Slots may be served by threads of their own: every call is made with `lock` held, but for `import_untrusted`, which takes
+    it where it needs it, so that channels open in parallel.
+    """
 
     def __init__(
         self, memory: GuestMemory, gate: VcpuGate, attestor: Attestor, *, journal: Journal | None = None
     ) -> None:
+        self.lock = threading.Lock()
+        self.staging = StagingPool()
         self._memory = memory
         self._gate = gate
         self._attestor = attestor
@@ -101,14 +112,12 @@ class DestinationSvsm:
         self._sealer: Sealer | None = None
         self._epoch = FIRST_EPOCH
         self._epoch_bundles = 0
+        self._opening = 0
         self._seen = DirtyBitmap(memory.pages)
         self._content = ContentTable(memory.states)
         self._vcpu_states: dict[int, bytes] = {}
         self._manifest = b""
         self._ledger: bytes | None = None
-        # One staging area for all channels: it stays in the cache, and holds plaintext for one call only.
-        self._staging = np.empty((MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE), dtype=np.uint64)
-        self._staging_bytes = self._staging.data.cast("B")
 
     @property
     def state(self) -> State:
@@ -214,14 +223,20 @@ class DestinationSvsm:
         Raises RemoteProtocolError for a bad bundle, PageStateError or GateError where the guest's side refuses it, and
         LocalProtocolError, changing nothing, where this side is not importing or has no such channel.
         """
-        if self._machine.state not in (State.KEYED, State.IMPORTING, State.VERIFIED):
-            raise LocalProtocolError(f"nothing is imported in a session that is {self._machine.state.name}")
-        opener = self._opener(channel)
+        with self.lock:
+            if self._machine.state not in (State.KEYED, State.IMPORTING, State.VERIFIED):
+                raise LocalProtocolError(
+                    f"nothing is imported in a session that is {self._machine.state.name}"
+                )
+            opener = self._opener(channel)
         try:
-            return self._import(opener, channel, package)
+            # Plaintext stays in staging for one call only; an area that was used last is still in the cache.
+            with self.staging.area(_STAGING_BYTES) as staging:
+                return self._import(opener, channel, package, staging)
         except PagexferError as error:
-            if self._machine.allows(Event.FAIL):
-                self.fail()
+            with self.lock:
+                if self._machine.allows(Event.FAIL):
+                    self.fail()
             if isinstance(error, LocalProtocolError):
                 # What does not fit the state here is the bundle that the peer sent, and the session is over.
                 raise IntegrityError(f"bundle out of place: {error}") from error
@@ -259,16 +274,31 @@ class DestinationSvsm:
         self._machine.advance(Event.FAIL)
         self._wipe(keep_answer=keep_answer)
 
-    def _import(self, opener: Opener, channel: int, package: memoryview) -> Imported:
+    def _import(self, opener: Opener, channel: int, package: memoryview, staging: memoryview) -> Imported:
         if opener.counter == 0:
             raise IntegrityError(f"channel {channel} is not open")
         header = parse_header_untrusted(bytes(package[:HEADER_BYTES]), len(package))
         aad = bytes(package[: header.aad_bytes])
         sealed = package[len(aad) :]
-        self._check_epoch(header)
-        plaintext = self._staging_bytes[: header.payload_bytes]
+        plaintext = staging[: header.payload_bytes]
         if header.kind is BundleKind.PAGES:
             return self._import_pages(opener, header, aad, sealed, plaintext)
+        with self.lock:
+            return self._import_word(opener, channel, header, aad, sealed, plaintext)
+
+    def _import_word(
+        self,
+        opener: Opener,
+        channel: int,
+        header: BundleHeader,
+        aad: bytes,
+        sealed: memoryview,
+        plaintext: memoryview,
+    ) -> Imported:
+        """Everything that is not pages."""
+        self._check_epoch(header)
+        if self._opening:
+            raise IntegrityError(f"{header.kind.name} bundle while pages are still being opened")
         if header.entry_count or channel != 0:
             raise IntegrityError(f"{header.kind.name} bundle with entries or not on channel 0")
         # What the manifest must say counts everything before the manifest's own bundle.
@@ -294,26 +324,44 @@ class DestinationSvsm:
     def _import_pages(
         self, opener: Opener, header: BundleHeader, aad: bytes, sealed: memoryview, plaintext: memoryview
     ) -> Imported:
-        self._machine.advance(Event.IMPORT)
-        gfns, operations, states = parse_entries_untrusted(aad[HEADER_BYTES:], header, self._memory.pages)
-        pages = as_run(gfns)
-        if self._seen.any_of(pages):
-            raise ReplayError("a page came twice in one epoch")
-        opener.open_untrusted(header, aad, sealed, plaintext)
-        self._memory.adopt_states(pages, states)
-        data_pages = header.payload_bytes // PAGE_SIZE
-        if data_pages == len(gfns):
-            self._memory.write(pages, self._staging[:data_pages])
-            zero_pages = 0
-        else:
-            if data_pages:
-                self._memory.write(gfns[operations == DATA], self._staging[:data_pages])
-            self._memory.zero(gfns[operations != DATA])
-            zero_pages = int(np.count_nonzero(operations == ZERO))
-        self._seen.set_gfns(pages)
-        self._content.record(pages, header.channel, header.incarnation, header.counter)
-        self._epoch_bundles += 1
+        with self.lock:
+            self._check_epoch(header)
+            self._machine.advance(Event.IMPORT)
+            gfns, operations, states = parse_entries_untrusted(aad[HEADER_BYTES:], header, self._memory.pages)
+            pages = as_run(gfns)
+            if self._seen.any_of(pages):
+                raise ReplayError("a page came twice in one epoch")
+            # Seen at once, so that no two channels write to one page; a bundle that does not open ends the session.
+            self._seen.set_gfns(pages)
+            self._opening += 1
+        try:
+            opener.open_untrusted(header, aad, sealed, plaintext)
+            self._memory.adopt_states(pages, states)
+            zero_pages = self._write(pages, gfns, operations, plaintext)
+        finally:
+            with self.lock:
+                self._opening -= 1
+        with self.lock:
+            self._content.record(pages, header.channel, header.incarnation, header.counter)
+            self._epoch_bundles += 1
         return Imported(header.kind, len(gfns), zero_pages)
+
+    def _write(
+        self,
+        pages: NDArray[np.int64] | range,
+        gfns: NDArray[np.int64],
+        operations: NDArray[np.uint8],
+        plaintext: memoryview,
+    ) -> int:
+        """Bring opened pages to RAM; returns how many of them are zero."""
+        content = np.frombuffer(plaintext, dtype=np.uint64).reshape(-1, WORDS_PER_PAGE)
+        if len(content) == len(gfns):
+            self._memory.write(pages, content)
+            return 0
+        if len(content):
+            self._memory.write(gfns[operations == DATA], content)
+        self._memory.zero(gfns[operations != DATA])
+        return int(np.count_nonzero(operations == ZERO))
 
     def _close_epoch(self, totals: EpochTotals) -> None:
         self._machine.advance(Event.IMPORT)

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import mmap
 import os
+import threading
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -53,6 +54,8 @@ class GuestMemory:
         self.state_changes = DirtyBitmap(self.pages)
         # Pages that may differ from zero: all, unless `allocate` knows better.
         self._populated = DirtyBitmap.full(self.pages)
+        # Threads write to pages of their own, but the words of a bitmap are everybody's.
+        self._populating = threading.Lock()
         self._claimed = False
         self._sessions = 0
 
@@ -162,15 +165,17 @@ class GuestMemory:
         if not (self.states[pages] & _ACCESSIBLE).all():
             raise PageStateError("write to a page that is neither validated nor shared")
         self.words[pages] = content
-        self._populated.set_gfns(gfns)
+        with self._populating:
+            self._populated.set_gfns(gfns)
 
     def zero(self, gfns: NDArray[np.int64]) -> None:
         """Make pages zero, or forget those that the guest gave up; only pages that may differ from zero are touched."""
         self._locate(gfns)
-        used = gfns[self._populated.test(gfns)]
+        with self._populating:
+            used = gfns[self._populated.test(gfns)]
+            self._populated.clear_gfns(used)
         if used.size:
             self.words[used] = 0
-            self._populated.clear_gfns(used)
 
     def _locate(self, gfns: NDArray[np.int64] | range) -> slice | NDArray[np.int64]:
         """`gfns` as an index into RAM: a slice for a range, which numpy serves without gathering."""

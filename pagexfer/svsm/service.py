@@ -6,8 +6,11 @@ is the one place where the trusted side's errors become `RefusalCode`s; what was
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from ..errors import (
     AttestationError,
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from ..wire.slot import CommandRegisters, SlotMemory
     from .destination import DestinationSvsm
     from .source import SourceSvsm
+    from .staging import StagingPool
 
 
 class BadCommand(LocalProtocolError):
@@ -54,23 +58,27 @@ class Border:
     while the SVSM works, and they are used as they are.
     """
 
-    def __init__(self, slot: SlotMemory, *, shared: bool) -> None:
+    def __init__(self, slot: SlotMemory, staging: StagingPool, *, shared: bool) -> None:
         self._slot = slot
-        size = slot.geometry.package_bytes
-        self._inbox = memoryview(bytearray(size)) if shared else None
-        self._outbox = memoryview(bytearray(size)) if shared else None
+        self._staging = staging if shared else None
+        self._inbox: memoryview | None = None
+        self._outbox: memoryview | None = None
 
     def take(self, index: int, length: int) -> memoryview:
         """The package of a READY buffer, in private memory; the buffer is DRAINING until `release`."""
         self._slot.begin_drain(index, SVSM_DATA_OFFSET)
         package = self._slot.packages[index][:length]
-        if self._inbox is None:
+        if self._staging is None:
             return package
-        self._inbox[:length] = package
+        self._inbox = self._staging.take(self._slot.geometry.package_bytes)
+        _copy(package, self._inbox)
         return self._inbox[:length]
 
     def release(self, index: int) -> None:
         """Give a drained buffer back."""
+        if self._staging is not None and self._inbox is not None:
+            self._staging.give(self._inbox)
+            self._inbox = None
         self._slot.release(index, SVSM_DATA_OFFSET)
 
     def begin(self) -> tuple[int, memoryview]:
@@ -79,16 +87,25 @@ class Border:
         if index is None:
             raise LocalProtocolError("no free buffer to answer in")
         self._slot.begin_fill(index, SVSM_DATA_OFFSET)
-        return index, self._slot.packages[index] if self._outbox is None else self._outbox
+        if self._staging is None:
+            return index, self._slot.packages[index]
+        self._outbox = self._staging.take(self._slot.geometry.package_bytes)
+        return index, self._outbox[: self._slot.geometry.package_bytes]
 
     def end(self, index: int, length: int) -> None:
         """Publish the package of `length` bytes, or give the buffer back where it is 0."""
-        if not length:
+        if self._staging is not None and self._outbox is not None:
+            _copy(self._outbox[:length], self._slot.packages[index])
+            self._staging.give(self._outbox)
+            self._outbox = None
+        if length:
+            self._slot.publish(index, SVSM_DATA_OFFSET)
+        else:
             self._slot.withdraw(index, SVSM_DATA_OFFSET)
-            return
-        if self._outbox is not None:
-            self._slot.packages[index][:length] = self._outbox[:length]
-        self._slot.publish(index, SVSM_DATA_OFFSET)
+
+    def reset(self) -> None:
+        """Make every buffer FREE, whatever the host's words say."""
+        self._slot.reset_buffers(SVSM_DATA_OFFSET)
 
 
 class Call:
@@ -146,10 +163,13 @@ class SlotService:
         self._slot = slot
         self._session = session
         self._commands = commands
-        self._border = Border(slot, shared=shared)
+        self._border = Border(slot, session.staging, shared=shared)
 
-    def service(self) -> None:
-        """Do the command that stands in the registers, once. Never raises what the host could have caused."""
+    def service(self) -> int:
+        """Do the command that stands in the registers, once; returns its sequence number, 0 where it cannot be read.
+
+        Never raises what the host could have caused.
+        """
         sequence = 0
         try:
             registers = self._read()
@@ -159,6 +179,11 @@ class SlotService:
             self._reply(sequence, Answer(status=SlotStatus.REFUSED), NO_BUFFER, refusal_code(error))
         else:
             self._reply(sequence, answer, buffer, None)
+        return sequence
+
+    def fault(self, sequence: int) -> None:
+        """Answer a command that nobody will carry out any more, as the one who should have has met a defect."""
+        self._reply(sequence, Answer(status=SlotStatus.REFUSED), NO_BUFFER, RefusalCode.INTERNAL)
 
     def _read(self) -> CommandRegisters:
         try:
@@ -177,18 +202,21 @@ class SlotService:
 
     def _answer(self, call: Call) -> tuple[Answer, int]:
         try:
-            answer = self._handler(call.registers.command)(call)
+            command = self._command(call.registers.command)
+            handler = self._commands[command]
+            # A package that is sealed or opened keeps no other slot waiting: these take the lock themselves.
+            with nullcontext() if command in _PARALLEL else self._session.lock:
+                answer = handler(call)
         except BaseException:
             call.end(0)
             raise
         return answer, call.end(answer.length)
 
-    def _handler(self, number: int) -> Callable[[Call], Answer]:
+    def _command(self, number: int) -> Command:
         command = _COMMANDS.get(number)
-        handler = self._commands.get(command) if command is not None else None
-        if handler is None:
+        if command is None or command not in self._commands:
             raise BadCommand("unknown command for this slot")
-        return handler
+        return command
 
     def _reply(self, sequence: int, answer: Answer, buffer: int, error: RefusalCode | None) -> None:
         self._slot.write_status(
@@ -230,3 +258,11 @@ _CODES: Final[tuple[tuple[type[PagexferError], RefusalCode], ...]] = (
     (JournalError, RefusalCode.JOURNAL),
 )
 _COMMANDS: Final = {int(command): command for command in Command}
+_PARALLEL: Final = frozenset({Command.EXPORT, Command.IMPORT})
+
+
+def _copy(source: memoryview, target: memoryview) -> None:
+    """Copy to the start of `target`. By numpy, which lets other threads run meanwhile, as a slice assignment does not."""
+    length = len(source)
+    if length:
+        np.copyto(np.frombuffer(target, np.uint8, length), np.frombuffer(source, np.uint8, length))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -46,6 +47,7 @@ from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
 from .ledger import check_chain, next_body
 from .sealing import Opener, Sealer
+from .staging import StagingPool
 from .states import SOURCE, Event, StateMachine
 
 if TYPE_CHECKING:
@@ -88,6 +90,9 @@ class SourceSvsm:
     Every method either does what it says or raises and leaves the guest as it was; errors of the state machine change
     nothing. A bundle that fails to open before the start token ends the session, and the guest goes on here.
 
+    Slots may be served by threads of their own: every call is made with `lock` held, but for `export`, which takes it where
+    it needs it, so that channels seal in parallel.
+
     `ledger` is that of the guest's moves so far. Raises MalformedData or LedgerRefused where it is none, and
     LocalProtocolError where it is another guest's.
     """
@@ -104,6 +109,8 @@ class SourceSvsm:
         ledger: bytes = b"",
         journal: Journal | None = None,
     ) -> None:
+        self.lock = threading.Lock()
+        self.staging = StagingPool()
         self._records = parse_ledger_untrusted(ledger)
         chain = check_chain(self._records)
         if chain and chain[0].guest_id != guest_id:
@@ -121,7 +128,10 @@ class SourceSvsm:
         self._session: Established | None = None
         self._sealers: list[Sealer] = []
         self._opener: Opener | None = None
-        self._packager = Packager(memory, stage=audit)
+        self._audit = audit
+        # As many as threads seal at a time: one that was used last is still in the cache.
+        self._packagers: list[Packager] = []
+        self._sealing = 0
         self._digests = PageDigests(memory) if audit else None
         self._audited_pages = 0
         self._pending = DirtyBitmap.full(memory.pages)
@@ -248,7 +258,7 @@ class SourceSvsm:
         """
         self._machine.require(Event.EPOCH)
         self._require_no_manifest()
-        if self._epoch_bundles:
+        if self._epoch_bundles or self._sealing:
             raise LocalProtocolError("the epoch is under way: close it with its token first")
         if self._machine.state is State.KEYED and self._tracker is not None:
             self._tracker.start()
@@ -258,33 +268,45 @@ class SourceSvsm:
 
     def export(self, channel: int, start: int, stop: int, out: memoryview) -> Exported:
         """Seal the next bundle of what is pending in gfns `start` to `stop` - 1 into `out`."""
-        self._require_epoch()
-        sealer = self._sealer(channel)
         capacity = min(BUNDLE_PAGES, (len(out) - _OVERHEAD_BYTES) // PAGE_SIZE)
-        # Zero pages cost 8 bytes each: after a bundle without data, look at as many pages as entries allow.
-        look = MAX_BUNDLE_ENTRIES if self._zero_run else capacity
-        gfns = self._pending.first(start, stop, look)
-        if not gfns.size:
-            return Exported(0, 0, 0, more=False)
-        found = len(gfns)
-        gfns, entries, payload, operations, zero_pages = self._packager.package(gfns, capacity)
-        if self._digests is not None and not self._audit_done():
-            self._digests.record(gfns, operations, payload)
-        counter = sealer.counter
-        length = sealer.seal(BundleKind.PAGES, self._epoch, entries, payload, out)
-        pages = as_run(gfns)
-        self._pending.clear_gfns(pages)
-        self._content.record(pages, channel, sealer.incarnation, counter)
-        self._epoch_bundles += 1
-        self._epoch_pages += len(gfns)
-        self._zero_run = len(payload) == 0
-        return Exported(length, len(gfns), zero_pages, more=found == look or found > len(gfns))
+        with self.lock:
+            self._require_epoch()
+            sealer = self._sealer(channel)
+            # Zero pages cost 8 bytes each: after a bundle without data, look at as many pages as entries allow.
+            look = MAX_BUNDLE_ENTRIES if self._zero_run else capacity
+            found = self._pending.first(start, stop, look)
+            if not found.size:
+                return Exported(0, 0, 0, more=False)
+            # Taken at once, so that no other channel takes them; no epoch ends while something is being sealed.
+            self._pending.clear_gfns(as_run(found))
+            self._sealing += 1
+            packager = self._packagers.pop() if self._packagers else Packager(self._memory, stage=self._audit)
+        sent = 0
+        try:
+            gfns, entries, payload, operations, zero_pages = packager.package(found, capacity)
+            if self._digests is not None and not self._audit_done():
+                self._digests.record(gfns, operations, payload)
+            counter = sealer.counter
+            length = sealer.seal(BundleKind.PAGES, self._epoch, entries, payload, out)
+            sent = len(gfns)
+        finally:
+            with self.lock:
+                self._packagers.append(packager)
+                self._sealing -= 1
+                self._pending.set_gfns(found[sent:])
+        with self.lock:
+            self._require_epoch()  # the session may have ended meanwhile: then nothing leaves
+            self._content.record(as_run(gfns), channel, sealer.incarnation, counter)
+            self._epoch_bundles += 1
+            self._epoch_pages += sent
+            self._zero_run = len(payload) == 0
+        return Exported(length, sent, zero_pages, more=len(found) == look or len(found) > sent)
 
     def epoch_token(self, out: memoryview) -> int:
         """Seal the token that closes the epoch (R3). Raises NotReady while anything is pending."""
         self._require_epoch()
-        if self._pending.any():
-            raise NotReady(f"{self._pending.count()} pages are pending")
+        if self._pending.any() or self._sealing:
+            raise NotReady(f"{self._pending.count()} pages are pending, {self._sealing} bundles being sealed")
         if self._epoch + 1 >= FINAL_EPOCH:
             raise LocalProtocolError("the epoch counter is used up")
         totals = EpochTotals(self._epoch_bundles, self._epoch_pages)
@@ -292,6 +314,8 @@ class SourceSvsm:
         self._epoch += 1
         self._epoch_bundles = self._epoch_pages = 0
         self._content.refresh()
+        if self._digests is not None:
+            self._digests.settle()
         return length
 
     # Black-out
@@ -341,7 +365,7 @@ class SourceSvsm:
         self._require_no_manifest()
         if self._epoch_bundles == 0:
             self._collect()
-        if self._epoch_bundles or self._pending.any() or not self._content.complete():
+        if self._epoch_bundles or self._sealing or self._pending.any() or not self._content.complete():
             raise NotReady("pages are dirty or unsent, or the epoch is open")
         if len(self._vcpu_states) != self._gate.vcpus:
             raise NotReady("not all vCPUs are exported")

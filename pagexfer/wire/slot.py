@@ -315,7 +315,25 @@ class SlotMemory:
         )
         self._words[_STATUS_SEQUENCE] = registers.sequence
 
+    # Both sides: whether there is something to read
+
+    @property
+    def command_sequence(self) -> int:
+        """Number of the command that stands in the registers; 0 before the first."""
+        return self._words[_COMMAND_SEQUENCE]
+
+    @property
+    def status_sequence(self) -> int:
+        """Number of the command that was answered last; 0 before the first."""
+        return self._words[_STATUS_SEQUENCE]
+
     # Both sides: the data register
+
+    def reset_buffers(self, line: int) -> None:
+        """Make every buffer FREE in a turn of its own, newer than whatever both words say."""
+        for index in range(self.geometry.buffers):
+            turn, _ = self._current(index)
+            self._write_word(index, line, (turn + 1) & _TURN_MASK, BufferState.FREE)
 
     def buffer_state(self, index: int) -> BufferState:
         """Whose a buffer is, from both sides' words: the word of the newer turn counts, in one turn the later state."""
