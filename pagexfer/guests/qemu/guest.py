@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from ...dirty.content import ContentTracker
 from ...errors import GuestError
 from ...svsm.memory import GuestMemory
 from .backends import close_backends, data_gfns, find_backends, map_backends
@@ -27,7 +28,8 @@ _IDLE_MIGRATION: Final = (None, "none", "completed", "cancelled", "failed")
 class QemuGuest:
     """`Guest` of kind "qemu". Made by `attach`.
 
-    It has no tracker of its own: send it with freshness "digest-audit", which finds every page that changed.
+    Its dirty log is found by content, and is a hint: it does not know what was sent. Send it with freshness
+    "digest-audit", which does, and finds every page that is not as it was sent.
     """
 
     kind = "qemu"
@@ -57,32 +59,32 @@ class QemuGuest:
         machine = QemuMachine()
         end: BaseException | None = None
         qmp = await QmpClient.connect(qmp_path, machine.on_event, machine.on_reconnect)
-        try:
+        with ExitStack() as cleanup:
+            cleanup.callback(qmp.close)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(qmp.run)
                 try:
-                    guest = await cls._open(qmp, machine, incoming=incoming)
+                    guest = await cls._open(qmp, machine, cleanup, incoming=incoming)
                     nursery.start_soon(machine.run, qmp)
                     yield guest
                 except BaseException as error:
                     end = error  # raised outside of the nursery, which would wrap it into a group
                 nursery.cancel_scope.cancel()
-        finally:
-            qmp.close()
         if end is not None:
             raise end
 
     @classmethod
-    async def _open(cls, qmp: QmpClient, machine: QemuMachine, *, incoming: bool) -> QemuGuest:
+    async def _open(
+        cls, qmp: QmpClient, machine: QemuMachine, cleanup: ExitStack, *, incoming: bool
+    ) -> QemuGuest:
         await _check_idle(qmp, machine, incoming=incoming)
         models = tuple([await _model(qmp, cpu) for cpu in records(await qmp.execute("query-cpus-fast"))])
         name = text(await qmp.execute("qom-get", {"path": "/machine", "property": "type"}))
         backends = await find_backends(qmp)
-        try:
-            memory = GuestMemory.over(map_backends(backends), data_gfns(backends) if incoming else None)
-            memory.launch()  # a stock guest has no RMP: every page counts as private, at both ends
-        finally:
-            close_backends(backends)
+        cleanup.callback(close_backends, backends)
+        memory = GuestMemory.over(map_backends(backends), data_gfns(backends) if incoming else None)
+        memory.launch()  # a stock guest has no RMP: every page counts as private, at both ends
+        log = ContentTracker(memory.words, data=lambda: data_gfns(backends))
         if incoming:
             machine.flag_up = True
             machine.wanted = False
@@ -90,7 +92,7 @@ class QemuGuest:
                 "stop"
             )  # while it waits this says: do not run by yourself after the device state
         gate = QemuGate(machine, models)
-        hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, backends), None)
+        hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, backends), log)
         return cls(memory, gate, hypervisor, machine)
 
 
