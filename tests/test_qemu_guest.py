@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,6 +35,36 @@ async def test_a_guest_that_writes_moves_and_goes_on(tmp_path: Path) -> None:
             assert rounds(destination) > rounds(source)
             assert not np.array_equal(source.memory.words, destination.memory.words)
     assert report.freshness.label == "digest-audit"
+
+
+def test_the_command_moves_a_qemu(tmp_path: Path) -> None:
+    psk = tmp_path / "psk"
+    psk.write_text("0123456789abcdef" * 4)
+    psk.chmod(0o600)
+    command = [sys.executable, "-m", "pagexfer"]
+    common = ["--psk-file", str(psk), "--guest", "qemu", "--json"]
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
+        received = subprocess.Popen(
+            [*command, "receive", "--listen", "127.0.0.1:0", "--qmp", str(there), *common],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert received.stderr is not None
+            address = received.stderr.readline().split()[-1]
+            send = [*command, "send", "--to", address, "--qmp", str(here), *common]
+            refused = subprocess.run([*send, "--ram", "1GiB"], capture_output=True, text=True, check=False)
+            assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+            sent = subprocess.run(send, capture_output=True, text=True, check=False, timeout=60)
+            output, _ = received.communicate(timeout=60)
+        finally:
+            received.kill()
+            received.communicate()
+        assert (sent.returncode, received.returncode) == (0, 0), sent.stderr
+        assert json.loads(sent.stdout)["guest"] == {"kind": "qemu", "run-state": "postmigrate"}
+        assert json.loads(output)["guest"] == {"kind": "qemu", "run-state": "running"}
+        assert json.loads(sent.stdout)["freshness"] == "digest-audit"
 
 
 async def test_a_destination_that_dies_in_blackout_leaves_the_source_running(
