@@ -218,7 +218,7 @@ class QmpClient:
     def _answer(self, number: int, answer: Reply | Refusal) -> None:
         if not 0 < number <= self._last_id:
             raise MalformedData("QEMU answers a command that was never given")
-        call = self._calls.get(number)
+        call = self._calls.pop(number, None)  # answered, whatever becomes of the connection
         if call is None:  # its timeout was first
             return
         if isinstance(answer, Refusal):
