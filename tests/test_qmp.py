@@ -66,7 +66,8 @@ async def ask(path: Path, answer: Callable[[int], bytes], timeout_s: float = 5) 
                 data = data[await link.send(data) :]
             except OSError:  # the client had enough of it
                 break
-        link.close()
+        with link:
+            await trio.sleep_forever()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(serve)
@@ -107,7 +108,7 @@ async def test_events_between_and_silence(tmp_path: Path) -> None:
 
 @needs_qemu
 async def test_a_real_monitor(tmp_path: Path) -> None:
-    events = []
+    events: list[QmpEvent] = []
     with qemu(tmp_path / "s") as monitor:
         async with trio.open_nursery() as nursery:
             qmp = await QmpClient.connect(monitor, events.append)
