@@ -25,11 +25,20 @@ if TYPE_CHECKING:
 pytestmark = needs_qemu
 
 
+def allocated(folder: Path) -> int:
+    """Bytes of memory behind the first backend of a QEMU."""
+    return (folder / "m0").stat().st_blocks * 512
+
+
 async def test_a_guest_that_writes_moves_and_goes_on(tmp_path: Path) -> None:
     with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
         async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
             await goes_on(source)
+            touched = allocated(tmp_path / "s")
             report = await migrate(source, destination, 4, freshness="digest-audit")
+            assert allocated(tmp_path / "s") == touched < 8 << 20
+            # A QEMU loads its firmware before it waits.
+            assert allocated(tmp_path / "d") <= touched + (1 << 20)
             await goes_on(destination)
             assert errors(destination) == errors(source) == 0
             assert (source.run_state, destination.run_state) == ("postmigrate", "running")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
+    from ...dirty import DirtyBitmap
+    from .backends import Backend
+
 _IDLE_MIGRATION: Final = (None, "none", "completed", "cancelled", "failed")
 
 
@@ -82,9 +85,9 @@ class QemuGuest:
         name = text(await qmp.execute("qom-get", {"path": "/machine", "property": "type"}))
         backends = await find_backends(qmp)
         cleanup.callback(close_backends, backends)
-        memory = GuestMemory.over(map_backends(backends), data_gfns(backends) if incoming else None)
+        memory = GuestMemory.over(map_backends(backends), lambda: data_gfns(backends))
         memory.launch()  # a stock guest has no RMP: every page counts as private, at both ends
-        log = ContentTracker(memory.words, data=lambda: data_gfns(backends))
+        log = _ContentLog(memory, backends)
         if incoming:
             machine.flag_up = True
             machine.wanted = False
@@ -94,6 +97,21 @@ class QemuGuest:
         gate = QemuGate(machine, models)
         hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, backends), log)
         return cls(memory, gate, hypervisor, machine)
+
+
+class _ContentLog(ContentTracker):
+    """Changed pages by content. What a scan has seen is sent as it is: RAM's holes are those after it."""
+
+    def __init__(self, memory: GuestMemory, backends: tuple[Backend, ...]) -> None:
+        super().__init__(memory.words, data=lambda: data_gfns(backends))
+        self._memory = memory
+
+    def collect(self) -> DirtyBitmap:
+        """As a content tracker does."""
+        found = super().collect()
+        # Were it the other way round, a page could be seen with content, and be sent as the hole that it was before.
+        self._memory.find_holes()
+        return found
 
 
 async def _check_idle(qmp: QmpClient, machine: QemuMachine, *, incoming: bool) -> None:
