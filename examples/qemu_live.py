@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 import pagexfer
-from pagexfer.errors import GuestError
 from pagexfer.guests.qemu import QemuGuest
 from pagexfer.testing.linux_guest import (
     COMMAND_LINE,
@@ -37,16 +36,16 @@ from pagexfer.testing.linux_guest import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pagexfer import MigrationReport
-    from pagexfer.dirty import DirtyTracker
-    from pagexfer.guests.qemu.gate import QemuGate
     from pagexfer.guests.qemu.hypervisor import QemuHypervisor
-    from pagexfer.svsm.memory import GuestMemory
 
 QEMU: Final = "qemu-system-x86_64"
 _ROUNDS: Final = 20
 _PATIENCE_S: Final = 60.0
 _COMPARED_BYTES: Final = 1 << 22
+
+
+class NoGuest(pagexfer.PagexferError):
+    """QEMU, or the guest in it, does not work on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +68,12 @@ class Linux:
         return (self.folder / "serial").read_bytes()
 
     async def wait_for_rounds(self, number: int) -> None:
-        """Until the guest has done so many rounds here. Raises GuestError where it takes too long."""
+        """Until the guest has done so many rounds here. Raises NoGuest where it takes too long."""
         with trio.move_on_after(_PATIENCE_S):
             while len(rounds_of(self.serial)) < number:  # noqa: ASYNC110 - a file tells nobody
                 await trio.sleep(0.02)
             return
-        raise GuestError(f"the guest does not work: its console ends with {self.serial[-200:]!r}")
+        raise NoGuest(f"the guest does not work: its console ends with {self.serial[-200:]!r}")
 
 
 class Witness:
@@ -83,12 +82,9 @@ class Witness:
     def __init__(self, hypervisor: QemuHypervisor, source: Linux, destination: Linux) -> None:
         self._hypervisor = hypervisor
         self._files = (source.ram, destination.ram)
+        self.dirty_log = hypervisor.dirty_log
         self.different_pages = -1
         self.took_ms = 0.0
-
-    @property
-    def dirty_log(self) -> DirtyTracker | None:
-        return self._hypervisor.dirty_log
 
     async def stop(self) -> None:
         await self._hypervisor.stop()
@@ -106,15 +102,15 @@ class Witness:
         await self._hypervisor.load_device_state(state)
 
 
-@dataclass(frozen=True, slots=True)
 class WitnessedGuest:
-    """A QEMU guest whose hypervisor is watched."""
+    """A QEMU guest behind a witness."""
 
-    kind: str
-    memory: GuestMemory
-    gate: QemuGate
-    tracker: None
-    hypervisor: Witness
+    def __init__(self, guest: QemuGuest, witness: Witness) -> None:
+        self.kind = guest.kind
+        self.memory = guest.memory
+        self.gate = guest.gate
+        self.tracker = guest.tracker
+        self.hypervisor = witness
 
 
 async def move(options: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -133,15 +129,12 @@ async def move(options: argparse.Namespace, folder: Path) -> dict[str, object]:
             QemuGuest.attach(there.monitor, incoming=True) as destination,
         ):
             witness = Witness(destination.hypervisor, here, there)
-            watched = WitnessedGuest(
-                destination.kind, destination.memory, destination.gate, destination.tracker, witness
-            )
-            report = await _migrate(source, watched, options.channels)
+            report = await _migrate(source, WitnessedGuest(destination, witness), options.channels)
             await there.wait_for_rounds(_ROUNDS)
             return _describe(report, here.serial, there.serial, witness)
 
 
-async def _migrate(source: QemuGuest, destination: WitnessedGuest, channels: int) -> MigrationReport:
+async def _migrate(source: QemuGuest, destination: WitnessedGuest, channels: int) -> pagexfer.MigrationReport:
     """Both sides in this process; each has its own end of the pre-shared key."""
     key = pagexfer.PskAttestor(os.urandom(32))
 
@@ -155,7 +148,9 @@ async def _migrate(source: QemuGuest, destination: WitnessedGuest, channels: int
         )
 
 
-def _describe(report: MigrationReport, before: bytes, after: bytes, witness: Witness) -> dict[str, object]:
+def _describe(
+    report: pagexfer.MigrationReport, before: bytes, after: bytes, witness: Witness
+) -> dict[str, object]:
     complaints = complaints_of(before + after)
     if witness.different_pages:
         complaints.append(f"{witness.different_pages} pages differed when the guest was to go on")
@@ -204,12 +199,12 @@ def _qemu(folder: Path, ram_mib: int, options: list[str]) -> Iterator[Linux]:
         *("-qmp", f"unix:{linux.monitor},server=on,wait=off", *options),
     ]
     if shutil.which(QEMU) is None:
-        raise GuestError(f"{QEMU} is not installed")
+        raise NoGuest(f"{QEMU} is not installed")
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:
             while not (linux.monitor.exists() and (folder / "serial").exists()):
                 if process.poll() is not None:
-                    raise GuestError(f"QEMU ended at once, with exit code {process.returncode}")
+                    raise NoGuest(f"QEMU ended at once, with exit code {process.returncode}")
             yield linux
         finally:
             process.kill()
