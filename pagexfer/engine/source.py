@@ -96,7 +96,7 @@ class SourceEngine:
         self._on_progress = on_progress
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
         self._channels: list[SourceChannel] = []
-        self._course = Course(steering, hypervisor, self._progress, options.stall_timeout_s)
+        self._course = Course(steering, hypervisor, self._progress, options.channels, options.stall_timeout_s)
         self._cancelled = TransferAborted(
             Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
         )
