@@ -5,7 +5,7 @@ pre-copy, throttled vCPUs, a downtime limit that is raised. Source and destinati
 whether it converged, epochs, seconds, downtime and the guest's slowdown, and for all the error of the expected downtime.
 
     python -m bench.convergence [--ram 64MiB] [--link 64MiB] [--rates 16MiB,48MiB,96MiB] [--guest auto] [--repeats 3]
-                                [--json FILE] [--plot FILE.png] [--quick]
+                                [--downtime-limit 100ms] [--json FILE] [--plot FILE.png] [--quick]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 import pagexfer
-from pagexfer.cli.values import Size
+from pagexfer.cli.values import Seconds, Size
 from pagexfer.guests.checked import boot_guest, empty_guest, resolve_kind, start
 
 from .measure import write_json
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 _PSK: Final = bytes(range(32))
 _CHANNELS: Final = 4
-_LIMIT_S: Final = 0.1
-_MAX_LIMIT_S: Final = 2.0
+_RAMP: Final = 20  # the ramp's maximum, in downtime limits
 _TIMEOUT_S: Final = 60.0
 _MIB: Final = 1 << 20
 # The part of the actual downtime that the expected one may be off.
@@ -73,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ram", type=_size, default=64 * _MIB)
     parser.add_argument("--link", type=_size, default=64 * _MIB, help="bytes a second of all channels")
     parser.add_argument("--rates", type=_sizes, default=[rate * _MIB for rate in (16, 32, 48, 64, 96)])
+    parser.add_argument("--downtime-limit", type=_seconds, default=0.1)
     parser.add_argument("--guest", choices=("auto", "kvm", "simulated"), default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE", type=Path)
@@ -85,13 +85,15 @@ def main(argv: list[str] | None = None) -> None:
     kind = resolve_kind(options.guest)
     print(
         f"{kind} guest of {options.ram >> 20} MiB, link {options.link >> 20} MiB/s, downtime limit "
-        f"{1000 * _LIMIT_S:.0f} ms (ramp: up to {1000 * _MAX_LIMIT_S:.0f}), medians of {options.repeats}"
+        f"{1000 * options.downtime_limit:.0f} ms (ramp: up to {1000 * _RAMP * options.downtime_limit:.0f}), medians of {options.repeats}"
     )
     print("MiB/s written  policy    converged  epochs  seconds  downtime  expected  slowdown")
     runs: list[Run] = []
     for rate in options.rates:
         for _ in range(options.repeats):
-            runs += [measure(kind, options.ram, options.link, rate, policy) for policy in _POLICIES]
+            for policy in _POLICIES:
+                parameters = _parameters(policy, options.link, options.downtime_limit)
+                runs.append(measure(kind, options.ram, rate, policy, parameters))
         _print_rate(rate, runs)
     foreseen = prediction(runs)
     print(
@@ -101,12 +103,15 @@ def main(argv: list[str] | None = None) -> None:
     )
     if options.json:
         figures = {"guest": kind, "ram_bytes": options.ram, "link_bytes_per_s": options.link}
+        figures["downtime_limit_s"] = options.downtime_limit
         write_json(options.json, {**figures, "runs": [asdict(run) for run in runs], "prediction": foreseen})
     if options.plot:
         _plot(runs, options.link, options.plot)
 
 
-def measure(kind: GuestKind, ram_bytes: int, link_bytes: int, rate_bytes: int, policy: str) -> Run:
+def measure(
+    kind: GuestKind, ram_bytes: int, rate_bytes: int, policy: str, parameters: pagexfer.MigrationParameters
+) -> Run:
     """One migration between this process and a fresh one."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -114,13 +119,6 @@ def measure(kind: GuestKind, ram_bytes: int, link_bytes: int, rate_bytes: int, p
     receiver.start()
     theirs.close()  # so that a receiver that dies ends the wait below
     port = ours.recv()
-    parameters = pagexfer.MigrationParameters(
-        downtime_limit_s=_LIMIT_S,
-        max_bandwidth_bytes=link_bytes,
-        max_downtime_limit_s=_MAX_LIMIT_S if policy == "ramp" else None,
-        auto_converge=policy == "throttle",
-        timeout_s=_TIMEOUT_S,
-    )
     with boot_guest(kind, ram_bytes, 1, rate_bytes) as guest:
         info, reason = trio.run(_send, guest, port, parameters)
     receiver.join()
@@ -133,6 +131,16 @@ def measure(kind: GuestKind, ram_bytes: int, link_bytes: int, rate_bytes: int, p
         info.downtime,
         info.expected_downtime,
         info.throttle.slowdown if info.throttle is not None else 0.0,
+    )
+
+
+def _parameters(policy: str, link_bytes: int, limit_s: float) -> pagexfer.MigrationParameters:
+    return pagexfer.MigrationParameters(
+        downtime_limit_s=limit_s,
+        max_bandwidth_bytes=link_bytes,
+        max_downtime_limit_s=_RAMP * limit_s if policy == "ramp" else None,
+        auto_converge=policy == "throttle",
+        timeout_s=_TIMEOUT_S,
     )
 
 
@@ -228,6 +236,10 @@ def _plot(runs: list[Run], link_bytes: int, path: Path) -> None:
 
 def _size(text: str) -> int:
     return Size().convert(text, None, None)
+
+
+def _seconds(text: str) -> float:
+    return Seconds().convert(text, None, None)
 
 
 def _sizes(text: str) -> list[int]:
