@@ -83,9 +83,10 @@ def main(argv: list[str] | None = None) -> None:
         options.ram, options.repeats = 32 * _MIB, 2
         options.rates = [rate * _MIB for rate in (16, 48, 96)]
     kind = resolve_kind(options.guest)
+    most_ms = 1000 * _RAMP * options.downtime_limit
     print(
         f"{kind} guest of {options.ram >> 20} MiB, link {options.link >> 20} MiB/s, downtime limit "
-        f"{1000 * options.downtime_limit:.0f} ms (ramp: up to {1000 * _RAMP * options.downtime_limit:.0f}), medians of {options.repeats}"
+        f"{1000 * options.downtime_limit:.0f} ms (ramp: up to {most_ms:.0f}), medians of {options.repeats}"
     )
     print("MiB/s written  policy    converged  epochs  seconds  downtime  expected  slowdown")
     runs: list[Run] = []
