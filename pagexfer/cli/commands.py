@@ -7,6 +7,7 @@ Exit codes: 0 completed; 1 ended, the guest goes on at the source; 2 bad usage; 
 from __future__ import annotations
 
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, get_args
 
@@ -14,6 +15,7 @@ import click
 import trio
 
 from ..engine.progress import MigrationInfo, Status
+from ..engine.steering import MigrationParameters, Steering
 from ..errors import GuestError, Outcome, TransferAborted, UsageError
 from ..guests.checked import boot_guest, empty_guest, prove, start
 from ..guests.pattern import Layout
@@ -26,6 +28,7 @@ from .demo import run_demo
 from .ledger import check_writable, ledger_commands, ledger_option, read_ledger, write_ledger
 from .output import ProgressLine, note, print_json, print_table
 from .recover import recover
+from .steering import ControlSocket, control, steering_arguments, steering_options
 from .values import Address, Cpus, Seconds, Size
 
 if TYPE_CHECKING:
@@ -65,6 +68,7 @@ def cli() -> None:
 cli.add_command(attest_commands)
 cli.add_command(recover)
 cli.add_command(ledger_commands)
+cli.add_command(control)
 
 
 def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -96,9 +100,6 @@ def _isolation_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option(
-            "--downtime-limit", type=Seconds(), default="300ms", show_default=True, help="Longest black-out."
-        ),
         click.option(
             "--write-rate",
             type=Size(),
@@ -137,6 +138,13 @@ _journal_option = click.option(
 @attestor_options
 @_journal_option
 @ledger_option("The guest's ledger so far; without the file, this is its first move.")
+@click.option(
+    "--control-socket",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Unix socket at which 'pagexfer control' steers this migration.",
+)
+@click.option("--pause-before-switchover", is_flag=True, help="Wait for 'pagexfer control PATH continue'.")
+@steering_options
 @_source_options
 @_isolation_options
 @_guest_options
@@ -148,20 +156,37 @@ def send(
     channels: int,
     write_rate: int,
     downtime_limit: float,
+    max_downtime_limit: float | None,
+    max_bandwidth: int | None,
+    timeout: float | None,
+    control_socket: Path | None,
     freshness: FreshnessChoice,
     kind: GuestKind,
     ram: int,
     vcpus: int,
     cpus: tuple[int, ...],
     *,
+    auto_converge: bool,
+    pause_before_switchover: bool,
     isolated: bool,
     as_json: bool,
     **files: Path | None,
 ) -> int:
     """Boot a test guest and migrate it to a destination."""
+    steering = Steering(
+        MigrationParameters(
+            downtime_limit_s=downtime_limit,
+            max_downtime_limit_s=max_downtime_limit,
+            max_bandwidth_bytes=max_bandwidth,
+            timeout_s=timeout,
+            auto_converge=auto_converge,
+            pause_before_switchover=pause_before_switchover,
+        )
+    )
     attestor = make_attestor(Role.SOURCE, attest, files)
     moves = read_ledger(ledger)
-    with boot_guest(kind, ram, vcpus, write_rate) as guest:
+    opened = nullcontext() if control_socket is None else ControlSocket(control_socket, steering)
+    with opened as listening, boot_guest(kind, ram, vcpus, write_rate) as guest:
         return trio.run(
             _send,
             guest,
@@ -170,7 +195,8 @@ def send(
             moves,
             journal,
             channels,
-            downtime_limit,
+            steering,
+            listening,
             freshness,
             isolated,
             cpus,
@@ -217,6 +243,7 @@ def receive(
 
 @cli.command()
 @attest_option(AttestorKind.PSK, AttestorKind.EMULATED)
+@steering_options
 @_source_options
 @_isolation_options
 @_guest_options
@@ -225,22 +252,33 @@ def demo(
     channels: int,
     write_rate: int,
     downtime_limit: float,
+    max_downtime_limit: float | None,
+    max_bandwidth: int | None,
+    timeout: float | None,
     freshness: FreshnessChoice,
     kind: GuestKind,
     ram: int,
     vcpus: int,
     cpus: tuple[int, ...],
     *,
+    auto_converge: bool,
     isolated: bool,
     as_json: bool,
 ) -> int:
     """Migrate a busy guest between two processes on this machine, and check that it goes on."""
-    options = {
-        "--channels": str(channels),
-        "--write-rate": str(write_rate),
-        "--downtime-limit": f"{downtime_limit}s",
-        "--freshness": freshness,
-    }
+    parameters = MigrationParameters(
+        downtime_limit_s=downtime_limit,
+        max_downtime_limit_s=max_downtime_limit,
+        max_bandwidth_bytes=max_bandwidth,
+        timeout_s=timeout,
+        auto_converge=auto_converge,
+    )
+    options = [
+        f"--channels={channels}",
+        f"--write-rate={write_rate}",
+        f"--freshness={freshness}",
+        *steering_arguments(parameters),
+    ]
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
     both = ["--isolated"] if isolated else []
     both += ["--cpus", ",".join(map(str, cpus))] if cpus else []
@@ -254,25 +292,31 @@ async def _send(
     moves: bytes,
     journal: Path | None,
     channels: int,
-    downtime_limit: float,
+    steering: Steering,
+    listening: ControlSocket | None,
     freshness: FreshnessChoice,
     isolated: bool,
     cpus: tuple[int, ...],
     as_json: bool,
 ) -> int:
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
+        def see(info: MigrationInfo) -> None:
+            if listening is not None:
+                listening.see(info)
+            show(info)
+
         return await send_guest(
             guest,
             *address,
             attestor,
             ledger=moves,
             channels=channels,
-            downtime_limit_s=downtime_limit,
+            steering=steering,
             journal=journal,
             freshness=freshness,
             isolated=isolated,
             cpus=cpus,
-            on_progress=show,
+            on_progress=see,
         )
 
     async def aftermath(outcome: Outcome) -> Proof | None:
@@ -280,7 +324,8 @@ async def _send(
         return await prove(guest, _AFTERMATH_S) if outcome in (Outcome.ENDED, Outcome.REFUSED) else None
 
     await start(guest)
-    return await _run(guest, work, aftermath, line=ProgressLine(), as_json=as_json)
+    beside = listening.serve if listening is not None else trio.sleep_forever
+    return await _run(guest, work, aftermath, beside, line=ProgressLine(), as_json=as_json)
 
 
 async def _receive(
@@ -321,6 +366,7 @@ async def _run(
     guest: CheckedGuest,
     work: Callable[[Callable[[MigrationInfo], None]], Awaitable[MigrationReport]],
     aftermath: Callable[[Outcome], Awaitable[Proof | None]],
+    beside: Callable[[], Awaitable[None]] = trio.sleep_forever,
     *,
     line: ProgressLine,
     as_json: bool,
@@ -337,6 +383,7 @@ async def _run(
     unusable: UsageError | None = None
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+        nursery.start_soon(beside)
         try:
             done = await work(show)
             report = {"freshness": done.freshness.label, "attestation": describe_peer(done.peer)}
