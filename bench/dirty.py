@@ -7,7 +7,8 @@ operation's result have together; "x copy" is how many times longer than that co
 makes it for a bundle, on a chunk of 4096 pages, and its copy is one of that chunk's words; there the time itself counts.
 `take` hands its words over and lets the system zero new ones, a cost that later writes bear. `epoch` is all that an epoch
 does to bitmaps on both sides of the slots: unite what was written, count it by regions, plan chunks, and take out each
-bundle's pages. Its time at 1 TiB with 0.001 % is held against a target; with many pages it is the bundles' time, and left out.
+bundle's pages. Its time at 1 TiB with 0.001 % is held against a target; with many pages, where it is all bundles, it is left
+out.
 
 The trackers' part is in bench.trackers.
 """
@@ -42,7 +43,7 @@ FIRST_CALLS: Final = 1000
 CHANNELS: Final = 4
 # As many regions as a slot's buffer of 2 MiB has room for.
 REGIONS: Final = 1 << 19
-# `gfns` and `runs` of more are left out: nobody asks for so many at once, and three arrays of them have to fit this machine.
+# `gfns` and `runs` of more are left out: nobody asks for so many at once, and three arrays of them have to fit in memory.
 MAX_GFNS: Final = 1 << 27
 MAX_EPOCH_PAGES: Final = 1 << 18
 TARGET: Final = (1024, 0.00001, 30.0)  # GiB of the guest, part marked, milliseconds

@@ -1,8 +1,8 @@
 """Dirty trackers side by side on RAM of one size: what `collect` takes, and what the writer takes. A part of bench.dirty.
 
 In each round every tracker in turn has the same part of its RAM written and is asked; "x read" holds its time against a
-plain read of the same RAM (a sum) in the same rounds. KVM's log needs a vCPU that writes, so the part written there is nearly
-that of the others, and the writer's time is not known. A tracker that this machine does not have has no rows.
+plain read of the same RAM (a sum) in the same rounds. KVM's log needs a vCPU that writes, so the part written there is
+nearly that of the others, and the writer's time is not known. A tracker that this machine does not have has no rows.
 """
 
 from __future__ import annotations

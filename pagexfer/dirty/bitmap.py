@@ -39,7 +39,7 @@ __all__ = ["WORD_BITS", "DirtyBitmap", "as_run"]
 _SPREAD_PAGES: Final = 4096
 
 # Where not even one word in this many has a mark, going to each that has costs less than going over all of them.
-_SPARSE: Final = 16
+_SPARSE: Final = 64
 
 
 class DirtyBitmap:
