@@ -7,8 +7,7 @@ operation's result have together; "x copy" is how many times longer than that co
 makes it for a bundle, on a chunk of 4096 pages, and its copy is one of that chunk's words; there the time itself counts.
 `take` hands its words over and lets the system zero new ones, a cost that later writes bear. `epoch` is all that an epoch
 does to bitmaps on both sides of the slots: unite what was written, count it by regions, plan chunks, and take out each
-bundle's pages. Its time at 1 TiB with 0.001 % is held against a target; with many pages, where it is all bundles, it is left
-out.
+bundle's pages. Its time at 1 TiB with 0.001 % is held against a target; with many pages it is all bundles, and left out.
 
 The trackers' part is in bench.trackers.
 """
