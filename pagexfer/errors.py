@@ -109,6 +109,10 @@ class SvsmRefused(PagexferError):
         self.command = command
 
 
+class SvsmLost(PagexferError):
+    """The SVSM does not answer: its process ended, or it stands still. Whatever it was asked may have happened or not."""
+
+
 class ChannelClosed(PagexferError):
     """We closed this connection ourselves."""
 

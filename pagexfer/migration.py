@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import secrets
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,34 +18,33 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 import trio
 
 from .engine.destination import DestinationEngine
+from .engine.hypervisor import ThrottlingHypervisor
 from .engine.slots import Slot
 from .engine.source import SourceEngine, SourceOptions
+from .engine.steering import DOWNTIME_LIMIT_S, MigrationParameters, Steering
 from .engine.streams import STALL_TIMEOUT_S, listen
 from .errors import LedgerRefused, MalformedData, TransferAborted, UsageError
+from .isolation.sides import BUFFER_BYTES, BUFFERS, receive_isolated, send_isolated
+from .isolation.task import Task
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
 from .svsm.destination import DestinationSvsm
 from .svsm.journal import FileJournal
-from .svsm.source import SourceSvsm
-from .wire.constants import GUEST_ID_BYTES, MAX_CHANNELS
+from .svsm.source import BUNDLE_PAGES, SourceSvsm
+from .wire.constants import GUEST_ID_BYTES, MAX_BUNDLE_ENTRIES, MAX_CHANNELS
 from .wire.ledger import guest_id_of
 from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from .attestation import Attestor, Claims
     from .engine.progress import MigrationInfo
-    from .engine.streams import Listener
     from .guests.guest import Guest
     from .svsm.memory import GuestMemory
     from .svsm.service import SlotService
     from .wire.handshake import Freshness
 
-# Two buffers of 2 MiB a slot: one is sealed while the other is sent. A bundle of 256 pages takes half a buffer, and
-# what is not touched takes no memory.
-SLOT_BUFFERS: Final = 2
-SLOT_BUFFER_BYTES: Final = 1 << 21
 # Steps in which the destination's RAM is provided: some 20 ms each, so that an end does not wait for long.
 _PREFAULT_BYTES: Final = 1 << 24
 
@@ -75,16 +75,29 @@ async def send_guest(
     *,
     ledger: bytes = b"",
     channels: int = 4,
-    downtime_limit_s: float = 0.3,
+    bundle_pages: int = BUNDLE_PAGES,
+    downtime_limit_s: float | None = None,
+    steering: Steering | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
     freshness: FreshnessChoice = "auto",
     journal: Path | None = None,
+    isolated: bool = False,
+    cpus: tuple[int, ...] = (),
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
 ) -> MigrationReport:
     """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
 
+    A bundle has up to `bundle_pages` pages with content, as far as they fit a slot's buffer: more of them cost less in
+    calls, fewer stay in a core's cache.
+
+    `steering` holds what may be changed while it runs, and can pause and end it; make one for each migration.
+    `downtime_limit_s` is short for one that is never changed.
+
     A destination that is silent, or takes nothing, for `stall_timeout_s` is taken for dead. With a file as `journal`,
     `pagexfer recover` answers after a crash who may run the guest; without one nobody can.
+
+    With `isolated`, the engine is a process of its own, which shares mailbox memory and doorbells with this one and nothing
+    else; `cpus` pins that process, and the threads that serve its slots, to these processors.
 
     `ledger` is what the guest's last destination reported as its ledger, empty for a guest that never moved.
 
@@ -98,12 +111,19 @@ async def send_guest(
     """
     if not 1 <= channels <= MAX_CHANNELS:
         raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
-    if not 0 < downtime_limit_s < 2000:
-        raise UsageError(f"a downtime limit is above 0 and below 2000 s, not {downtime_limit_s:g} s")
+    if not 1 <= bundle_pages <= MAX_BUNDLE_ENTRIES:
+        raise UsageError(f"a bundle has 1 to {MAX_BUNDLE_ENTRIES} pages, not {bundle_pages}")
+    if steering is None:
+        limit_s = DOWNTIME_LIMIT_S if downtime_limit_s is None else downtime_limit_s
+        steering = Steering(MigrationParameters(downtime_limit_s=limit_s))
+    elif downtime_limit_s is not None:
+        raise UsageError("the downtime limit is given twice: leave it to the steering")
     if freshness not in get_args(FreshnessChoice):
         raise UsageError(f"freshness is {' or '.join(get_args(FreshnessChoice))}, not {freshness}")
     _check_network(port, 1, stall_timeout_s)
+    _check_cpus(cpus, isolated=isolated)
     audit = freshness == "digest-audit"
+    options = SourceOptions(channels, stall_timeout_s, audit)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
         kept = None if journal is None else FileJournal.for_session(journal)
@@ -114,11 +134,29 @@ async def send_guest(
             attestor,
             guest_id,
             audit=audit,
+            bundle_pages=bundle_pages,
             ledger=ledger,
             journal=kept,
         )
     except (MalformedData, LedgerRefused) as error:
         raise UsageError(f"this is not the ledger of a guest: {error}") from None
+    if isolated:
+        task = Task(
+            True,
+            host,
+            port,
+            guest.memory.pages,
+            guest.gate.vcpus,
+            guest.hypervisor.dirty_log is not None,
+            cpus,
+            stall_timeout_s,
+            options,
+            steering.parameters,
+            isinstance(guest.hypervisor, ThrottlingHypervisor),
+        )
+        with kept or nullcontext():
+            info = await send_isolated(guest, svsm, task, steering, on_progress)
+            return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
     engine = SourceEngine(
         _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
         [
@@ -128,7 +166,8 @@ async def send_guest(
         guest.hypervisor,
         guest.memory.pages,
         guest.gate.vcpus,
-        SourceOptions(channels, downtime_limit_s, stall_timeout_s, audit),
+        options,
+        steering,
         on_progress,
     )
     with kept or nullcontext():
@@ -143,6 +182,8 @@ async def receive_guest(
     *,
     stall_timeout_s: float = STALL_TIMEOUT_S,
     journal: Path | None = None,
+    isolated: bool = False,
+    cpus: tuple[int, ...] = (),
     on_listening: Callable[[int], None] = lambda _port: None,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
     on_stranger: Callable[[str], None] = lambda _line: None,
@@ -150,18 +191,39 @@ async def receive_guest(
     """Receive one guest into `guest`, which has fresh RAM and vCPUs that never ran, listening at `host`:`port`.
 
     `on_listening` gets the port, which the kernel chooses for 0; `on_stranger` one line for each connection that was not
-    the source's; `journal` is as for `send_guest`. When it returns, the guest runs here. Raises UsageError where address or
-    journal cannot be used, and TransferAborted where the migration failed: the guest then never
+    the source's; `journal`, `isolated` and `cpus` are as for `send_guest`. When it returns, the guest runs here. Raises
+    UsageError where address or journal cannot be used, and TransferAborted where the migration failed: the guest then never
     runs here, except with outcome UNDECIDED.
     """
     _check_network(port, 0, stall_timeout_s)
+    _check_cpus(cpus, isolated=isolated)
     kept = None if journal is None else FileJournal.for_session(journal)
     svsm = DestinationSvsm(guest.memory, guest.gate, attestor, journal=kept)
+    if isolated:
+        task = Task(
+            False,
+            host,
+            port,
+            guest.memory.pages,
+            guest.gate.vcpus,
+            guest.hypervisor.dirty_log is not None,
+            cpus,
+            stall_timeout_s,
+        )
+        receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
+        with kept or nullcontext():
+            info = await _run(receiving, guest.memory)
+        return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
+
+    async def make_slots(count: int) -> list[Slot]:
+        return [
+            _local_slot(channel, partial(destination_channel, svsm=svsm, channel=channel, shared=False))
+            for channel in range(count)
+        ]
+
     engine = DestinationEngine(
         _local_slot(CONTROL_SLOT, partial(destination_control, svsm=svsm, shared=False)),
-        lambda channel: _local_slot(
-            channel, partial(destination_channel, svsm=svsm, channel=channel, shared=False)
-        ),
+        make_slots,
         guest.hypervisor,
         guest.memory.pages,
         on_progress,
@@ -172,23 +234,24 @@ async def receive_guest(
         listener = await listen(host, port, stall_timeout_s)
         try:
             on_listening(listener.port)
-            info = await _run(engine, listener, guest.memory)
+            info = await _run(partial(engine.run, listener), guest.memory)
         finally:
             listener.close()
     return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
 
 
-async def _run(engine: DestinationEngine, listener: Listener, memory: GuestMemory) -> MigrationInfo:
-    end: MigrationInfo | TransferAborted
+async def _run(receive: Callable[[], Awaitable[MigrationInfo]], memory: GuestMemory) -> MigrationInfo:
+    """Receive, and provide RAM meanwhile."""
+    end: MigrationInfo | TransferAborted | UsageError
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_prefault, memory)
         try:
-            end = await engine.run(listener)
-        except TransferAborted as aborted:
+            end = await receive()
+        except (TransferAborted, UsageError) as aborted:
             end = aborted  # raised outside of the nursery, which would wrap it into a group
         nursery.cancel_scope.shield = True  # the outcome stands, also where a cancel comes with it
         nursery.cancel_scope.cancel()
-    if isinstance(end, TransferAborted):
+    if isinstance(end, (TransferAborted, UsageError)):
         raise end
     return end
 
@@ -198,6 +261,14 @@ def _check_network(port: int, lowest_port: int, stall_timeout_s: float) -> None:
         raise UsageError(f"a port is {lowest_port} to 65535, not {port}")
     if not 0 < stall_timeout_s < math.inf:
         raise UsageError(f"a stall timeout is above 0 s and finite, not {stall_timeout_s:g} s")
+
+
+def _check_cpus(cpus: tuple[int, ...], *, isolated: bool) -> None:
+    if cpus and not isolated:
+        raise UsageError("CPUs can be chosen for an isolated engine only")
+    missing = sorted(set(cpus) - os.sched_getaffinity(0))
+    if missing:
+        raise UsageError(f"CPU {missing[0]} does not exist or is not this process's to use")
 
 
 async def _prefault(memory: GuestMemory) -> None:
@@ -210,7 +281,7 @@ async def _prefault(memory: GuestMemory) -> None:
 
 def _local_slot(slot_id: int, serve: Callable[[SlotMemory], SlotService]) -> Slot:
     """A slot whose SVSM lives in this thread: ringing its doorbell is a call, as VMGEXIT into VMPL0 is on hardware."""
-    geometry = SlotGeometry(slot_id, SLOT_BUFFERS, SLOT_BUFFER_BYTES)
+    geometry = SlotGeometry(slot_id, BUFFERS, BUFFER_BYTES)
     memory = SlotMemory.format(mmap.mmap(-1, geometry.slot_bytes), geometry)
     service = serve(memory)
 

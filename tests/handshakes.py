@@ -164,7 +164,7 @@ class Session:
             self.near._gate.parked() == 0
             and isinstance(self.far._gate, BytesGate)
             and not self.far._gate.running
-            and not self.near._sealers
+            and self.near._streams is None
             and (handshake is None or handshake._exchange._keys is None)
         )
 

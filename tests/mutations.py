@@ -28,7 +28,7 @@ from pagexfer.svsm.sealing import Opener, Sealer, _Stream
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.svsm.states import SOURCE, Event
 from pagexfer.testing.hostile import HostileHost, Violation, make_schedule
-from pagexfer.wire.bundle import HEADER_BYTES, BundleKind, parse_entries_untrusted
+from pagexfer.wire.bundle import HEADER_BYTES, MAX_BUNDLE_BYTES, BundleKind, parse_entries_untrusted
 from pagexfer.wire.constants import FINAL_EPOCH
 from pagexfer.wire.handshake import AttestorKind
 from pagexfer.wire.slot import SessionStatus as State
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pagexfer.svsm.destination import Imported
-    from pagexfer.svsm.source import Exported
+    from pagexfer.svsm.export import Exported
+    from pagexfer.svsm.staging import StagingPool
     from pagexfer.wire.bundle import BundleHeader
     from pagexfer.wire.slot import SlotMemory
     from pagexfer.wire.token import Manifest
@@ -226,12 +227,12 @@ def _unsent_is_fine(stack: ExitStack) -> None:
 
     def careless(self: SourceSvsm, out: memoryview) -> int:
         pending, self._pending = self._pending, DirtyBitmap(self._memory.pages)
-        bundles, self._epoch_bundles = self._epoch_bundles, 0
+        bundles, self._epoch.bundles = self._epoch.bundles, 0
         try:
             with patch.object(SourceSvsm, "_collect", lambda _self: None):
                 return manifest(self, out)
         finally:
-            self._pending, self._epoch_bundles = pending, bundles
+            self._pending, self._epoch.bundles = pending, bundles
 
     stack.enter_context(patch.object(SourceSvsm, "manifest", careless))
     stack.enter_context(patch.object(ContentTable, "complete", lambda _self: True))
@@ -273,9 +274,11 @@ def _abort_token_without_failing(stack: ExitStack) -> None:
     seal = DestinationSvsm.seal_answer
 
     def lying(self: DestinationSvsm, kind: BundleKind, out: memoryview) -> int:
-        if kind is not BundleKind.ABORT_TOKEN or self._sealer is None:
+        if kind is not BundleKind.ABORT_TOKEN or self._streams is None:
             return seal(self, kind, out)
-        return self._sealer.seal(kind, FINAL_EPOCH, b"", hashlib.sha384(self._manifest).digest(), out)
+        return self._streams.answers.seal(
+            kind, FINAL_EPOCH, b"", hashlib.sha384(self._manifest).digest(), out
+        )
 
     stack.enter_context(patch.object(DestinationSvsm, "seal_answer", lying))
 
@@ -290,7 +293,9 @@ def _guest_is_anybodys(stack: ExitStack) -> None:
 
 def _goes_on_after_a_bad_bundle(stack: ExitStack) -> None:
     def lenient(self: DestinationSvsm, channel: int, package: memoryview) -> Imported:
-        return self._import(self._opener(channel), channel, package)
+        opener = self._session_streams().opener(channel)
+        with self.staging.area(MAX_BUNDLE_BYTES) as staging:
+            return self._import(opener, channel, package, staging)
 
     stack.enter_context(patch.object(DestinationSvsm, "import_untrusted", lenient))
 
@@ -335,8 +340,8 @@ def _counter_not_raised(stack: ExitStack) -> None:
 def _used_in_place(stack: ExitStack) -> None:
     border = service.Border.__init__
 
-    def trusting(self: service.Border, slot: SlotMemory, *, shared: bool) -> None:
-        border(self, slot, shared=False)
+    def trusting(self: service.Border, slot: SlotMemory, staging: StagingPool, *, shared: bool) -> None:
+        border(self, slot, staging, shared=False)
 
     stack.enter_context(patch.object(service.Border, "__init__", trusting))
 
@@ -368,7 +373,7 @@ def _any_tag(stack: ExitStack) -> None:
                 raise
             self._cipher = cipher
             self.counter += 1
-            self._tags.update(sealed[-16:])
+            self._tags += sealed[-16:]
 
     stack.enter_context(patch.object(Opener, "open_untrusted", careless))
 

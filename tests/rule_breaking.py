@@ -78,7 +78,7 @@ def sealed_by_source(
 ) -> Message:
     """A bundle that an authentic source would never make, under its real key and next number."""
     out = memoryview(bytearray(HEADER_BYTES + len(entries) + len(payload) + 16))
-    pair.source._sealers[channel].seal(kind, epoch, entries, payload, out)
+    pair.source._session_streams().sealer(channel).seal(kind, epoch, entries, payload, out)
     return Message(Direction.FORWARD, channel, bytes(out))
 
 

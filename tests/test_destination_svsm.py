@@ -96,7 +96,7 @@ def test_bundle_larger_than_any_is_refused() -> None:
 )
 def test_authentic_bundle_of_a_kind_that_does_not_belong_here(kind: BundleKind) -> None:
     move = open_move()
-    length = move.pair.source._sealers[0].seal(kind, 1, b"", b"", BUFFER)
+    length = move.pair.source._session_streams().sealer(0).seal(kind, 1, b"", b"", BUFFER)
     with pytest.raises(IntegrityError):
         move.pair.destination.import_untrusted(0, BUFFER[:length])
     assert move.pair.destination.state is State.FAILED
@@ -106,7 +106,9 @@ def test_authentic_bundle_of_a_kind_that_does_not_belong_here(kind: BundleKind) 
 def test_bad_vcpu_state(payload: bytes) -> None:
     move = Move()
     move.pair.until_precopy()
-    length = move.pair.source._sealers[0].seal(BundleKind.VCPU_STATE, 2, b"", payload, BUFFER)
+    length = (
+        move.pair.source._session_streams().sealer(0).seal(BundleKind.VCPU_STATE, 2, b"", payload, BUFFER)
+    )
     with pytest.raises(RemoteProtocolError):
         move.pair.destination.import_untrusted(0, BUFFER[:length])
     assert move.pair.destination.state is State.FAILED
@@ -178,7 +180,7 @@ def test_finish_only_once_the_guest_runs() -> None:
     move.pair.running()
     move.pair.finish()
     with pytest.raises(KeyPoisoned):
-        move.pair.destination._openers[0]._checked_cipher(0)
+        move.pair.destination._session_streams().opener(0)._checked_cipher(0)
 
 
 def test_fail_is_for_good_and_wipes() -> None:
@@ -187,7 +189,7 @@ def test_fail_is_for_good_and_wipes() -> None:
     move.pair.destination.fail()
     assert move.pair.destination.state is State.FAILED
     with pytest.raises(KeyPoisoned):
-        move.pair.destination._openers[0]._checked_cipher(0)
+        move.pair.destination._session_streams().opener(0)._checked_cipher(0)
     with pytest.raises(LocalProtocolError):
         move.pair.destination.answer(9, bytes(80))
 

@@ -14,6 +14,8 @@ from examples.qemu_live import QEMU, different_pages
 from pagexfer.errors import GuestError
 from pagexfer.testing.linux_guest import find_busybox, find_kernel
 
+from .tracked_ram import needs_pagemap
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 GUEST = ["--guest", "simulated", "--ram", "16", "--vcpus", "1"]
 
@@ -43,6 +45,30 @@ def test_source_and_destination(tmp_path: Path) -> None:
         destination.communicate()
     assert (source.returncode, source.stderr) == (0, "")
     assert f"the guest runs at {address}" in source.stdout
+    assert (destination.returncode, errors) == (0, "")
+    assert "consistent: True, goes on: True" in output
+
+
+@needs_pagemap
+def test_a_monitor_migrates_itself(tmp_path: Path) -> None:
+    psk = tmp_path / "psk"
+    psk.write_text("0123456789abcdef" * 4)
+    command = [sys.executable, str(EXAMPLES / "vmm_pagemap.py"), "--psk-file", str(psk), "--ram", "32"]
+    destination = subprocess.Popen(
+        [*command, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert destination.stdout is not None
+        port = destination.stdout.readline().split()[-1]
+        source = subprocess.run(
+            [*command, "--to", f"127.0.0.1:{port}"], capture_output=True, text=True, timeout=60, check=False
+        )
+        output, errors = destination.communicate(timeout=60)
+    finally:
+        destination.kill()
+        destination.communicate()
+    assert (source.returncode, source.stderr) == (0, "")
+    assert "who saw its writes: host-reported" in source.stdout
     assert (destination.returncode, errors) == (0, "")
     assert "consistent: True, goes on: True" in output
 

@@ -154,12 +154,12 @@ def test_nothing_is_written_of_a_session_without_a_name(journaled: JournaledMove
 def test_without_a_record_of_started_there_is_no_start_token(journaled: JournaledMove) -> None:
     journaled.until_ready()
     journaled.source.full = {State.STARTED}
-    counter = journaled.pair.source._sealers[0].counter
+    counter = journaled.pair.source._session_streams().sealer(0).counter
     with pytest.raises(JournalError):
         journaled.seal(journaled.pair.source.start_token)
     assert journaled.pair.source.state is State.PARKED
     assert not any(journaled.out)
-    assert journaled.pair.source._sealers[0].counter == counter
+    assert journaled.pair.source._session_streams().sealer(0).counter == counter
     journaled.pair.source.abort()
     assert journaled.move.guest.gate.running
 
@@ -297,7 +297,7 @@ def test_a_destination_that_fails_once_verified_gives_one_abort_token(
         with pytest.raises(LocalProtocolError):
             pair.seal_answer(kind)
     with pytest.raises(KeyPoisoned):  # that one key is all that is left
-        pair.destination._openers[0]._checked_cipher(0)
+        pair.destination._session_streams().opener(0)._checked_cipher(0)
     with pytest.raises(KeyPoisoned):
         pair.destination._established().keys._secret.reveal()
     pair.destination.fail()

@@ -274,8 +274,7 @@ def test_r8_authentic_answer_to_something_else_ends_the_session(
     pair = move.pair
     pair.until_manifest()
     pair.manifest()
-    sealer = pair.destination._sealer
-    assert sealer is not None
+    sealer = pair.destination._session_streams().answers
     if digest is None:
         digest = hashlib.sha384(pair.source._manifest).digest()
     out = memoryview(bytearray(HEADER_BYTES + len(digest) + 16))

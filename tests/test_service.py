@@ -223,11 +223,22 @@ def snapshot(move: Move) -> tuple[object, ...]:
     return (
         source.state,
         destination.state,
-        [(stream.counter, stream._cipher is None) for stream in source._sealers],
-        [(stream.counter, stream._cipher is None) for stream in destination._openers],
-        (source._epoch, source._epoch_bundles, source._pending.gfns().tolist(), len(source._vcpu_states)),
+        [
+            (stream.counter, stream._cipher is None)
+            for stream in (source._streams._sealers if source._streams else [])
+        ],
+        [
+            (stream.counter, stream._cipher is None)
+            for stream in (destination._streams._openers if destination._streams else [])
+        ],
+        (
+            source._epoch.number,
+            source._epoch.totals,
+            source._pending.gfns().tolist(),
+            len(source._vcpu_states),
+        ),
         (destination._epoch, destination._epoch_bundles, destination._seen.count()),
-        (destination._sealer.counter if destination._sealer else None),
+        (destination._streams.answers.counter if destination._streams else None),
         (move.guest.gate.running, move.guest.gate.parked(), move.gate.running),
         (move.memory.words.tobytes(), move.memory.states.tobytes()),
     )
@@ -292,9 +303,9 @@ def test_answer_that_does_not_fit_the_buffer_uses_no_number(move: Move) -> None:
     slots = HostSlots.of(move.pair)
     move.pair.until_precopy()
     move.pair.park()
-    before = move.pair.source._sealers[0].counter
+    before = move.pair.source._session_streams().sealer(0).counter
     assert refused(slots.source_channels[0], Command.STATE, 0) is RefusalCode.STATE
-    assert move.pair.source._sealers[0].counter == before
+    assert move.pair.source._session_streams().sealer(0).counter == before
     move.pair.epoch()
     move.pair.vcpus()
     move.pair.manifest()

@@ -140,7 +140,7 @@ def test_bundle_that_does_not_fit_uses_no_number() -> None:
 def test_last_epoch_number_is_never_used() -> None:
     move = Move()
     move.pair.until_precopy()
-    move.pair.source._epoch = FINAL_EPOCH - 1
+    move.pair.source._epoch.number = FINAL_EPOCH - 1
     with pytest.raises(LocalProtocolError):
         move.pair.source.epoch_token(BUFFER)
 
@@ -200,7 +200,7 @@ def test_abort_gives_the_guest_back_whole(parked: bool) -> None:
     with pytest.raises(LocalProtocolError):
         move.guest.tracker.collect()  # it was stopped
     with pytest.raises(KeyPoisoned):
-        move.pair.source._sealers[0].seal(BundleKind.PAGES, 1, b"", b"", BUFFER)
+        move.pair.source._session_streams().sealer(0).seal(BundleKind.PAGES, 1, b"", b"", BUFFER)
     move.pair.source.abort()
 
 
@@ -221,7 +221,7 @@ def test_finish_wipes_the_keys_and_leaves_the_guest_parked() -> None:
     move.pair.migrate()
     assert not move.guest.gate.running
     with pytest.raises(KeyPoisoned):
-        move.pair.source._sealers[0].seal(BundleKind.PAGES, 1, b"", b"", BUFFER)
+        move.pair.source._session_streams().sealer(0).seal(BundleKind.PAGES, 1, b"", b"", BUFFER)
     move.pair.source.finish()
     with pytest.raises(LocalProtocolError):
         move.pair.source.abort()

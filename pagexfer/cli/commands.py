@@ -6,41 +6,37 @@ Exit codes: 0 completed; 1 ended, the guest goes on at the source; 2 bad usage; 
 
 from __future__ import annotations
 
-import signal
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 import trio
 
-from ..engine.progress import MigrationInfo, Status
-from ..errors import GuestError, Outcome, TransferAborted, UsageError
-from ..guests.checked import boot_guest, empty_guest, prove, start
+from ..engine.steering import MigrationParameters, Steering
+from ..errors import GuestError, Outcome, UsageError
+from ..guests.checked import boot_guest, empty_guest
 from ..guests.pattern import Layout
-from ..guests.qemu import QemuGuest
-from ..migration import FreshnessChoice, receive_guest, send_guest
+from ..migration import FreshnessChoice
 from ..wire.constants import MAX_CHANNELS
 from ..wire.handshake import AttestorKind, Role
 from .attest import attest as attest_commands
-from .attestor import attest_option, attestor_options, describe_peer, make_attestor
+from .attestor import attest_option, attestor_options, make_attestor
 from .demo import run_demo
-from .ledger import check_writable, ledger_commands, ledger_option, read_ledger, write_ledger
-from .output import ProgressLine, note, print_json, print_table
+from .ledger import check_writable, ledger_commands, ledger_option, read_ledger
+from .output import note
 from .qemu import qemu_monitor, refuse_qemu, with_qemu
 from .recover import recover
-from .values import Address, Seconds, Size
+from .sides import receive_side, send_side
+from .steering import ControlSocket, control, steering_arguments, steering_options
+from .values import Address, Cpus, Seconds, Size
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
     from typing import Any
 
-    from ..attestation import Attestor
-    from ..guests.checked import CheckedGuest, GuestKind, Proof
-from ..migration import MigrationReport
-
-# How long a guest that goes on at the source after a failure is watched before it is checked.
-_AFTERMATH_S: Final = 0.2
+    from ..guests.checked import GuestKind
 
 
 def main() -> int:
@@ -68,6 +64,7 @@ def cli() -> None:
 cli.add_command(attest_commands)
 cli.add_command(recover)
 cli.add_command(ledger_commands)
+cli.add_command(control)
 
 
 _qmp_option = click.option(
@@ -95,11 +92,17 @@ def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _isolation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--cpus", type=Cpus(), default="", help="Pin an isolated engine and its slots: 0,2-3."),
+        click.option("--isolated", is_flag=True, help="Run the engine as a process of its own."),
+    ):
+        command = option(command)
+    return command
+
+
 def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option(
-            "--downtime-limit", type=Seconds(), default="300ms", show_default=True, help="Longest black-out."
-        ),
         click.option(
             "--write-rate",
             type=Size(),
@@ -138,7 +141,15 @@ _journal_option = click.option(
 @attestor_options
 @_journal_option
 @ledger_option("The guest's ledger so far; without the file, this is its first move.")
+@click.option(
+    "--control-socket",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Unix socket at which 'pagexfer control' steers this migration.",
+)
+@click.option("--pause-before-switchover", is_flag=True, help="Wait for 'pagexfer control PATH continue'.")
+@steering_options
 @_source_options
+@_isolation_options
 @_qmp_option
 @_guest_options
 def send(
@@ -149,37 +160,58 @@ def send(
     channels: int,
     write_rate: int,
     downtime_limit: float,
+    max_downtime_limit: float | None,
+    max_bandwidth: int | None,
+    timeout: float | None,
+    control_socket: Path | None,
     freshness: FreshnessChoice,
     qmp: Path | None,
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    cpus: tuple[int, ...],
     *,
+    auto_converge: bool,
+    pause_before_switchover: bool,
+    isolated: bool,
     as_json: bool,
     **files: Path | None,
 ) -> int:
     """Boot a test guest, or take a running QEMU's, and migrate it to a destination."""
+    steering = Steering(
+        MigrationParameters(
+            downtime_limit_s=downtime_limit,
+            max_downtime_limit_s=max_downtime_limit,
+            max_bandwidth_bytes=max_bandwidth,
+            timeout_s=timeout,
+            auto_converge=auto_converge,
+            pause_before_switchover=pause_before_switchover,
+        )
+    )
     attestor = make_attestor(Role.SOURCE, attest, files)
     moves = read_ledger(ledger)
     monitor = qemu_monitor(kind, qmp)
-    if monitor is not None:
-        # Nobody tells which pages a stock QEMU writes: only the audit finds them all.
+    opened = nullcontext() if control_socket is None else ControlSocket(control_socket, steering)
+    with opened as listening:
         work = partial(
-            _send,
+            send_side,
             address=address,
             attestor=attestor,
             moves=moves,
             journal=journal,
             channels=channels,
-            downtime_limit=downtime_limit,
-            freshness="digest-audit",
+            steering=steering,
+            listening=listening,
+            # Nobody tells which pages a stock QEMU writes: only the audit finds them all.
+            freshness=freshness if monitor is None else "digest-audit",
+            isolated=isolated,
+            cpus=cpus,
             as_json=as_json,
         )
-        return trio.run(with_qemu, monitor, work, False)
-    with boot_guest(kind, ram, vcpus, write_rate) as guest:
-        return trio.run(
-            _send, guest, address, attestor, moves, journal, channels, downtime_limit, freshness, as_json
-        )
+        if monitor is not None:
+            return trio.run(with_qemu, monitor, work, False)
+        with boot_guest(kind, ram, vcpus, write_rate) as guest:
+            return trio.run(work, guest)
 
 
 @cli.command()
@@ -194,6 +226,7 @@ def send(
     help="Let the guest run this long, then check it.",
 )
 @_journal_option
+@_isolation_options
 @_qmp_option
 @_guest_options
 def receive(
@@ -206,7 +239,9 @@ def receive(
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    cpus: tuple[int, ...],
     *,
+    isolated: bool,
     as_json: bool,
     **files: Path | None,
 ) -> int:
@@ -214,182 +249,64 @@ def receive(
     attestor = make_attestor(Role.DESTINATION, attest, files)
     check_writable(ledger)
     monitor = qemu_monitor(kind, qmp)
+    work = partial(
+        receive_side,
+        address=address,
+        attestor=attestor,
+        ledger=ledger,
+        journal=journal,
+        run_for=run_for,
+        isolated=isolated,
+        cpus=cpus,
+        as_json=as_json,
+    )
     if monitor is not None:
-        work = partial(
-            _receive,
-            address=address,
-            attestor=attestor,
-            ledger=ledger,
-            journal=journal,
-            run_for=run_for,
-            as_json=as_json,
-        )
         return trio.run(with_qemu, monitor, work, True)
     Layout.plan(ram, vcpus)
     with empty_guest(kind, ram, vcpus) as guest:
-        return trio.run(_receive, guest, address, attestor, ledger, journal, run_for, as_json)
+        return trio.run(work, guest)
 
 
 @cli.command()
 @attest_option(AttestorKind.PSK, AttestorKind.EMULATED)
+@steering_options
 @_source_options
+@_isolation_options
 @_guest_options
 def demo(
     attest: str,
     channels: int,
     write_rate: int,
     downtime_limit: float,
+    max_downtime_limit: float | None,
+    max_bandwidth: int | None,
+    timeout: float | None,
     freshness: FreshnessChoice,
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    cpus: tuple[int, ...],
     *,
+    auto_converge: bool,
+    isolated: bool,
     as_json: bool,
 ) -> int:
     """Migrate a busy guest between two processes on this machine, and check that it goes on."""
-    options = {
-        "--channels": str(channels),
-        "--write-rate": str(write_rate),
-        "--downtime-limit": f"{downtime_limit}s",
-        "--freshness": freshness,
-    }
     refuse_qemu(kind)
+    parameters = MigrationParameters(
+        downtime_limit_s=downtime_limit,
+        max_downtime_limit_s=max_downtime_limit,
+        max_bandwidth_bytes=max_bandwidth,
+        timeout_s=timeout,
+        auto_converge=auto_converge,
+    )
+    options = [
+        f"--channels={channels}",
+        f"--write-rate={write_rate}",
+        f"--freshness={freshness}",
+        *steering_arguments(parameters),
+    ]
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
-    return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, as_json=as_json)
-
-
-async def _send(
-    guest: CheckedGuest | QemuGuest,
-    address: tuple[str, int],
-    attestor: Attestor,
-    moves: bytes,
-    journal: Path | None,
-    channels: int,
-    downtime_limit: float,
-    freshness: FreshnessChoice,
-    as_json: bool,
-) -> int:
-    async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
-        return await send_guest(
-            guest,
-            *address,
-            attestor,
-            ledger=moves,
-            channels=channels,
-            downtime_limit_s=downtime_limit,
-            journal=journal,
-            freshness=freshness,
-            on_progress=show,
-        )
-
-    async def aftermath(outcome: Outcome) -> Proof | None:
-        # Here the guest goes on only where the migration failed before the start token.
-        if isinstance(guest, QemuGuest) or outcome not in (Outcome.ENDED, Outcome.REFUSED):
-            return None
-        return await prove(guest, _AFTERMATH_S)
-
-    if not isinstance(guest, QemuGuest):
-        await start(guest)
-    return await _run(guest, work, aftermath, line=ProgressLine(), as_json=as_json)
-
-
-async def _receive(
-    guest: CheckedGuest | QemuGuest,
-    address: tuple[str, int],
-    attestor: Attestor,
-    ledger: Path | None,
-    journal: Path | None,
-    run_for: float,
-    as_json: bool,
-) -> int:
-    async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
-        done = await receive_guest(
-            guest,
-            *address,
-            attestor,
-            journal=journal,
-            on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
-            on_progress=show,
-            on_stranger=note,
-        )
-        if ledger is not None:
-            _keep(done.ledger, ledger)
-        return done
-
-    async def aftermath(outcome: Outcome) -> Proof | None:
-        if isinstance(guest, QemuGuest) or outcome is not Outcome.COMPLETED:
-            return None
-        return await prove(guest, run_for)
-
-    # The source tells how an epoch goes; a destination does so only to somebody who watches.
-    return await _run(guest, work, aftermath, line=ProgressLine(terminal_only=True), as_json=as_json)
-
-
-async def _run(
-    guest: CheckedGuest | QemuGuest,
-    work: Callable[[Callable[[MigrationInfo], None]], Awaitable[MigrationReport]],
-    aftermath: Callable[[Outcome], Awaitable[Proof | None]],
-    *,
-    line: ProgressLine,
-    as_json: bool,
-) -> int:
-    """One side's migration from start to report; returns the exit code."""
-    latest: list[MigrationInfo] = []
-
-    def show(info: MigrationInfo) -> None:
-        latest[:] = [info]
-        line.show(info)
-
-    outcome = Outcome.COMPLETED
-    report: dict[str, object] = {}
-    unusable: UsageError | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
-        try:
-            done = await work(show)
-            report = {"freshness": done.freshness.label, "attestation": describe_peer(done.peer)}
-        except TransferAborted as aborted:
-            outcome = aborted.outcome
-            report = {"error": {"reason": aborted.reason, "message": str(aborted)}}
-        except UsageError as error:
-            unusable = error  # raised outside of the nursery, which would wrap it into a group
-        nursery.cancel_scope.cancel()
-    if unusable is not None:
-        raise unusable
-    if not report:
-        outcome = Outcome.ENDED
-        report = {"error": {"reason": "cancelled", "message": "cancelled by a signal"}}
-    proof = await aftermath(outcome)
-    if proof is not None and not (proof.consistent and proof.progressed) and outcome is Outcome.COMPLETED:
-        outcome = Outcome.UNDECIDED
-        report["error"] = {"reason": "guest", "message": "the guest does not go on as it should"}
-    figures = latest[0].as_dict() if latest else {"status": Status.FAILED.value}
-    guest_report: dict[str, object] = proof.as_dict() if proof is not None else {"kind": guest.kind}
-    if isinstance(guest, QemuGuest):
-        guest_report["run-state"] = guest.run_state
-    _print_report({**figures, **report, "guest": guest_report}, as_json=as_json)
-    return outcome
-
-
-def _print_report(report: dict[str, object], *, as_json: bool) -> None:
-    if as_json:
-        print_json(report)
-    else:
-        print_table(report)
-    error = report.get("error")
-    if isinstance(error, dict):
-        note(str(error["message"]))
-
-
-def _keep(moves: bytes, path: Path) -> None:
-    try:
-        write_ledger(path, moves)
-    except OSError as error:
-        # The guest runs here, whatever becomes of the file: that is what the exit code says.
-        note(f"the guest runs here, but its ledger is lost: cannot write {path}: {error.strerror}")
-
-
-async def _cancel_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            scope.cancel()
+    both = ["--isolated"] if isolated else []
+    both += ["--cpus", ",".join(map(str, cpus))] if cpus else []
+    return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, both, as_json=as_json)

@@ -44,16 +44,16 @@ class _Ended(NamedTuple):
 
 def run_demo(
     attest: AttestorKind,
-    source_options: dict[str, str],
+    source_options: list[str],
     kind: GuestKind,
     ram: int,
     vcpus: int,
+    both: list[str],
     *,
     as_json: bool,
 ) -> int:
-    """Run both sides and print the merged report; returns the exit code."""
-    guest = ["--guest", resolve_kind(kind), "--ram", str(ram), "--vcpus", str(vcpus), "--json"]
-    options = [part for pair in source_options.items() for part in pair]
+    """Run both sides, `both` being options of either, and print the merged report; returns the exit code."""
+    guest = ["--guest", resolve_kind(kind), "--ram", str(ram), "--vcpus", str(vcpus), *both, "--json"]
     with tempfile.TemporaryDirectory(prefix="pagexfer-") as folder:
         proof = _attestation(attest, Path(folder))
         with _Child(["receive", "--listen", "127.0.0.1:0", *proof, *guest]) as destination:
@@ -61,7 +61,7 @@ def run_demo(
             if address is None:
                 ended = destination.end(wait=True)
                 return _report(_Ended(ended.code, {}, ""), ended, as_json=as_json)
-            with _Child(["send", "--to", address, *proof, *options, *guest]) as source:
+            with _Child(["send", "--to", address, *proof, *source_options, *guest]) as source:
                 sent = source.end(wait=True)
             # A source that did not complete leaves a destination behind that may still wait for one.
             return _report(sent, destination.end(wait=sent.code == Outcome.COMPLETED), as_json=as_json)

@@ -9,6 +9,8 @@ import click
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(|B|[KMGT]i?B?)(?:/s)?", re.IGNORECASE)
 _TIME: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(|s|ms)", re.IGNORECASE)
+_CPUS: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
+_MAX_CPUS: Final = 8192
 _UNITS: Final = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _MAX_SECONDS: Final = 1000
 _MAX_BYTES: Final = 2**52  # all that x86-64 can address
@@ -61,3 +63,24 @@ class Address(click.ParamType[tuple[str, int]]):
                 f"{value!r} is not HOST:PORT: write it like 192.0.2.7:4455 or [2001:db8::7]:4455", param, ctx
             )
         return bare, int(port)
+
+
+class Cpus(click.ParamType[tuple[int, ...]]):
+    """Processor numbers: 0,2-3; empty for none."""
+
+    name = "list"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        numbers: set[int] = set()
+        for part in filter(None, str(value).split(",")):
+            match = _CPUS.fullmatch(part.strip())
+            first = int(match[1]) if match else 0
+            last = int(match[2] or match[1]) if match else -1
+            if not first <= last < _MAX_CPUS:
+                self.fail(f"{value!r} is no list of CPUs: write it like 0,2-3", param, ctx)
+            numbers.update(range(first, last + 1))
+        return tuple(sorted(numbers))

@@ -22,6 +22,7 @@ from .bits import (
     dirty_words,
     edges,
     expand,
+    fill_runs,
     run_edges,
     spread,
 )
@@ -141,6 +142,15 @@ class DirtyBitmap:
         if start < stop:
             self._clear(start, stop)
 
+    def set_runs(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        """Mark runs as `runs` gives them, in any order. Raises LocalProtocolError, changing nothing, for a bad one."""
+        if not starts.size:
+            return
+        stops = starts + lengths
+        if starts.min() < 0 or lengths.min() <= 0 or stops.max() > self._pages:
+            raise LocalProtocolError(f"one of these runs is none of a guest of {self._pages} pages")
+        fill_runs(self._words, starts, stops)
+
     # Whole bitmaps
 
     def union(self, other: DirtyBitmap) -> None:
@@ -148,6 +158,15 @@ class DirtyBitmap:
         if other._pages != self._pages:
             raise LocalProtocolError(f"a bitmap of {other._pages} pages does not fit one of {self._pages}")
         np.bitwise_or(self._words, other._words, out=self._words)
+
+    def union_part(self, first_gfn: int, log: bytes) -> None:
+        """Mark what a part of a raw log marks, from `first_gfn` (a multiple of 64) on. Raises as `union_words` does."""
+        whole = np.zeros_like(self._words)
+        first_byte = first_gfn // 8
+        if first_gfn % WORD_BITS or len(log) % 8 or not 0 <= first_byte <= whole.nbytes - len(log):
+            raise LocalProtocolError("a part of a dirty log that does not fit RAM")
+        whole.view(np.uint8)[first_byte : first_byte + len(log)] = np.frombuffer(log, dtype=np.uint8)
+        self.union_words(whole.data)
 
     def union_words(self, words: NDArray[np.uint64] | bytes | bytearray | memoryview) -> None:
         """Mark what a raw log marks: little-endian words in contiguous memory, as many as `self.words`.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import numpy as np
@@ -20,6 +21,8 @@ from ..errors import (
     MalformedData,
     Outcome,
     PagexferError,
+    RefusalCode,
+    SvsmRefused,
     TransferAborted,
 )
 from ..wire.bundle import BundleKind
@@ -37,10 +40,12 @@ from ..wire.handshake import parse_established_untrusted
 from ..wire.slot import Command, SlotStatus
 from .channel import SourceChannel
 from .control import Control
-from .convergence import Decision, EpochSample, decide
+from .convergence import Decision
+from .course import Course
 from .failure import SECOND_HAND, as_aborted, first_failure, hypervisor_call, say_farewell, undecided
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
+from .repair import Repair
 from .streams import STALL_TIMEOUT_S, connect
 
 if TYPE_CHECKING:
@@ -49,6 +54,7 @@ if TYPE_CHECKING:
     from .hypervisor import Hypervisor
     from .progress import MigrationInfo
     from .slots import Slot
+    from .steering import Steering
 
 PARK_TIMEOUT_S: Final = 5.0
 # The guest stands still while the destination checks the manifest: rather give up than wait for long.
@@ -59,17 +65,13 @@ _PARK_POLL_S: Final = 0.0002
 _AUDIT_TRIALS: Final = 3
 # Bytes of dirty log in one HINT command: 2 GiB of RAM.
 _HINT_BYTES: Final = 1 << 16
-_CANCELLED: Final = TransferAborted(
-    Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
-)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """What a source's operator may choose."""
+    """What a source's operator chooses for good; `Steering` has what may change."""
 
     channels: int = 4
-    downtime_limit_s: float = 0.3
     stall_timeout_s: float = STALL_TIMEOUT_S
     audit: bool = False
 
@@ -85,6 +87,7 @@ class SourceEngine:
         ram_pages: int,
         vcpus: int,
         options: SourceOptions,
+        steering: Steering,
         on_progress: Callable[[MigrationInfo], None],
     ) -> None:
         self._control_slot = control_slot
@@ -93,10 +96,15 @@ class SourceEngine:
         self._ram_pages = ram_pages
         self._vcpus = vcpus
         self._options = options
+        self._steering = steering
         self._on_progress = on_progress
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
         self._channels: list[SourceChannel] = []
-        self._samples: list[EpochSample] = []
+        self._lost_pages = 0  # since the epoch began
+        self._course = Course(steering, hypervisor, self._progress, options.stall_timeout_s)
+        self._cancelled = TransferAborted(
+            Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
+        )
         self._epoch = FIRST_EPOCH
         self._completed = False
 
@@ -104,7 +112,7 @@ class SourceEngine:
         """Migrate to the destination at `host`:`port`; returns the final figures.
 
         Raises TransferAborted with the outcome: ENDED or REFUSED with the guest running here again, UNDECIDED after the
-        start token. Cancelling it before the start token lets the guest go on here.
+        start token. Cancelling it, or its steering, before the start token lets the guest go on here.
         """
         control: Control | None = None
         try:
@@ -112,6 +120,8 @@ class SourceEngine:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._migrate, control, host, port, nursery.cancel_scope)
                 nursery.start_soon(self._report)
+                nursery.start_soon(self._course.follow, self._channels)
+                nursery.start_soon(self._end_on_cancel)
         except BaseException as error:
             if not self._completed:
                 with trio.CancelScope(shield=True):
@@ -130,8 +140,16 @@ class SourceEngine:
             # Before any page: a guest that may not move again is refused while it still runs here.
             await self._channels[0].token(BundleKind.LEDGER)
             self._progress.set_up(trio.current_time())
-            await self._precopy(control)
-            await self._blackout(control)
+            connect_again = partial(connect, host, port, self._options.stall_timeout_s)
+            repair = Repair(self._channels, connect_again, session, self._options.stall_timeout_s)
+            nursery.start_soon(repair.watch)
+            with self._course.precopy():
+                await self._precopy(control, repair)
+            with self._course.blackout():
+                await self._blackout(control, repair)
+                # Little is left to send from here on, and a connection that breaks ends the migration before START.
+                await repair.stop()
+                await self._hand_over(control)
             nursery.cancel_scope.cancel()
         done.cancel()
 
@@ -156,37 +174,41 @@ class SourceEngine:
             self._channels.append(SourceChannel(channel, slot, connection, tally))
             self._progress.channels.append(tally)
             await self._channels[-1].open(session)
+        asked = trio.current_time()
         await control.receive(ChannelsOpen, self._options.stall_timeout_s)
+        self._course.answered(trio.current_time() - asked)
 
-    async def _precopy(self, control: Control) -> None:
+    async def _precopy(self, control: Control, repair: Repair) -> None:
         log = self._hypervisor.dirty_log
         if log is not None:
-            log.start()
+            await trio.to_thread.run_sync(log.start)
         audit_s: float | None = None
         while True:
-            now = trio.current_time()
             pending, chunks = await self._begin_epoch()
             if audit_s is None:
                 audit_s = await self._predict_audit()
-            verdict = decide(self._samples, pending, now, self._options.downtime_limit_s, audit_s)
-            self._progress.expected_downtime_s = verdict.expected_downtime_s if self._samples else 0.0
-            if verdict.decision is Decision.SWITCHOVER:
+            if await self._course.decide(pending, audit_s) is Decision.SWITCHOVER:
                 return
-            if verdict.decision is Decision.GIVE_UP:
-                raise TransferAborted(Outcome.ENDED, "not-converging", verdict.reason)
-            await self._transfer(control, pending, chunks)
+            await self._transfer(control, repair, pending, chunks)
 
-    async def _blackout(self, control: Control) -> None:
+    async def _blackout(self, control: Control, repair: Repair) -> None:
+        """Park the guest and send everything that is left of its memory."""
         self._progress.park(trio.current_time())
         await self._park()
         # The hypervisor's stop after the park, which it has no part in, and before the last epoch: until then its devices
         # may write to pages that they share with the guest.
         with hypervisor_call("stop the guest"):
             await self._hypervisor.stop()
+        await self._course.lift_throttle()
         pending, chunks = await self._begin_epoch()
         if self._options.audit and await self._audit():
             pending, chunks = await self._begin_epoch()
-        await self._transfer(control, pending, chunks)
+        await self._transfer(control, repair, pending, chunks)
+        while self._lost_pages:
+            pending, chunks = await self._begin_epoch()
+            await self._transfer(control, repair, pending, chunks)
+
+    async def _hand_over(self, control: Control) -> None:
         with hypervisor_call("save the devices"):
             device_state = await self._hypervisor.save_device_state()
         await control.send_device_state(device_state)
@@ -209,9 +231,11 @@ class SourceEngine:
 
     async def _begin_epoch(self) -> tuple[int, list[Chunk]]:
         """Pending pages and the chunks that cover them."""
+        self._lost_pages = 0
         log = self._hypervisor.dirty_log
         if log is not None:
-            words = log.collect().words.view(np.uint8).data
+            dirty = await trio.to_thread.run_sync(log.collect)
+            words = dirty.words.view(np.uint8).data
             for start in range(0, len(words), _HINT_BYTES):
                 await self._control_slot.exchange(
                     Command.HINT, start * 8, bytes(words[start : start + _HINT_BYTES])
@@ -245,27 +269,81 @@ class SourceEngine:
         self._progress.audit = AuditInfo(1000 * (trio.current_time() - began), found)
         return found
 
-    async def _transfer(self, control: Control, pending: int, chunks: list[Chunk]) -> None:
+    async def _transfer(self, control: Control, repair: Repair, pending: int, chunks: list[Chunk]) -> None:
         """Send one epoch over all channels and have the destination close it."""
         began, sent = trio.current_time(), self._progress.transferred
         self._progress.begin_epoch(pending)
+        self._course.pace(self._channels)
         queue = deque(chunks)
         async with trio.open_nursery() as nursery:
             for channel in self._channels:
-                nursery.start_soon(self._send_epoch, channel, queue)
-        await self._channels[0].token(BundleKind.EPOCH_TOKEN)
-        closed = await control.receive(EpochClosed, self._options.stall_timeout_s)
-        if closed.epoch != self._epoch:
-            raise MalformedData(f"the destination closed epoch {closed.epoch} instead of {self._epoch}")
+                nursery.start_soon(self._send_epoch, channel, repair, queue)
+        await self._close_epoch(control, repair)
         self._epoch += 1
-        seconds = trio.current_time() - began
-        if self._samples:
-            self._progress.dirty_pages_rate = pending / max(began - self._samples[-1].began_s, 1e-6)
-        self._samples.append(EpochSample(pending, began, self._progress.transferred - sent, seconds))
+        self._course.finished(pending, began, self._progress.transferred - sent)
 
-    async def _send_epoch(self, channel: SourceChannel, queue: deque[Chunk]) -> None:
-        await channel.export(queue)
-        await channel.barrier(self._epoch)
+    async def _send_epoch(self, channel: SourceChannel, repair: Repair, queue: deque[Chunk]) -> None:
+        while True:
+            try:
+                await channel.export(queue)
+                await channel.barrier(self._epoch)
+                return
+            except ChannelBroken:
+                await self._replace(channel, repair)
+            except SvsmRefused as refused:
+                if refused.code is not RefusalCode.EXHAUSTED:
+                    raise
+                await self._replace(channel, repair)  # a new connection has a new key
+
+    async def _close_epoch(self, control: Control, repair: Repair) -> None:
+        """Send the token until the destination has closed the epoch.
+
+        Where a connection breaks meanwhile, channel 0 is replaced as well: a token on its way counts what was lost.
+        """
+        first = self._channels[0]
+        again: set[SourceChannel] = set()
+        token_due = True
+        while True:
+            try:
+                for channel in again if token_due else ():
+                    await channel.barrier(self._epoch)
+                if token_due:
+                    await first.token(BundleKind.EPOCH_TOKEN)
+                    token_due = False
+            except ChannelBroken:
+                closed = False
+            else:
+                closed = await self._epoch_closed(control, repair)
+            if closed:
+                return
+            again = {first, *repair.ended()}
+            for channel in again:
+                token_due |= await self._replace(channel, repair)
+
+    async def _epoch_closed(self, control: Control, repair: Repair) -> bool:
+        """True once the destination has closed the epoch, False where a connection ends before."""
+        closed: EpochClosed | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                await repair.wait_ended()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(give_up)
+            asked = trio.current_time()
+            closed = await control.receive(EpochClosed, self._course.close_timeout_s(self._channels))
+            self._course.answered(trio.current_time() - asked)
+            nursery.cancel_scope.cancel()
+        if closed is not None and closed.epoch != self._epoch:
+            raise MalformedData(f"the destination closed epoch {closed.epoch} instead of {self._epoch}")
+        return closed is not None
+
+    async def _replace(self, channel: SourceChannel, repair: Repair) -> bool:
+        """Replace a channel's connection; returns whether the epoch's token was lost with it."""
+        damage = await repair.replace(channel)
+        self._lost_pages += damage.pages
+        self._course.pace(self._channels)
+        return damage.token
 
     async def _park(self) -> None:
         with trio.move_on_after(PARK_TIMEOUT_S):
@@ -291,6 +369,10 @@ class SourceEngine:
                 f"the destination answered {answer.name}, not {kind.name}",
             )
 
+    async def _end_on_cancel(self) -> None:
+        await self._steering.wait_cancelled()
+        raise self._cancelled
+
     async def _report(self) -> None:
         while True:
             self._on_progress(self._progress.info(trio.current_time()))
@@ -307,7 +389,7 @@ class SourceEngine:
             decided = False
         stuck = await self._let_go_on() if decided else None
         failure = first_failure(error)
-        aborted = _CANCELLED if failure is None else as_aborted(failure)
+        aborted = self._cancelled if failure is None else as_aborted(failure)
         if control is not None and aborted.reason in SECOND_HAND:
             aborted = await control.last_words() or aborted
         elif control is not None:
@@ -318,8 +400,8 @@ class SourceEngine:
             aborted = TransferAborted(
                 aborted.outcome, aborted.reason, f"{aborted}; and the guest does not go on here: {stuck}"
             )
-        self._finish(Status.CANCELLED if aborted is _CANCELLED else Status.FAILED)
-        if aborted is _CANCELLED:
+        self._finish(Status.CANCELLED if aborted is self._cancelled else Status.FAILED)
+        if failure is None and aborted is self._cancelled:
             raise error
         raise aborted from error
 
@@ -329,13 +411,15 @@ class SourceEngine:
         try:
             with hypervisor_call("continue the guest"):
                 await self._hypervisor.resume()
+            await self._course.lift_throttle()
             if log is not None:
-                log.stop()
+                await trio.to_thread.run_sync(log.stop)
         except GuestError as error:
             return error
         return None
 
     def _finish(self, status: Status) -> MigrationInfo:
+        self._steering.waits(paused=False)
         self._progress.end(status, trio.current_time())
         info = self._progress.info(trio.current_time())
         self._on_progress(info)

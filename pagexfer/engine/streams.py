@@ -24,6 +24,9 @@ _WAKE_BYTES: Final = 1 << 18
 # A sender waits until less than a bundle has not left the kernel. The kernel alone would wake it when a third of the buffer
 # is free, and take a bundle in four parts.
 _UNSENT_BYTES: Final = 1 << 20
+# Linux, asm-generic/socket.h; Python's socket module does not name it. An unsigned long: bytes a second, all ones no limit.
+_SO_MAX_PACING_RATE: Final = 47
+_NO_PACE: Final = 2**64 - 1
 _NO_NAME: Final = "this is no host name"
 
 
@@ -38,6 +41,8 @@ class Connection:
         self._socket = sock
         self._woken_at = 1
         self._turn_due = True
+        self.ended = False  # whether peer, network or this side ended it, as far as anybody noticed
+        self._pace = _NO_PACE
         self.stall_timeout = stall_timeout
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -59,7 +64,7 @@ class Connection:
         except (OSError, trio.ClosedResourceError) as error:
             raise self._broken(error) from None
         if rest:
-            raise ChannelBroken(f"{self.peer} takes no data for {self.stall_timeout:g} s")
+            raise self._ended(f"{self.peer} takes no data for {self.stall_timeout:g} s")
 
     async def receive_into(self, view: memoryview, timeout: float | None = None) -> None:
         """Receive exactly `len(view)` bytes, waiting `timeout` seconds (by default the stall timeout) for each part.
@@ -81,7 +86,7 @@ class Connection:
         except (OSError, trio.ClosedResourceError) as error:
             raise self._broken(error) from None
         if rest:
-            raise ChannelBroken(f"{self.peer} sends nothing for {timeout:g} s")
+            raise self._ended(f"{self.peer} sends nothing for {timeout:g} s")
 
     async def send_frame(self, frame_type: FrameType, payload: bytes) -> None:
         """Send one small frame."""
@@ -114,8 +119,29 @@ class Connection:
             raise MalformedData(f"{header.type.name} frame where {frame_type.name} is due")
         return await self.receive_payload(header)
 
+    async def wait_end(self) -> None:
+        """Until the connection ends, or the peer sends something; for one on which the peer has nothing to say."""
+        try:
+            if self._socket.fileno() >= 0:
+                await trio.lowlevel.wait_readable(self._socket)
+        except (OSError, trio.ClosedResourceError):
+            await trio.lowlevel.checkpoint()
+        self.ended = True
+
+    def pace(self, bytes_per_second: int | None) -> None:
+        """Have the kernel send no faster than this from now on; None is no limit. Raises ChannelBroken or ChannelClosed."""
+        pace = _NO_PACE if bytes_per_second is None else bytes_per_second
+        if pace == self._pace:
+            return
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, pace.to_bytes(8, "little"))
+        except OSError as error:
+            raise self._broken(error) from None
+        self._pace = pace
+
     def close(self) -> None:
         """Close at once; a task that waits on the connection sees ChannelClosed."""
+        self.ended = True
         if self._socket.fileno() >= 0:
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
@@ -134,7 +160,7 @@ class Connection:
         except BlockingIOError:
             return view
         if view and not received:
-            raise ChannelBroken(f"{self.peer} closed the connection")
+            raise self._ended(f"{self.peer} closed the connection")
         return view[received:]
 
     def _wake_at(self, received_bytes: int) -> None:
@@ -143,7 +169,12 @@ class Connection:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, received_bytes)
             self._woken_at = received_bytes
 
+    def _ended(self, why: str) -> ChannelBroken:
+        self.ended = True
+        return ChannelBroken(why)
+
     def _broken(self, error: OSError | trio.ClosedResourceError) -> ChannelBroken | ChannelClosed:
+        self.ended = True
         if isinstance(error, trio.ClosedResourceError) or error.errno == errno.EBADF:
             return ChannelClosed("this side closed the connection")
         return ChannelBroken(f"connection to {self.peer}: {error.strerror or error}")

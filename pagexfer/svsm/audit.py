@@ -22,7 +22,7 @@ from __future__ import annotations
 import os
 import secrets
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
@@ -52,6 +52,14 @@ _STEP_TASKS: Final = 4
 
 _HAS_CONTENT: Final = np.uint32(VALIDATED | SHARED)
 _NONCE: Final = bytes(GCM_NONCE_BYTES)
+
+
+class Audited(NamedTuple):
+    """One step of the audit: pages looked at, how many of them nobody had reported, and whether more are left."""
+
+    pages: int
+    found: int
+    more: bool
 
 
 class PageDigests:

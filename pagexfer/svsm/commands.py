@@ -100,6 +100,12 @@ def source_channel(slot: SlotMemory, svsm: SourceSvsm, channel: int, *, shared: 
     def setup(call: Call) -> Answer:
         return Answer(svsm.open_channel(channel, call.room()))
 
+    def replace(call: Call) -> Answer:
+        if not call.has_package:
+            return Answer(svsm.replace_channel(channel, call.room()))
+        done = svsm.channel_replaced(channel, call.package())
+        return Answer(result=done.pages, result2=done.token | done.ledger << 1)
+
     def export(call: Call) -> Answer:
         start = call.argument
         done = svsm.export(channel, start, start + call.registers.argument2, call.room())
@@ -127,6 +133,7 @@ def source_channel(slot: SlotMemory, svsm: SourceSvsm, channel: int, *, shared: 
     }
     commands: dict[Command, Callable[[Call], Answer]] = {
         Command.SETUP: setup,
+        Command.REPLACE: replace,
         Command.EXPORT: export,
     }
     if channel == 0:
@@ -146,6 +153,12 @@ def destination_control(slot: SlotMemory, svsm: DestinationSvsm, *, shared: bool
         established = svsm.establish(call.argument, bytes(call.package()))
         return Answer(_store(established, room), svsm.channels, svsm.freshness)
 
+    def replace(call: Call) -> Answer:
+        if not call.has_package:
+            return Answer(svsm.replace_channel(call.argument, call.room()))
+        svsm.check_replacement_untrusted(call.argument, call.package())
+        return Answer()
+
     def finish(_call: Call) -> Answer:
         svsm.finish()
         return Answer()
@@ -160,6 +173,7 @@ def destination_control(slot: SlotMemory, svsm: DestinationSvsm, *, shared: bool
         {
             Command.PREPARE: prepare,
             Command.SETUP: setup,
+            Command.REPLACE: replace,
             Command.FINISH: finish,
             Command.ABORT: abort,
         },

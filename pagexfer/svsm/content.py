@@ -56,6 +56,19 @@ class ContentTable:
             self._carrier[gfns] = carrier
             self._touched[gfns >> _REGION_SHIFT] = True
 
+    def withdraw(self, channel: int, incarnation: int, received: int) -> NDArray[np.int64]:
+        """Of that stream only the first `received` bundles arrived: gfns that a later one carried last, sorted.
+
+        They have no bundle now. Looks at every page.
+        """
+        stream = channel << 48 | incarnation << 32
+        lost = np.flatnonzero(
+            self._carrier - np.uint64(stream + received + 1) < np.uint64(2**32 - received - 1)
+        )
+        self._carrier[lost] = 0
+        self._touched[lost >> _REGION_SHIFT] = True
+        return lost
+
     def refresh(self) -> None:
         """Hash the regions again that were touched since the last call."""
         for region in np.flatnonzero(self._touched).tolist():

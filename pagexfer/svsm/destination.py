@@ -30,7 +30,6 @@ from ..wire.bundle import (
     ZERO,
     BundleHeader,
     BundleKind,
-    Direction,
     parse_entries_untrusted,
     parse_header_untrusted,
 )
@@ -39,7 +38,6 @@ from ..wire.constants import (
     FIRST_EPOCH,
     MAX_BUNDLE_ENTRIES,
     PAGE_SIZE,
-    TAG_BYTES,
     WORDS_PER_PAGE,
 )
 from ..wire.handshake import Role
@@ -56,9 +54,9 @@ from .content import ContentTable, vcpu_digest
 from .handshake import DestinationAttempt, Established
 from .journal import SessionJournal
 from .ledger import append, check_next, next_body
-from .sealing import Opener, Sealer
 from .staging import StagingPool
 from .states import DESTINATION, Event, StateMachine
+from .streams import DestinationStreams
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,6 +66,7 @@ if TYPE_CHECKING:
     from .gate import VcpuGate
     from .journal import Journal
     from .memory import GuestMemory
+    from .sealing import Opener
 
 # Open handshakes of peers that proved nothing yet; more than this many strangers at once push out the oldest.
 MAX_ATTEMPTS: Final = 16
@@ -92,8 +91,8 @@ class Imported(NamedTuple):
 class DestinationSvsm:
     """The trusted side of one incoming migration. The vCPUs behind `gate` are parked and never ran.
 
-    Slots may be served by threads of their own: every call is made with `lock` held, but for `import_untrusted`, which takes
-    it where it needs it, so that channels open in parallel.
+    Slots may be served by threads of their own: every call is made with `lock` held, but for `import_untrusted`, which
+    takes it where it needs it, so that channels open in parallel.
     """
 
     def __init__(
@@ -108,8 +107,7 @@ class DestinationSvsm:
         self._machine = StateMachine(DESTINATION, self._journal.before_entering)
         self._attempts: dict[int, DestinationAttempt] = {}
         self._session: Established | None = None
-        self._openers: list[Opener] = []
-        self._sealer: Sealer | None = None
+        self._streams: DestinationStreams | None = None
         self._epoch = FIRST_EPOCH
         self._epoch_bundles = 0
         self._opening = 0
@@ -181,10 +179,7 @@ class DestinationSvsm:
             raise
         self._drop_attempts()
         keys = self._session.keys
-        self._openers = [
-            Opener(keys, Direction.FORWARD, channel) for channel in range(self._session.channels)
-        ]
-        self._sealer = Sealer(keys, Direction.BACKWARD, channel=0)
+        self._streams = DestinationStreams(keys, self._session.channels)
         self._journal.begin(keys.session, self._session.hello.guest_id)
         try:
             self._machine.advance(Event.ESTABLISH)
@@ -198,22 +193,24 @@ class DestinationSvsm:
 
         Raises RemoteProtocolError for a stranger, and the session goes on undisturbed (R8's exception).
         """
-        self._established()
-        opener = self._opener(channel)
-        if opener.counter:
-            raise ReplayError(f"channel {channel} is open already")
-        data = bytes(package[: HEADER_BYTES + TAG_BYTES])
-        header = parse_header_untrusted(data, len(package))
-        if header.kind is not BundleKind.CHANNEL_OPEN or header.bundle_bytes != len(data):
-            raise MalformedData("not the opening bundle of a channel")
-        # A copy of the stream takes the risk: a stranger's bundle poisons that copy only.
-        keys = self._established().keys
-        trial = Opener(keys, Direction.FORWARD, channel)
-        self._check_epoch(header)
-        trial.open_untrusted(
-            header, data[:HEADER_BYTES], memoryview(data)[HEADER_BYTES:], memoryview(bytearray())
-        )
-        self._openers[channel] = trial
+        self._session_streams().open_untrusted(channel, package)
+
+    def check_replacement_untrusted(self, channel: int, package: memoryview) -> None:
+        """Check that whoever sent `package` knows this session, before `replace_channel` takes his connection.
+
+        Raises RemoteProtocolError for a stranger, and the session goes on undisturbed; LocalProtocolError where no
+        connection is replaced any more.
+        """
+        self._require_replaceable()
+        self._session_streams().check_replacement_untrusted(channel, package)
+
+    def replace_channel(self, channel: int, out: memoryview) -> int:
+        """Take the checked connection as `channel` from here on; seals the record of what arrived before (R9).
+
+        Nothing that was sent over the one before may be imported any more: it would end the session.
+        """
+        self._require_replaceable()
+        return self._session_streams().replace(channel, out)
 
     # Import
 
@@ -228,7 +225,7 @@ class DestinationSvsm:
                 raise LocalProtocolError(
                     f"nothing is imported in a session that is {self._machine.state.name}"
                 )
-            opener = self._opener(channel)
+            opener = self._session_streams().opener(channel)
         try:
             # Plaintext stays in staging for one call only; an area that was used last is still in the cache.
             with self.staging.area(_STAGING_BYTES) as staging:
@@ -249,12 +246,13 @@ class DestinationSvsm:
         """
         if kind is BundleKind.ABORT_TOKEN and self._machine.state is State.VERIFIED:
             self.fail()
-        if self._sealer is None or _STATE_FOR.get(kind) is not self._machine.state:
+        answers = None if self._streams is None else self._streams.answers
+        if answers is None or answers.wiped or _STATE_FOR.get(kind) is not self._machine.state:
             raise LocalProtocolError(f"{kind.name} does not fit a session that is {self._machine.state.name}")
         if kind is BundleKind.ABORT_TOKEN:
             # FAILED for good first, and only then the word that lets the source go on (R7).
             self._journal.insist(State.FAILED)
-        length = self._sealer.seal(kind, FINAL_EPOCH, b"", hashlib.sha384(self._manifest).digest(), out)
+        length = answers.seal(kind, FINAL_EPOCH, b"", hashlib.sha384(self._manifest).digest(), out)
         if kind is BundleKind.ABORT_TOKEN:
             self._wipe()
         return length
@@ -370,6 +368,7 @@ class DestinationSvsm:
         self._epoch += 1
         self._epoch_bundles = 0
         self._seen.clear()
+        self._session_streams().close_epoch()
         self._content.refresh()
 
     def _import_vcpu(self, payload: bytes) -> None:
@@ -398,7 +397,7 @@ class DestinationSvsm:
             self._content.state_digest(),
             vcpu_digest(self._vcpu_states),
             hashlib.sha384(self._ledger or b"").digest(),
-            tuple(opener.record() for opener in self._openers),
+            self._session_streams().records(),
         )
 
     def _verify(self, manifest: Manifest, expected: Manifest | None) -> None:
@@ -437,10 +436,16 @@ class DestinationSvsm:
             raise LocalProtocolError("there is no session yet")
         return self._session
 
-    def _opener(self, channel: int) -> Opener:
-        if not 0 <= channel < len(self._openers):
-            raise LocalProtocolError(f"there is no channel {channel}")
-        return self._openers[channel]
+    def _session_streams(self) -> DestinationStreams:
+        if self._streams is None:
+            raise LocalProtocolError("there is no session yet")
+        return self._streams
+
+    def _require_replaceable(self) -> None:
+        if self._machine.state not in (State.KEYED, State.IMPORTING) or self._vcpu_states:
+            raise LocalProtocolError(
+                "no connection is replaced before there are keys, nor after the last epoch"
+            )
 
     def _drop_attempt(self, attempt: int) -> None:
         opened = self._attempts.pop(attempt, None)
@@ -453,11 +458,8 @@ class DestinationSvsm:
 
     def _wipe(self, *, keep_answer: bool = False) -> None:
         self._drop_attempts()
-        for opener in self._openers:
-            opener.wipe()
-        if self._sealer is not None and not keep_answer:
-            self._sealer.wipe()
-            self._sealer = None
+        if self._streams is not None:
+            self._streams.wipe(keep_answers=keep_answer)
         if self._session is not None:
             self._session.keys.wipe()
             self._session.ledger_key.drop()

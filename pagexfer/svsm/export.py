@@ -34,6 +34,15 @@ class Package(NamedTuple):
     zero_pages: int
 
 
+class Exported(NamedTuple):
+    """One sealed bundle: its length (0 where nothing was pending), its pages, and whether more may be pending."""
+
+    length: int
+    pages: int
+    zero_pages: int
+    more: bool
+
+
 class Packager:
     """Turns gfns into packages of one guest's memory.
 

@@ -2,6 +2,10 @@
 
 A stream is one direction of one channel in one incarnation. Its counter is raised before it is used and never goes back,
 so no nonce can come twice under a key. Any failure poisons the stream: there is no second try under the same key.
+
+A stream's transcript binds the tags of all its bundles, after the records of the streams whose place it took. The tags
+since the last `settle` are kept one by one, 16 bytes for each, so that a source whose connection broke can tell whether the
+other side's record of the bundles that arrived is true.
 """
 
 from __future__ import annotations
@@ -22,9 +26,11 @@ from ..errors import (
 )
 from ..wire.bundle import HEADER_BYTES, BundleHeader, nonce
 from ..wire.constants import MAX_BUNDLES_PER_KEY, MAX_BYTES_PER_KEY, TAG_BYTES
-from ..wire.token import ChannelRecord
+from ..wire.token import ChannelRecord, pack_records
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from ..wire.bundle import BundleKind, Direction
     from .keys import KeySchedule
 
@@ -39,14 +45,46 @@ class _Stream:
         self.incarnation = incarnation
         self.counter = 0
         self._payload_bytes = 0
-        self._tags = hashlib.sha384()
+        self._transcript = hashlib.sha384()
+        self._tags = bytearray()
+        self._follows = incarnation == 0
         secret = keys.traffic_key(direction, channel, incarnation)
         self._cipher: AESGCM | None = AESGCM(secret.reveal())
         secret.wipe()
 
-    def record(self) -> ChannelRecord:
-        """Counts and transcript so far, as the manifest has them."""
-        return ChannelRecord(self.channel, self.incarnation, self.counter, self._tags.digest())
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where the next bundle stands in the channel: incarnation and counter."""
+        return self.incarnation, self.counter
+
+    def record(self, bundles: int | None = None) -> ChannelRecord:
+        """Count and transcript of the first `bundles` bundles, by default of all so far.
+
+        Raises IntegrityError where there were not so many, or fewer than when the stream was settled last.
+        """
+        settled = self.counter - len(self._tags) // TAG_BYTES
+        count = self.counter if bundles is None else bundles
+        if not settled <= count <= self.counter:
+            raise IntegrityError(f"a record of {count} bundles of channel {self.channel}, of {self.counter}")
+        transcript = self._transcript.copy()
+        transcript.update(self._tags[: (count - settled) * TAG_BYTES])
+        return ChannelRecord(self.channel, self.incarnation, count, transcript.digest())
+
+    def follow(self, records: Iterable[ChannelRecord]) -> None:
+        """This stream took the place of those with these records, of the same channel. Only the first call counts."""
+        if not self._follows:
+            self._follows = True
+            self._transcript.update(pack_records(records))
+
+    def settle(self) -> None:
+        """Nobody will ask for a record of fewer bundles than now."""
+        self._transcript.update(self._tags)
+        self._tags.clear()
+
+    @property
+    def wiped(self) -> bool:
+        """Whether the key is gone."""
+        return self._cipher is None
 
     def wipe(self) -> None:
         """Drop the key. OpenSSL wipes its own copy when the cipher object ends."""
@@ -98,7 +136,7 @@ class Sealer(_Stream):
         cipher.encrypt_into(
             nonce(self.channel, self.incarnation, counter), plaintext, aad, out[len(aad) : end]
         )
-        self._tags.update(out[end - TAG_BYTES : end])
+        self._tags += out[end - TAG_BYTES : end]
         return end
 
 
@@ -125,7 +163,7 @@ class Opener(_Stream):
             raise
         self.counter += 1
         self._payload_bytes += len(out)
-        self._tags.update(sealed[-TAG_BYTES:])
+        self._tags += sealed[-TAG_BYTES:]
 
     def _check_place(self, header: BundleHeader) -> None:
         if header.session != self.session:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 import threading
-from typing import TYPE_CHECKING, Final, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING, Final
 
 from ..dirty import DirtyBitmap, as_run
 from ..errors import (
@@ -21,16 +19,9 @@ from ..errors import (
     PagexferError,
     RemoteProtocolError,
 )
-from ..wire.bundle import (
-    ENTRY_BYTES,
-    HEADER_BYTES,
-    BundleKind,
-    Direction,
-    parse_header_untrusted,
-)
+from ..wire.bundle import ENTRY_BYTES, HEADER_BYTES, BundleKind
 from ..wire.constants import (
     FINAL_EPOCH,
-    FIRST_EPOCH,
     MAX_BUNDLE_ENTRIES,
     MAX_CHANNELS,
     PAGE_SIZE,
@@ -39,23 +30,26 @@ from ..wire.constants import (
 from ..wire.handshake import Freshness, Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
-from ..wire.token import EpochTotals, Manifest, pack_start
-from .audit import PageDigests
+from ..wire.token import Manifest, pack_start
+from .audit import Audited, PageDigests
 from .content import ContentTable, vcpu_digest
-from .export import Packager
+from .epoch import EpochBook
+from .export import Exported, Packager
 from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
 from .ledger import check_chain, next_body
-from .sealing import Opener, Sealer
 from .staging import StagingPool
 from .states import SOURCE, Event, StateMachine
+from .streams import SourceStreams, open_answer_untrusted
 
 if TYPE_CHECKING:
     from ..attestation import Attestor, Claims
     from ..dirty import DirtyTracker
+    from .epoch import Replaced
     from .gate import VcpuGate
     from .journal import Journal
     from .memory import GuestMemory
+    from .sealing import Sealer
 
 # 1 MiB of payload. Half of it keeps plaintext and ciphertext in a core's L2 cache and costs as much again in calls; twice
 # of it gains nothing.
@@ -63,23 +57,6 @@ BUNDLE_PAGES: Final = 256
 
 _OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + TAG_BYTES
 _VCPU: Final = struct.Struct("<I")
-
-
-class Exported(NamedTuple):
-    """One sealed bundle: its length (0 where nothing was pending), its pages, and whether more may be pending."""
-
-    length: int
-    pages: int
-    zero_pages: int
-    more: bool
-
-
-class Audited(NamedTuple):
-    """One step of the audit: pages looked at, how many of them nobody had reported, and whether more are left."""
-
-    pages: int
-    found: int
-    more: bool
 
 
 class SourceSvsm:
@@ -106,6 +83,7 @@ class SourceSvsm:
         guest_id: bytes,
         *,
         audit: bool = False,
+        bundle_pages: int = BUNDLE_PAGES,
         ledger: bytes = b"",
         journal: Journal | None = None,
     ) -> None:
@@ -116,7 +94,6 @@ class SourceSvsm:
         if chain and chain[0].guest_id != guest_id:
             raise LocalProtocolError("the ledger is of another guest")
         self._ledger = ledger
-        self._ledger_sent = False
         self._memory = memory
         self._gate = gate
         self._tracker = tracker
@@ -126,8 +103,8 @@ class SourceSvsm:
         self._machine = StateMachine(SOURCE, self._journal.before_entering)
         self._handshake: SourceHandshake | None = None
         self._session: Established | None = None
-        self._sealers: list[Sealer] = []
-        self._opener: Opener | None = None
+        self._streams: SourceStreams | None = None
+        self._bundle_pages = bundle_pages
         self._audit = audit
         # As many as threads seal at a time: one that was used last is still in the cache.
         self._packagers: list[Packager] = []
@@ -138,9 +115,7 @@ class SourceSvsm:
         self._hinted = DirtyBitmap(memory.pages)
         self._found = DirtyBitmap(memory.pages)
         self._content = ContentTable(memory.states)
-        self._epoch = FIRST_EPOCH
-        self._epoch_bundles = 0
-        self._epoch_pages = 0
+        self._epoch = EpochBook(memory.pages)
         self._vcpu_states: dict[int, bytes] = {}
         self._manifest: bytes = b""
         self._peer_ready = False
@@ -215,26 +190,42 @@ class SourceSvsm:
             self.abort()
             raise
         self._session = session
-        keys = session.keys
-        self._sealers = [
-            Sealer(keys, Direction.FORWARD, channel) for channel in range(self._session.channels)
-        ]
-        self._opener = Opener(keys, Direction.BACKWARD, channel=0)
+        self._streams = SourceStreams(session.keys, session.channels)
 
     def open_channel(self, channel: int, out: memoryview) -> int:
         """Seal the bundle that proves to the destination that a connection is this session's `channel`."""
-        sealer = self._sealer(channel)
-        if sealer.counter:
-            raise LocalProtocolError(f"channel {channel} is open already")
-        return sealer.seal(BundleKind.CHANNEL_OPEN, self._epoch, b"", b"", out)
+        return self._session_streams().open(channel, out)
+
+    def replace_channel(self, channel: int, out: memoryview) -> int:
+        """As `open_channel`, for a connection that takes the place of a broken one (R9).
+
+        Nothing goes over the channel before `channel_replaced`. Raises LocalProtocolError once a vCPU's state was sealed,
+        KeyExhausted for a channel that breaks again and again.
+        """
+        self._require_replaceable()
+        return self._session_streams().replace(channel, out)
+
+    def channel_replaced(self, channel: int, package: memoryview) -> Replaced:
+        """Take the destination's word on what arrived over a channel before it was replaced. A forged one ends the session.
+
+        Pages that did not arrive are pending again from the next epoch on.
+        """
+        self._require_replaceable()
+        try:
+            lost = self._session_streams().settle(channel, bytes(package))
+            return self._epoch.account(lost, self._content)
+        except RemoteProtocolError:
+            self._fail()
+            raise
 
     def ledger(self, out: memoryview) -> int:
         """Seal the ledger of the guest's moves so far, once, and before the manifest."""
         self._require_no_manifest()
-        if self._ledger_sent:
+        if self._epoch.ledger is not None:
             raise LocalProtocolError("the ledger was sealed already")
-        length = self._seal(BundleKind.LEDGER, self._epoch, self._ledger, out)
-        self._ledger_sent = True
+        place = self._sealer(0).place
+        length = self._seal(BundleKind.LEDGER, self._epoch.next_number, self._ledger, out)
+        self._epoch.ledger = place
         return length
 
     # Epochs
@@ -244,12 +235,7 @@ class SourceSvsm:
 
         Raises LocalProtocolError, changing nothing, where it does not fit RAM.
         """
-        whole = np.zeros_like(self._hinted.words)
-        first_byte = first_gfn // 8
-        if first_gfn % 64 or len(log) % 8 or not 0 <= first_byte <= whole.nbytes - len(log):
-            raise LocalProtocolError("a part of a dirty log that does not fit RAM")
-        whole.view(np.uint8)[first_byte : first_byte + len(log)] = np.frombuffer(log, dtype=np.uint8)
-        self._hinted.union_words(whole)
+        self._hinted.union_part(first_gfn, log)
 
     def begin_epoch(self) -> DirtyBitmap:
         """Take in what was written since the last epoch; returns what is pending now (not to be changed).
@@ -258,7 +244,8 @@ class SourceSvsm:
         """
         self._machine.require(Event.EPOCH)
         self._require_no_manifest()
-        if self._epoch_bundles or self._sealing:
+        self._commit_epoch()
+        if self._epoch.bundles or self._sealing:
             raise LocalProtocolError("the epoch is under way: close it with its token first")
         if self._machine.state is State.KEYED and self._tracker is not None:
             self._tracker.start()
@@ -268,7 +255,7 @@ class SourceSvsm:
 
     def export(self, channel: int, start: int, stop: int, out: memoryview) -> Exported:
         """Seal the next bundle of what is pending in gfns `start` to `stop` - 1 into `out`."""
-        capacity = min(BUNDLE_PAGES, (len(out) - _OVERHEAD_BYTES) // PAGE_SIZE)
+        capacity = min(self._bundle_pages, (len(out) - _OVERHEAD_BYTES) // PAGE_SIZE)
         with self.lock:
             self._require_epoch()
             sealer = self._sealer(channel)
@@ -287,7 +274,7 @@ class SourceSvsm:
             if self._digests is not None and not self._audit_done():
                 self._digests.record(gfns, operations, payload)
             counter = sealer.counter
-            length = sealer.seal(BundleKind.PAGES, self._epoch, entries, payload, out)
+            length = sealer.seal(BundleKind.PAGES, self._epoch.number, entries, payload, out)
             sent = len(gfns)
         finally:
             with self.lock:
@@ -297,22 +284,21 @@ class SourceSvsm:
         with self.lock:
             self._require_epoch()  # the session may have ended meanwhile: then nothing leaves
             self._content.record(as_run(gfns), channel, sealer.incarnation, counter)
-            self._epoch_bundles += 1
-            self._epoch_pages += sent
+            self._epoch.add(sent)
             self._zero_run = len(payload) == 0
         return Exported(length, sent, zero_pages, more=len(found) == look or len(found) > sent)
 
     def epoch_token(self, out: memoryview) -> int:
         """Seal the token that closes the epoch (R3). Raises NotReady while anything is pending."""
         self._require_epoch()
+        self._commit_epoch()
         if self._pending.any() or self._sealing:
             raise NotReady(f"{self._pending.count()} pages are pending, {self._sealing} bundles being sealed")
-        if self._epoch + 1 >= FINAL_EPOCH:
+        if self._epoch.number + 1 >= FINAL_EPOCH:
             raise LocalProtocolError("the epoch counter is used up")
-        totals = EpochTotals(self._epoch_bundles, self._epoch_pages)
-        length = self._seal(BundleKind.EPOCH_TOKEN, self._epoch, totals.pack(), out)
-        self._epoch += 1
-        self._epoch_bundles = self._epoch_pages = 0
+        place = self._sealer(0).place
+        length = self._seal(BundleKind.EPOCH_TOKEN, self._epoch.number, self._epoch.totals.pack(), out)
+        self._epoch.seal(place)
         self._content.refresh()
         if self._digests is not None:
             self._digests.settle()
@@ -354,8 +340,9 @@ class SourceSvsm:
         self._require_parked()
         if vcpu in self._vcpu_states or not 0 <= vcpu < self._gate.vcpus:
             raise LocalProtocolError(f"vCPU {vcpu} was exported already or does not exist")
+        self._commit_epoch()
         state = self._gate.save_state(vcpu)
-        length = self._seal(BundleKind.VCPU_STATE, self._epoch, _VCPU.pack(vcpu) + state, out)
+        length = self._seal(BundleKind.VCPU_STATE, self._epoch.number, _VCPU.pack(vcpu) + state, out)
         self._vcpu_states[vcpu] = state
         return length
 
@@ -363,29 +350,30 @@ class SourceSvsm:
         """Seal the manifest (R6). Raises NotReady while a page is dirty or unsent or a vCPU is not exported."""
         self._require_parked()
         self._require_no_manifest()
-        if self._epoch_bundles == 0:
+        self._commit_epoch()
+        if self._epoch.bundles == 0:
             self._collect()
-        if self._epoch_bundles or self._sealing or self._pending.any() or not self._content.complete():
+        if self._epoch.bundles or self._sealing or self._pending.any() or not self._content.complete():
             raise NotReady("pages are dirty or unsent, or the epoch is open")
         if len(self._vcpu_states) != self._gate.vcpus:
             raise NotReady("not all vCPUs are exported")
-        if not self._ledger_sent:
+        if self._epoch.ledger is None:
             raise NotReady("the ledger was not sent")
         if self._digests is not None and not self._audit_done():
             raise NotReady("RAM was not audited since the vCPUs were parked")
         manifest = Manifest(
             self._memory.pages,
-            self._epoch - 1,
+            self._epoch.number - 1,
             self._gate.vcpus,
             self.freshness,
             self._content.content_digest(),
             self._content.state_digest(),
             vcpu_digest(self._vcpu_states),
             hashlib.sha384(self._ledger).digest(),
-            tuple(sealer.record() for sealer in self._sealers),
+            self._session_streams().records(),
         )
         self._manifest = manifest.pack()
-        return self._seal(BundleKind.MANIFEST, self._epoch, self._manifest, out)
+        return self._seal(BundleKind.MANIFEST, self._epoch.number, self._manifest, out)
 
     def start_token(self, out: memoryview) -> int:
         """Seal the start token: the point of no return, and durably so before the token exists (R7).
@@ -425,18 +413,10 @@ class SourceSvsm:
         self._let_go()
 
     def _accept(self, package: bytes) -> BundleKind:
-        if self._opener is None or not self._manifest:
+        if self._streams is None or not self._manifest:
             raise LocalProtocolError("no answer is awaited")
-        header = parse_header_untrusted(package, len(package))
-        if header.entry_count:
-            raise IntegrityError("answer with entries")
-        digest = bytearray(header.payload_bytes)
-        self._opener.open_untrusted(
-            header, package[:HEADER_BYTES], memoryview(package)[HEADER_BYTES:], memoryview(digest)
-        )
-        if header.epoch != FINAL_EPOCH:
-            raise IntegrityError("answer of another epoch")
-        if bytes(digest) != hashlib.sha384(self._manifest).digest():
+        header, digest = open_answer_untrusted(self._streams.answers, package)
+        if digest != hashlib.sha384(self._manifest).digest():
             raise IntegrityError("answer to another manifest")
         match header.kind:
             case BundleKind.READY if self._machine.state is State.PARKED:
@@ -458,14 +438,22 @@ class SourceSvsm:
         self._pending.union(self._memory.state_changes.take())
         self._pending.union(self._hinted.take())
         self._pending.union(self._found.take())
+        self._pending.union(self._epoch.lost.take())
 
     def _audit_done(self) -> bool:
         return self._audited_pages == self._memory.pages
 
+    def _commit_epoch(self) -> None:
+        if self._epoch.commit():
+            self._session_streams().close_epoch()
+
+    def _session_streams(self) -> SourceStreams:
+        if self._streams is None:
+            raise LocalProtocolError("there is no session yet")
+        return self._streams
+
     def _sealer(self, channel: int) -> Sealer:
-        if not 0 <= channel < len(self._sealers):
-            raise LocalProtocolError(f"there is no channel {channel}")
-        return self._sealers[channel]
+        return self._session_streams().sealer(channel)
 
     def _seal(self, kind: BundleKind, epoch: int, payload: bytes, out: memoryview) -> int:
         """Seal what is not pages, which goes over channel 0."""
@@ -475,6 +463,12 @@ class SourceSvsm:
         if self._machine.state not in (State.PRECOPY, State.PARKED):
             raise LocalProtocolError(f"no epoch is open in a session that is {self._machine.state.name}")
         self._require_no_manifest()
+
+    def _require_replaceable(self) -> None:
+        if self._machine.state not in (State.KEYED, State.PRECOPY, State.PARKED) or self._vcpu_states:
+            raise LocalProtocolError(
+                "no connection is replaced before there are keys, nor after the last epoch"
+            )
 
     def _require_no_manifest(self) -> None:
         if self._manifest:
@@ -503,7 +497,6 @@ class SourceSvsm:
         self._claimed = False
 
     def _wipe(self) -> None:
-        for stream in (*self._sealers, *([self._opener] if self._opener else [])):
-            stream.wipe()
-        if self._handshake is not None:
-            self._handshake.wipe()
+        for secrets in (self._streams, self._handshake):
+            if secrets is not None:
+                secrets.wipe()

@@ -46,6 +46,7 @@ class BundleKind(enum.IntEnum):
     ABORT_TOKEN = 8
     CHANNEL_OPEN = 9
     LEDGER = 10
+    CHANNEL_STATE = 11
 
 
 class Direction(enum.IntEnum):

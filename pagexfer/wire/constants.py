@@ -25,6 +25,9 @@ MAX_BUNDLE_PAYLOAD_BYTES: Final = MAX_BUNDLE_ENTRIES * PAGE_SIZE
 # Channel 0 carries the tokens; the channel number is a u16 and 0xFFFF stays unused.
 MAX_CHANNELS: Final = 1024
 MAX_VCPUS: Final = 4096
+# Connections that one channel may have in a session, the first and those that replaced a lost one: a record of each goes
+# back to the source (15 KiB at most), and a channel that breaks more often is of no use.
+MAX_INCARNATIONS: Final = 256
 
 FIRST_EPOCH: Final = 1
 FINAL_EPOCH: Final = 0xFFFFFFFF  # reserved for the start token and all that answers it (R3)

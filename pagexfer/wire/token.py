@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from ..errors import MalformedData
 from .constants import DIGEST_BYTES, MAX_CHANNELS
 from .handshake import Freshness
 from .ledger import SIGNATURE_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 # Epoch token:
 #   offset  size  field
@@ -41,7 +44,8 @@ assert _MANIFEST.size == 212
 #        0     2  channel
 #        2     2  incarnation
 #        4     8  bundles sealed, that is the next counter
-#       12    48  transcript: digest over the tags of all bundles in order
+#       12    48  transcript: digest over the records of the channel's incarnations before that
+#                   brought anything, and the tags of all bundles, in order
 _CHANNEL: Final = struct.Struct("<HHQ48s")
 assert _CHANNEL.size == 60
 
@@ -65,6 +69,9 @@ class ChannelRecord:
     incarnation: int
     bundles: int
     transcript: bytes
+
+    def pack(self) -> bytes:
+        return _CHANNEL.pack(self.channel, self.incarnation, self.bundles, self.transcript)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +101,7 @@ class Manifest:
             self.vcpu_digest,
             self.ledger_digest,
         )
-        return head + b"".join(
-            _CHANNEL.pack(record.channel, record.incarnation, record.bundles, record.transcript)
-            for record in self.channels
-        )
+        return head + pack_records(self.channels)
 
 
 def parse_epoch_totals_untrusted(data: bytes) -> EpochTotals:
@@ -105,6 +109,18 @@ def parse_epoch_totals_untrusted(data: bytes) -> EpochTotals:
     if len(data) != _EPOCH_TOTALS.size:
         raise MalformedData(f"epoch token of {len(data)} bytes")
     return EpochTotals(*_EPOCH_TOTALS.unpack(data))
+
+
+def pack_records(records: Iterable[ChannelRecord]) -> bytes:
+    """Channel records one after the other."""
+    return b"".join(record.pack() for record in records)
+
+
+def parse_records_untrusted(data: bytes) -> tuple[ChannelRecord, ...]:
+    """Channel records one after the other, maybe none. Raises MalformedData."""
+    if len(data) % _CHANNEL.size:
+        raise MalformedData(f"channel records of {len(data)} bytes")
+    return tuple(ChannelRecord(*fields) for fields in _CHANNEL.iter_unpack(data))
 
 
 def parse_manifest_untrusted(data: bytes) -> Manifest:
@@ -129,7 +145,7 @@ def parse_manifest_untrusted(data: bytes) -> Manifest:
         raise MalformedData(f"manifest of {len(data)} bytes for {channels} channels")
     if freshness not in Freshness.__members__.values():
         raise MalformedData(f"manifest with unknown freshness mode {freshness}")
-    records = tuple(ChannelRecord(*fields) for fields in _CHANNEL.iter_unpack(data[_MANIFEST.size :]))
+    records = parse_records_untrusted(data[_MANIFEST.size :])
     return Manifest(pages, epoch, vcpus, Freshness(freshness), content, states, vcpu_states, ledger, records)
 
 

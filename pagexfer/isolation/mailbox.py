@@ -1,0 +1,83 @@
+"""The SVSM's end of a mailbox: slots in one memfd, a pair of doorbells and a handler for each."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from typing import TYPE_CHECKING, Final
+
+from ..errors import UsageError
+from ..svsm.handler import Handler
+from ..wire.slot import SlotGeometry, SlotMemory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Self
+
+    from ..svsm.service import SlotService
+
+# include/uapi/linux/fcntl.h; without them the host could take memory away under the SVSM, which would die of it.
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+
+
+class Mailbox:
+    """`count` slots of one geometry, which `open` fills in order. A context manager that ends their handlers."""
+
+    def __init__(
+        self,
+        count: int,
+        buffers: int,
+        buffer_bytes: int,
+        on_death: Callable[[], None],
+        cpus: tuple[int, ...] = (),
+    ) -> None:
+        self._buffers = buffers
+        self._buffer_bytes = buffer_bytes
+        self._on_death = on_death
+        self._cpus = cpus
+        self._slot_bytes = SlotGeometry(0, buffers, buffer_bytes).slot_bytes
+        self._bells: list[int] = []
+        self.handlers: list[Handler] = []
+        self.memory_fd = os.memfd_create("mailbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(self.memory_fd, count * self._slot_bytes)
+            fcntl.fcntl(self.memory_fd, fcntl.F_ADD_SEALS, _SEALS)
+            self._memory = memoryview(mmap.mmap(self.memory_fd, count * self._slot_bytes))
+        except BaseException:
+            os.close(self.memory_fd)
+            raise
+
+    def open(self, slot_id: int, serve: Callable[[SlotMemory], SlotService]) -> list[int]:
+        """Lay out the next slot and have it served; returns its doorbells, to the SVSM and to the host.
+
+        Raises UsageError where this process may not have as many files.
+        """
+        start = len(self.handlers) * self._slot_bytes
+        memory = self._memory[start : start + self._slot_bytes]
+        slot = SlotMemory.format(memory, SlotGeometry(slot_id, self._buffers, self._buffer_bytes))
+        try:
+            to_svsm, to_host = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
+        except OSError as error:
+            raise UsageError(f"no doorbell for slot {slot_id}: {error.strerror}; see 'ulimit -n'") from None
+        self._bells += (to_svsm, to_host)
+        cpu = self._cpus[len(self.handlers) % len(self._cpus)] if self._cpus else None
+        handler = Handler(slot, serve(slot), to_svsm, to_host, self._on_death, cpu)
+        self.handlers.append(handler)
+        handler.start()
+        return [to_svsm, to_host]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handler in self.handlers:
+            handler.stop()
+        for descriptor in (*self._bells, self.memory_fd):
+            os.close(descriptor)

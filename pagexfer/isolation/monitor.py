@@ -1,0 +1,244 @@
+"""The end of the monitor that has the guest: starts the engine's process and does what a hypervisor does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import suppress
+from socket import socketpair
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from ..engine.hypervisor import ThrottlingHypervisor
+from ..engine.progress import MigrationInfo, Status
+from ..errors import ChannelBroken, GuestError, MalformedData, Outcome, TransferAborted, UsageError
+from ..wire.monitor import Fields, as_fields, from_fields_untrusted
+from .link import Link
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from ..engine.hypervisor import Hypervisor
+    from ..engine.steering import Steering
+    from .task import Task
+
+# An engine shows that it lives twice a second; its start takes longer, on a busy machine much longer.
+START_TIMEOUT_S: Final = 60.0
+_LAST_WORDS_S: Final = 5.0
+
+
+class EngineProcess:
+    """One engine in a process of its own; `run` once. What it says is not believed, only passed on."""
+
+    def __init__(
+        self,
+        hypervisor: Hypervisor,
+        descriptors: list[int],
+        make_slots: Callable[[], list[int]],
+        on_progress: Callable[[MigrationInfo], None],
+        on_listening: Callable[[int], None],
+        on_stranger: Callable[[str], None],
+        steering: Steering,
+    ) -> None:
+        self._steering = steering
+        self._hypervisor = hypervisor
+        self._descriptors = descriptors
+        self._make_slots = make_slots
+        self._on_progress = on_progress
+        self._on_listening = on_listening
+        self._on_stranger = on_stranger
+        self._patience_s = START_TIMEOUT_S
+        self._end: Fields | None = None
+        self.latest: MigrationInfo | None = None
+
+    async def run(self, task: Task) -> MigrationInfo:
+        """Until the engine's end; returns its final figures.
+
+        Raises TransferAborted or UsageError as the engine says, TransferAborted with reason "engine" where it died, said
+        nothing for too long, or spoke nonsense. A cancel is passed on, and the engine's answer to it is awaited.
+        """
+        ours, theirs = socketpair()
+        with theirs:
+            process = await trio.lowlevel.open_process(
+                [sys.executable, "-m", "pagexfer.isolation.engine_process", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=sys.__stderr__,
+                pass_fds=(theirs.fileno(),),
+            )
+        link = Link(ours)
+        try:
+            await self._converse(link, task)
+        finally:
+            link.close()
+            with trio.CancelScope(shield=True):
+                with trio.move_on_after(_LAST_WORDS_S if self._end else 0):
+                    await process.wait()
+                process.kill()
+                await process.wait()
+        return self._result()
+
+    async def _converse(self, link: Link, task: Task) -> None:
+        ended = trio.Event()
+        conversation = trio.CancelScope(shield=True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._talk, link, task, conversation, ended)
+            try:
+                await ended.wait()
+            except trio.Cancelled:
+                with trio.move_on_after(task.stall_timeout_s, shield=True):
+                    await self._cancel(link)
+                    await ended.wait()
+                conversation.cancel()
+                # Where the cancel came too late, the engine's end stands.
+                if self._end is None or self._end.get("type") == "cancelled":
+                    raise
+
+    async def _talk(self, link: Link, task: Task, conversation: trio.CancelScope, ended: trio.Event) -> None:
+        with conversation:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._begin, link, task)
+                nursery.start_soon(self._steer, link, task)
+                nursery.start_soon(self._end_on_cancel, link)
+                await self._serve(link, task)
+                nursery.cancel_scope.cancel()
+        ended.set()
+
+    async def _cancel(self, link: Link) -> None:
+        try:
+            await link.send({"type": "cancel"})
+        except ChannelBroken:
+            return
+
+    async def _begin(self, link: Link, task: Task) -> None:
+        try:
+            await link.send_descriptors(self._descriptors)
+            await link.send({"type": "task", "task": as_fields(task)})
+        except (ChannelBroken, OSError):
+            return  # the other task hears of its end
+
+    async def _steer(self, link: Link, task: Task) -> None:
+        """Pass on what the operator changes, for ever."""
+        passed_on = task.parameters
+        while True:
+            if self._steering.parameters == passed_on:
+                await self._steering.wait_changed()
+                continue
+            passed_on = self._steering.parameters
+            with suppress(ChannelBroken):
+                await link.send({"type": "parameters", "parameters": as_fields(passed_on)})
+
+    async def _end_on_cancel(self, link: Link) -> None:
+        await self._steering.wait_cancelled()
+        with suppress(ChannelBroken):
+            await link.send({"type": "end"})
+
+    async def _serve(self, link: Link, task: Task) -> None:
+        try:
+            while self._end is None:
+                with trio.fail_after(self._patience_s):
+                    fields, payload = await link.receive()
+                self._patience_s = task.stall_timeout_s
+                await self._take(link, fields, payload)
+        except ChannelBroken:
+            self._end = self._end or _failed("the engine's process ended without a word")
+        except MalformedData as error:
+            self._end = _failed(f"the engine's process spoke nonsense: {error}")
+        except trio.TooSlowError:
+            self._end = _failed(f"the engine's process said nothing for {self._patience_s:g} s")
+
+    async def _take(self, link: Link, fields: Fields, payload: bytes) -> None:
+        match fields:
+            case {"type": "alive"}:
+                return
+            case {"type": "progress", "info": info}:
+                self.latest = from_fields_untrusted(MigrationInfo, info)
+                self._steering.waits(paused=self.latest.status is Status.PRE_SWITCHOVER)
+                self._on_progress(self.latest)
+            case {"type": "listening", "port": int(port)}:
+                self._on_listening(port)
+            case {"type": "stranger", "line": str(line)}:
+                self._on_stranger("".join(c if c.isprintable() else " " for c in line)[:500])
+            case {"type": "call", "id": int(number), "name": str(name)}:
+                await self._answer(link, number, name, payload)
+            case {"type": "completed" | "aborted" | "cancelled" | "unusable"}:
+                self._end = fields
+            case _:
+                raise MalformedData("a message of no known type")
+
+    async def _answer(self, link: Link, number: int, name: str, payload: bytes) -> None:
+        calls: dict[str, Callable[[bytes], Awaitable[bytes]]] = {
+            "stop": self._stop,
+            "resume": self._resume,
+            "throttle": self._throttle,
+            "save_device_state": self._save,
+            "load_device_state": self._load,
+            "start_dirty_log": self._start_log,
+            "collect_dirty_log": self._collect_log,
+            "stop_dirty_log": self._stop_log,
+        }
+        try:
+            if name == "slots":
+                await link.send_descriptors(self._make_slots())
+                answer = b""
+            elif name in calls:
+                answer = await calls[name](payload)
+            else:
+                raise MalformedData(f"a call that there is not: {name[:40]!r}")
+        except (GuestError, UsageError) as error:
+            await link.send({"type": "refused", "id": number, "message": str(error)})
+        else:
+            await link.send({"type": "done", "id": number}, answer)
+
+    async def _stop(self, _payload: bytes) -> bytes:
+        await self._hypervisor.stop()
+        return b""
+
+    async def _resume(self, _payload: bytes) -> bytes:
+        await self._hypervisor.resume()
+        return b""
+
+    async def _throttle(self, payload: bytes) -> bytes:
+        if not isinstance(self._hypervisor, ThrottlingHypervisor) or len(payload) != 1:
+            raise MalformedData("a throttle was asked for that there is not")
+        await self._hypervisor.throttle(payload[0])
+        return b""
+
+    async def _save(self, _payload: bytes) -> bytes:
+        return await self._hypervisor.save_device_state()
+
+    async def _load(self, payload: bytes) -> bytes:
+        await self._hypervisor.load_device_state(payload)
+        return b""
+
+    async def _start_log(self, _payload: bytes) -> bytes:
+        if self._hypervisor.dirty_log is not None:
+            await trio.to_thread.run_sync(self._hypervisor.dirty_log.start)
+        return b""
+
+    async def _collect_log(self, _payload: bytes) -> bytes:
+        log = self._hypervisor.dirty_log
+        if log is None:
+            raise MalformedData("a dirty log was asked for where there is none")
+        bitmap = await trio.to_thread.run_sync(log.collect)
+        return bitmap.words.tobytes()
+
+    async def _stop_log(self, _payload: bytes) -> bytes:
+        if self._hypervisor.dirty_log is not None:
+            await trio.to_thread.run_sync(self._hypervisor.dirty_log.stop)
+        return b""
+
+    def _result(self) -> MigrationInfo:
+        match self._end:
+            case {"type": "completed", "info": info}:
+                return from_fields_untrusted(MigrationInfo, info)
+            case {"type": "unusable", "message": str(message)}:
+                raise UsageError(message)
+            case {"type": "aborted", "outcome": int(outcome), "reason": str(reason), "message": str(message)}:
+                known = outcome if outcome in (Outcome.REFUSED, Outcome.UNDECIDED) else Outcome.ENDED
+                raise TransferAborted(Outcome(known), reason, message)
+        raise TransferAborted(Outcome.ENDED, "engine", "the engine's process said nothing that makes sense")
+
+
+def _failed(message: str) -> Fields:
+    return {"type": "aborted", "outcome": int(Outcome.ENDED), "reason": "engine", "message": message}

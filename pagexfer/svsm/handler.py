@@ -1,0 +1,107 @@
+"""A migration handler: the thread that serves one slot whose host lives in another process.
+
+It sleeps on the slot's doorbell and starts on its signal. A bell that got lost costs a bounded wait, as the handler looks
+at the registers from time to time also without one.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ..wire.slot import SlotMemory
+    from .service import SlotService
+
+# Looks without a bell. One look takes some 20 µs, so that a thousand idle handlers use a few percent of a core.
+FALLBACK_MS: Final = 1000
+# Looks for the next command before sleep, some 50 µs: less than a sleeper takes to wake. Where they are in vain they
+# are left out more and more often, and at most this often.
+LOOKS: Final = 64
+MAX_PAUSE: Final = 64
+_END_TIMEOUT_S: Final = 5.0
+
+
+class Handler:
+    """Serves `service` over `slot` from `start` to `stop`: woken by the eventfd `to_svsm`, it answers on `to_host`.
+
+    `cpu` pins the thread. Where the thread dies of a defect, or is killed, `on_death` is called in it, the command that it
+    was at is answered as a fault, and the slot serves nothing any more.
+    """
+
+    def __init__(
+        self,
+        slot: SlotMemory,
+        service: SlotService,
+        to_svsm: int,
+        to_host: int,
+        on_death: Callable[[], None],
+        cpu: int | None = None,
+    ) -> None:
+        self._slot = slot
+        self._service = service
+        self._to_svsm = to_svsm
+        self._to_host = to_host
+        self._on_death = on_death
+        self._cpu = cpu
+        self._stopping = False
+        name = f"handler-{slot.geometry.slot_id}"
+        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve."""
+        self.thread.start()
+
+    def stop(self) -> None:
+        """Serve nothing any more. Returns once the command that is being carried out is done."""
+        self._stopping = True
+        _ring(self._to_svsm)
+        self.thread.join(_END_TIMEOUT_S)
+
+    def _run(self) -> None:
+        ended = False
+        try:
+            if self._cpu is not None:
+                os.sched_setaffinity(0, {self._cpu})  # of this thread alone
+            self._serve()
+            ended = True
+        finally:
+            if not ended:
+                self._on_death()
+                self._service.fault(self._slot.command_sequence)
+                _ring(self._to_host)
+
+    def _serve(self) -> None:
+        bell = select.poll()
+        bell.register(self._to_svsm, select.POLLIN)
+        answered = 0
+        looks, pause, commands = 0, 1, 0
+        while not self._stopping:
+            seen = self._slot.command_sequence
+            if seen != answered:
+                if looks:
+                    pause = 1  # it was worth it
+                # What cannot be read has no number of its own: it is not looked at twice.
+                answered = self._service.service() or seen
+                _ring(self._to_host)
+                commands += 1
+                looks = 0 if commands % pause else LOOKS
+            elif looks:
+                os.sched_yield()  # on a busy machine the host waits for this very core
+                looks -= 1
+                if not looks:
+                    pause = min(2 * pause, MAX_PAUSE)
+            elif bell.poll(FALLBACK_MS):
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._to_svsm)
+
+
+def _ring(bell: int) -> None:
+    # A counter that is full has rung often enough.
+    with suppress(BlockingIOError):
+        os.eventfd_write(bell, 1)

@@ -1,0 +1,261 @@
+"""The engine as a process of its own: it completes, it shares no RAM and no key, and whoever dies leaves one answer."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+
+from pagexfer.errors import Outcome, TransferAborted
+from pagexfer.guests.simulated import SimulatedGuest
+from pagexfer.migration import MigrationReport, receive_guest, send_guest
+from pagexfer.svsm import keys
+from pagexfer.testing.proxy import Action, FaultProxy, after_bytes, at_bundle
+from pagexfer.wire.bundle import BundleKind
+
+from .machines import ATTESTOR, HOST, PATIENCE_S, RAM_BYTES, VCPUS, Side, goes_on, is_parked, never_ran
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pagexfer.testing.proxy import Frame
+
+_RATE: Final = 5 << 20
+_STALL_S: Final = 1.5
+
+
+class Pair:
+    """A source guest that runs and a destination guest, and how their migration ended."""
+
+    def __init__(self) -> None:
+        self.source = SimulatedGuest.boot(RAM_BYTES, VCPUS, write_rate_bytes=_RATE)
+        self.destination = SimulatedGuest.empty(RAM_BYTES, VCPUS)
+        self.sent, self.received = Side(), Side()
+        self.stall_s = _STALL_S
+
+    async def migrate(
+        self, point: Callable[[Frame], bool] | None, act: Callable[[], None], channels: int = 2
+    ) -> None:
+        """Migrate, `act` being called once `point` comes by."""
+        await self.source.hypervisor.resume()
+        self.source.gate.release()
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as nursery:
+                port = await nursery.start(self._receive)
+                if point is not None:
+                    proxy = FaultProxy(HOST, port, point, Action.PASS, act)
+                    port = await nursery.start(proxy.serve)
+                await self._send(port, channels)
+                with trio.move_on_after(PATIENCE_S):
+                    while self.received.end is None:  # noqa: ASYNC110 (its task ends with it)
+                        await trio.sleep(0.005)
+                nursery.cancel_scope.cancel()
+
+    async def _send(self, port: int, channels: int) -> None:
+        try:
+            self.sent.end = await send_guest(
+                self.source,
+                HOST,
+                port,
+                ATTESTOR,
+                channels=channels,
+                downtime_limit_s=1.0,
+                stall_timeout_s=self.stall_s,
+                isolated=True,
+            )
+        except TransferAborted as aborted:
+            self.sent.end = aborted
+
+    async def _receive(self, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED) -> None:
+        try:
+            self.received.end = await receive_guest(
+                self.destination,
+                HOST,
+                0,
+                ATTESTOR,
+                stall_timeout_s=self.stall_s,
+                isolated=True,
+                on_listening=task_status.started,
+            )
+        except TransferAborted as aborted:
+            self.received.end = aborted
+
+    def close(self) -> None:
+        self.source.close()
+        self.destination.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    pair = Pair()
+    yield pair
+    pair.close()
+    assert _engines() == []
+
+
+def _engines() -> list[int]:
+    """Engine processes of this one, the destination's first."""
+    # A child counts as the thread's that made it, which may have ended: so all processes are looked at.
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = (process / "stat").read_text().rpartition(") ")[2].split()[1]
+            if int(parent) == os.getpid() and b"engine_process" in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+        except OSError:
+            continue
+    return sorted(found)
+
+
+def _nothing() -> None:
+    return
+
+
+@pytest.mark.parametrize("channels", [1, 4, 16])
+async def test_a_migration_completes(pair: Pair, channels: int) -> None:
+    await pair.migrate(None, _nothing, channels)
+    assert isinstance(pair.sent.end, MigrationReport), pair.sent.end
+    assert isinstance(pair.received.end, MigrationReport), pair.received.end
+    assert len(pair.sent.end.info.channels) == channels
+    assert await goes_on(pair.destination)
+    assert is_parked(pair.source)
+
+
+async def test_the_engine_has_neither_ram_nor_keys(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.stall_s = 10.0  # the look takes its time, and this process waits for it
+    secrets: list[bytes] = []
+    derive = keys.KeySchedule.traffic_key
+
+    def noted(self: keys.KeySchedule, *stream: int) -> object:
+        secret = derive(self, *stream)  # type: ignore[arg-type]
+        secrets.append(bytes(secret.reveal()))
+        return secret
+
+    monkeypatch.setattr(keys.KeySchedule, "traffic_key", noted)
+    marker = bytes(pair.source.memory.words[RAM_BYTES // 8192][:8].tobytes())
+    assert any(marker)
+    found: dict[str, list[str]] = {}
+
+    def look() -> None:
+        for engine in _engines():
+            maps = Path(f"/proc/{engine}/maps").read_text()
+            files = [os.readlink(file) for file in Path(f"/proc/{engine}/fd").iterdir() if file.is_symlink()]
+            memory = _memory_of(engine, maps)
+            found["maps"] = found.get("maps", []) + re.findall(r"memfd:\S+", maps)
+            found["files"] = found.get("files", []) + files
+            found["memory"] = found.get("memory", []) + [
+                name
+                for name, secret in (("marker", marker), *(("key", secret) for secret in secrets))
+                if secret in memory
+            ]
+
+    await pair.migrate(at_bundle(BundleKind.MANIFEST), look)
+    assert isinstance(pair.sent.end, MigrationReport), pair.sent.end
+    assert secrets
+    assert set(found["maps"]) == {"memfd:mailbox"}
+    kinds = {re.sub(r"[\d\[\]]+$", "", file) for file in found["files"]}
+    assert kinds <= {
+        "/dev/null",
+        "pipe:",
+        "socket:",
+        "anon_inode:[eventfd",
+        "anon_inode:[eventpoll",
+        "/memfd:mailbox (deleted)",
+    } | {os.readlink("/proc/self/fd/2")} | {file for file in kinds if file.startswith("/dev/")}
+    assert found["memory"] == []
+
+
+def _memory_of(process: int, maps: str) -> bytes:
+    """All that a process can read, its mailbox among it."""
+    content = bytearray()
+    with Path(f"/proc/{process}/mem").open("rb", buffering=0) as memory:
+        for line in maps.splitlines():
+            area = re.match(r"([0-9a-f]+)-([0-9a-f]+) rw", line)
+            if area is None:
+                continue
+            start, end = int(area[1], 16), int(area[2], 16)
+            if "memfd:mailbox" in line:
+                end = min(end, start + (16 << 20))  # the slots that this session has
+            memory.seek(start)
+            try:
+                while start < end and (part := memory.read(end - start)):
+                    content += part
+                    start += len(part)
+            except OSError:
+                continue
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("point", "side", "outcome"),
+    [
+        (lambda: after_bytes(1, 1 << 20), 0, Outcome.ENDED),
+        (lambda: after_bytes(1, 1 << 20), 1, Outcome.ENDED),
+        (lambda: at_bundle(BundleKind.MANIFEST), 0, Outcome.ENDED),
+        (lambda: at_bundle(BundleKind.MANIFEST), 1, Outcome.ENDED),
+        (lambda: at_bundle(BundleKind.RUNNING), 1, Outcome.UNDECIDED),
+    ],
+    ids=["epoch-destination", "epoch-source", "manifest-destination", "manifest-source", "running-source"],
+)
+async def test_an_engine_killed_at(
+    pair: Pair, point: Callable[[], Callable[[Frame], bool]], side: int, outcome: Outcome
+) -> None:
+    await pair.migrate(point(), lambda: os.kill(_engines()[side], signal.SIGKILL))
+    assert isinstance(pair.sent.end, TransferAborted), pair.sent.end
+    assert pair.sent.end.outcome is outcome
+    if outcome is Outcome.ENDED:
+        assert isinstance(pair.received.end, TransferAborted)
+        assert never_ran(pair.destination)
+        assert await goes_on(pair.source)
+    else:
+        assert isinstance(pair.received.end, MigrationReport)
+        assert is_parked(pair.source)
+        assert await goes_on(pair.destination)
+
+
+async def test_an_engine_that_stands_still_is_ended(pair: Pair) -> None:
+    await pair.migrate(after_bytes(1, 1 << 20), lambda: os.kill(_engines()[1], signal.SIGSTOP))
+    assert isinstance(pair.sent.end, TransferAborted)
+    assert (pair.sent.end.outcome, pair.sent.end.reason) == (Outcome.ENDED, "engine")
+    assert await goes_on(pair.source)
+    assert never_ran(pair.destination)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("which", [0, -1], ids=["destination", "source"])
+async def test_a_handler_that_dies_ends_the_session(pair: Pair, which: int) -> None:
+    def kill() -> None:
+        handlers = [thread for thread in threading.enumerate() if thread.name == "handler-1"]
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(handlers[which].ident or 0), ctypes.py_object(SystemExit)
+        )
+
+    await pair.migrate(after_bytes(1, 1 << 20), kill)
+    assert isinstance(pair.sent.end, TransferAborted), pair.sent.end
+    assert pair.sent.end.outcome is Outcome.ENDED
+    assert await goes_on(pair.source)
+    assert never_ran(pair.destination)
+
+
+async def test_an_idle_mailbox_costs_next_to_nothing() -> None:
+    with SimulatedGuest.empty(RAM_BYTES, VCPUS) as guest:
+        async with trio.open_nursery() as nursery:
+            listening = trio.Event()
+            nursery.start_soon(_wait_for_ever, guest, listening)
+            await listening.wait()
+            began = os.times()
+            await trio.sleep(1)
+            spent = os.times()
+            nursery.cancel_scope.cancel()
+    assert spent.user + spent.system - began.user - began.system < 0.05
+
+
+async def _wait_for_ever(guest: SimulatedGuest, listening: trio.Event) -> None:
+    await receive_guest(guest, HOST, 0, ATTESTOR, isolated=True, on_listening=lambda _port: listening.set())
