@@ -11,7 +11,7 @@ BENCHES: Final = {
     "scale": "what a larger guest costs, and what follows for 1 TiB",
     "convergence": "write rate against each policy; predicted against actual downtime",
     "dirty": "bitmap operations and dirty trackers against memory bandwidth",
-    "mailbox": "slots between two processes against a direct call",
+    "mailbox": "slots between two processes: doorbells, handshakes per GiB, handlers, --isolated",
     "qemu": "against QEMU's own multifd migration, plain and with TLS",
     "handshake": "the handshake with a pre-shared key and with reports",
     "audit": "digest audit, tokens and manifest against the move",
@@ -21,4 +21,4 @@ COMMANDS: Final = {
     "report": "the tables of docs/performance.md from a result file",
 }
 # Those of them that draw.
-PLOTTED: Final = ("channels", "links", "scale")
+PLOTTED: Final = ("channels", "links", "mailbox", "scale")

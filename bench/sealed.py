@@ -21,7 +21,10 @@ _PSK: Final = bytes(range(32))
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One migration: of which guest, and how. `free` is the part of RAM that is zero."""
+    """One migration: of which guest, and how. `free` is the part of RAM that is zero.
+
+    Where it is `isolated`, what the engine's process spends is not counted.
+    """
 
     ram_bytes: int
     channels: int
@@ -30,6 +33,7 @@ class Move:
     write_rate_bytes: int = 0
     downtime_limit_s: float = 0.3
     seed: int = 1
+    isolated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,13 @@ def receive(move: Move, host: str, on_listening: Callable[[int], None]) -> Side 
         attestor = pagexfer.PskAttestor(_PSK)
         try:
             await pagexfer.receive_guest(
-                guest, host, 0, attestor, on_listening=on_listening, on_progress=watch_from_setup
+                guest,
+                host,
+                0,
+                attestor,
+                isolated=move.isolated,
+                on_listening=on_listening,
+                on_progress=watch_from_setup,
             )
         except pagexfer.TransferAborted:
             return None
@@ -89,6 +99,7 @@ def send(move: Move, host: str, port: int) -> Moved:
                 channels=move.channels,
                 downtime_limit_s=move.downtime_limit_s,
                 bundle_pages=move.bundle_pages,
+                isolated=move.isolated,
                 on_progress=lambda info: seen.__setitem__(slice(None), [info]),
             )
         except pagexfer.TransferAborted as aborted:

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 import trio
 
 from .engine.destination import DestinationEngine
+from .engine.hypervisor import ThrottlingHypervisor
 from .engine.slots import Slot
 from .engine.source import SourceEngine, SourceOptions
+from .engine.steering import DOWNTIME_LIMIT_S, MigrationParameters, Steering
 from .engine.streams import STALL_TIMEOUT_S, listen
 from .errors import LedgerRefused, MalformedData, TransferAborted, UsageError
 from .isolation.sides import BUFFER_BYTES, BUFFERS, receive_isolated, send_isolated
@@ -72,7 +74,8 @@ async def send_guest(
     ledger: bytes = b"",
     channels: int = 4,
     bundle_pages: int = BUNDLE_PAGES,
-    downtime_limit_s: float = 0.3,
+    downtime_limit_s: float | None = None,
+    steering: Steering | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
     freshness: FreshnessChoice = "auto",
     journal: Path | None = None,
@@ -84,6 +87,9 @@ async def send_guest(
 
     A bundle has up to `bundle_pages` pages with content, as far as they fit a slot's buffer: more of them cost less in
     calls, fewer stay in a core's cache.
+
+    `steering` holds what may be changed while it runs, and can pause and end it; make one for each migration.
+    `downtime_limit_s` is short for one that is never changed.
 
     A destination that is silent, or takes nothing, for `stall_timeout_s` is taken for dead. With a file as `journal`,
     `pagexfer recover` answers after a crash who may run the guest; without one nobody can.
@@ -105,14 +111,17 @@ async def send_guest(
         raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
     if not 1 <= bundle_pages <= MAX_BUNDLE_ENTRIES:
         raise UsageError(f"a bundle has 1 to {MAX_BUNDLE_ENTRIES} pages, not {bundle_pages}")
-    if not 0 < downtime_limit_s < 2000:
-        raise UsageError(f"a downtime limit is above 0 and below 2000 s, not {downtime_limit_s:g} s")
+    if steering is None:
+        limit_s = DOWNTIME_LIMIT_S if downtime_limit_s is None else downtime_limit_s
+        steering = Steering(MigrationParameters(downtime_limit_s=limit_s))
+    elif downtime_limit_s is not None:
+        raise UsageError("the downtime limit is given twice: leave it to the steering")
     if freshness not in get_args(FreshnessChoice):
         raise UsageError(f"freshness is {' or '.join(get_args(FreshnessChoice))}, not {freshness}")
     _check_network(port, 1, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
     audit = freshness == "digest-audit"
-    options = SourceOptions(channels, downtime_limit_s, stall_timeout_s, audit)
+    options = SourceOptions(channels, stall_timeout_s, audit)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
         kept = None if journal is None else FileJournal.for_session(journal)
@@ -140,9 +149,11 @@ async def send_guest(
             cpus,
             stall_timeout_s,
             options,
+            steering.parameters,
+            isinstance(guest.hypervisor, ThrottlingHypervisor),
         )
         with kept or nullcontext():
-            info = await send_isolated(guest, svsm, task, on_progress)
+            info = await send_isolated(guest, svsm, task, steering, on_progress)
             return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
     engine = SourceEngine(
         _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
@@ -154,6 +165,7 @@ async def send_guest(
         guest.memory.pages,
         guest.gate.vcpus,
         options,
+        steering,
         on_progress,
     )
     with kept or nullcontext():

@@ -51,6 +51,7 @@ def test_names_are_those_of_query_migrate() -> None:
     assert {status.value for status in Status} == {
         "setup",
         "active",
+        "pre-switchover",
         "device",
         "completed",
         "failed",

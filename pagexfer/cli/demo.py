@@ -44,7 +44,7 @@ class _Ended(NamedTuple):
 
 def run_demo(
     attest: AttestorKind,
-    source_options: dict[str, str],
+    source_options: list[str],
     kind: GuestKind,
     ram: int,
     vcpus: int,
@@ -54,7 +54,6 @@ def run_demo(
 ) -> int:
     """Run both sides, `both` being options of either, and print the merged report; returns the exit code."""
     guest = ["--guest", resolve_kind(kind), "--ram", str(ram), "--vcpus", str(vcpus), *both, "--json"]
-    options = [part for pair in source_options.items() for part in pair]
     with tempfile.TemporaryDirectory(prefix="pagexfer-") as folder:
         proof = _attestation(attest, Path(folder))
         with _Child(["receive", "--listen", "127.0.0.1:0", *proof, *guest]) as destination:
@@ -62,7 +61,7 @@ def run_demo(
             if address is None:
                 ended = destination.end(wait=True)
                 return _report(_Ended(ended.code, {}, ""), ended, as_json=as_json)
-            with _Child(["send", "--to", address, *proof, *options, *guest]) as source:
+            with _Child(["send", "--to", address, *proof, *source_options, *guest]) as source:
                 sent = source.end(wait=True)
             # A source that did not complete leaves a destination behind that may still wait for one.
             return _report(sent, destination.end(wait=sent.code == Outcome.COMPLETED), as_json=as_json)

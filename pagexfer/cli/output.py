@@ -57,16 +57,18 @@ def print_table(report: dict[str, object]) -> None:
 
 
 _FINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
-_MILLISECONDS = ("total-time", "downtime", "setup-time", "expected-downtime")
+_MILLISECONDS = ("total-time", "downtime", "setup-time", "expected-downtime", "downtime-limit")
+_PERCENT = ("cpu-throttle-percentage", "guest-slowdown-percentage")
 _BYTES = ("total", "transferred", "remaining", "normal-bytes")
 
 
 def _progress_text(info: MigrationInfo) -> str:
     ram = info.ram
+    throttle = f"  throttle {info.throttle.percentage} %" if info.throttle is not None else ""
     return (
         f"{info.status.value:<9} {info.percent:5.1f} %  epoch {ram.dirty_sync_count}  "
         f"{ram.transferred / 2**20:.0f} MiB sent, {ram.remaining / 2**20:.1f} MiB to go  "
-        f"{ram.mbps / 8 * 1e6 / 2**20:.0f} MiB/s  expected downtime {info.expected_downtime:.0f} ms"
+        f"{ram.mbps / 8 * 1e6 / 2**20:.0f} MiB/s  expected downtime {info.expected_downtime:.0f} ms{throttle}"
     )
 
 
@@ -79,6 +81,8 @@ def _rows(report: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:
             rows += [(prefix + key, str(item)) for item in value if not isinstance(item, dict)]
         elif key in _MILLISECONDS:
             rows.append((prefix + key, f"{value} ms"))
+        elif key in _PERCENT:
+            rows.append((prefix + key, f"{value} %"))
         elif key in _BYTES and isinstance(value, int):
             rows.append((prefix + key, f"{value / 2**20:.1f} MiB"))
         elif isinstance(value, bool):

@@ -6,7 +6,7 @@ opaque blob, its dirty log is a hint.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from ..dirty import DirtyTracker
@@ -34,4 +34,16 @@ class Hypervisor(Protocol):
 
     async def load_device_state(self, state: bytes) -> None:
         """Take over the state that the source's hypervisor saved. Raises GuestError where it does not fit."""
+        ...
+
+
+@runtime_checkable
+class ThrottlingHypervisor(Hypervisor, Protocol):
+    """A hypervisor that can slow its vCPUs down; one that cannot has no such method, and the engine does without."""
+
+    async def throttle(self, percentage: int) -> None:
+        """Keep every vCPU from running for `percentage` (0 to 99) of the time (QEMU's cpu-throttle-percentage).
+
+        It never holds up a park that the SVSM wants, and does not migrate with the guest.
+        """
         ...

@@ -16,6 +16,7 @@ class Status(enum.Enum):
 
     SETUP = "setup"
     ACTIVE = "active"
+    PRE_SWITCHOVER = "pre-switchover"  # waits for the operator; the guest runs, pre-copy goes on
     DEVICE = "device"  # black-out: vCPUs are parked
     COMPLETED = "completed"
     FAILED = "failed"
@@ -84,6 +85,14 @@ class AuditInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class ThrottleInfo:
+    """How the vCPUs are slowed down: percentage now, and over all of pre-copy, each weighted by how long it lasted."""
+
+    percentage: int
+    slowdown: float
+
+
+@dataclass(frozen=True, slots=True)
 class MigrationInfo:
     """A migration at one moment. Times are milliseconds, as QEMU has them; `percent` never goes back."""
 
@@ -96,9 +105,11 @@ class MigrationInfo:
     ram: RamInfo
     channels: tuple[ChannelInfo, ...]
     audit: AuditInfo | None = None
+    throttle: ThrottleInfo | None = None
+    downtime_limit: float | None = None
 
     def as_dict(self) -> dict[str, object]:
-        """The snapshot with QEMU's key names, ready for JSON; `audit` only where there was one."""
+        """The snapshot with QEMU's key names, ready for JSON; what there was none of is left out."""
         described: dict[str, object] = {
             "status": self.status.value,
             "total-time": round(self.total_time, 1),
@@ -112,6 +123,11 @@ class MigrationInfo:
         }
         if self.audit is not None:
             described["audit"] = self.audit.as_dict()
+        if self.throttle is not None:
+            described["cpu-throttle-percentage"] = self.throttle.percentage
+            described["guest-slowdown-percentage"] = round(self.throttle.slowdown, 1)
+        if self.downtime_limit is not None:
+            described["downtime-limit"] = round(self.downtime_limit, 1)
         return described
 
 
@@ -146,6 +162,7 @@ class Progress:
         self.dirty_sync_count = 0
         self.dirty_pages_rate = 0.0
         self.expected_downtime_s = 0.0
+        self.downtime_limit_s: float | None = None
         self.audit: AuditInfo | None = None
         self._ram_bytes = ram_bytes
         self._began = now
@@ -155,6 +172,10 @@ class Progress:
         self._epoch_pending = ram_bytes // PAGE_SIZE
         self._pages_before_epoch = 0
         self._percent = 0.0
+        # Percentage since when, and the sum of percentage times seconds before.
+        self._throttle: int | None = None
+        self._throttled_at = now
+        self._throttled = 0.0
 
     @property
     def pages(self) -> int:
@@ -176,6 +197,15 @@ class Progress:
         self.dirty_sync_count += 1
         self._epoch_pending = pending_pages
         self._pages_before_epoch = self.pages
+
+    def throttle(self, percentage: int, now: float) -> None:
+        """From now on the vCPUs are slowed down by so much."""
+        self._throttled = self._throttled_until(now)
+        self._throttle, self._throttled_at = percentage, now
+
+    def wait(self, *, waiting: bool) -> None:
+        """The operator is waited for, or not any more."""
+        self.status = Status.PRE_SWITCHOVER if waiting else Status.ACTIVE
 
     def park(self, now: float) -> None:
         """Black-out begins."""
@@ -227,4 +257,18 @@ class Progress:
                 for tally in self.channels
             ),
             self.audit,
+            self._throttle_info(now),
+            1000 * self.downtime_limit_s if self.downtime_limit_s is not None else None,
         )
+
+    def _throttle_info(self, now: float) -> ThrottleInfo | None:
+        if self._throttle is None or self._set_up is None:
+            return None
+        until = self._parked if self._parked is not None else now
+        running_s = max(until - self._set_up, 1e-6)
+        return ThrottleInfo(self._throttle, self._throttled_until(until) / running_s)
+
+    def _throttled_until(self, now: float) -> float:
+        # A guest that is parked is not slowed down: what is set then does not count.
+        until = min(now, self._parked) if self._parked is not None else now
+        return self._throttled + (self._throttle or 0) * max(until - self._throttled_at, 0.0)

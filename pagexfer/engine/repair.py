@@ -47,14 +47,25 @@ class Repair:
         self._connect = connect
         self._session = session
         self._patience_s = min(REPLACEMENT_TIMEOUT_S, stall_timeout_s)
+        self._watching = trio.CancelScope()
+        self._stopped = trio.Event()
         self._ended = trio.Event()
         self._renewed = trio.Event()
 
     async def watch(self) -> None:
-        """Wait for the ends of connections, for ever. While it runs nobody may receive on them."""
-        async with trio.open_nursery() as nursery:
-            for channel in self._channels:
-                nursery.start_soon(self._watch, channel)
+        """Wait for the ends of connections until `stop`. While it runs nobody may receive on them."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._watching = nursery.cancel_scope
+                for channel in self._channels:
+                    nursery.start_soon(self._watch, channel)
+        finally:
+            self._stopped.set()
+
+    async def stop(self) -> None:
+        """End `watch`, which has begun; returns once it has."""
+        self._watching.cancel()
+        await self._stopped.wait()
 
     async def wait_ended(self) -> None:
         """Until one of the connections has ended."""

@@ -40,7 +40,8 @@ from ..wire.handshake import parse_established_untrusted
 from ..wire.slot import Command, SlotStatus
 from .channel import SourceChannel
 from .control import Control
-from .convergence import Decision, EpochSample, decide
+from .convergence import Decision
+from .course import Course
 from .failure import SECOND_HAND, as_aborted, first_failure, hypervisor_call, say_farewell, undecided
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from .hypervisor import Hypervisor
     from .progress import MigrationInfo
     from .slots import Slot
+    from .steering import Steering
 
 PARK_TIMEOUT_S: Final = 5.0
 # The guest stands still while the destination checks the manifest: rather give up than wait for long.
@@ -63,17 +65,13 @@ _PARK_POLL_S: Final = 0.0002
 _AUDIT_TRIALS: Final = 3
 # Bytes of dirty log in one HINT command: 2 GiB of RAM.
 _HINT_BYTES: Final = 1 << 16
-_CANCELLED: Final = TransferAborted(
-    Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
-)
 
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """What a source's operator may choose."""
+    """What a source's operator chooses for good; `Steering` has what may change."""
 
     channels: int = 4
-    downtime_limit_s: float = 0.3
     stall_timeout_s: float = STALL_TIMEOUT_S
     audit: bool = False
 
@@ -89,6 +87,7 @@ class SourceEngine:
         ram_pages: int,
         vcpus: int,
         options: SourceOptions,
+        steering: Steering,
         on_progress: Callable[[MigrationInfo], None],
     ) -> None:
         self._control_slot = control_slot
@@ -97,11 +96,15 @@ class SourceEngine:
         self._ram_pages = ram_pages
         self._vcpus = vcpus
         self._options = options
+        self._steering = steering
         self._on_progress = on_progress
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
         self._channels: list[SourceChannel] = []
         self._lost_pages = 0  # since the epoch began
-        self._samples: list[EpochSample] = []
+        self._course = Course(steering, hypervisor, self._progress, options.stall_timeout_s)
+        self._cancelled = TransferAborted(
+            Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
+        )
         self._epoch = FIRST_EPOCH
         self._completed = False
 
@@ -109,7 +112,7 @@ class SourceEngine:
         """Migrate to the destination at `host`:`port`; returns the final figures.
 
         Raises TransferAborted with the outcome: ENDED or REFUSED with the guest running here again, UNDECIDED after the
-        start token. Cancelling it before the start token lets the guest go on here.
+        start token. Cancelling it, or its steering, before the start token lets the guest go on here.
         """
         control: Control | None = None
         try:
@@ -117,6 +120,8 @@ class SourceEngine:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._migrate, control, host, port, nursery.cancel_scope)
                 nursery.start_soon(self._report)
+                nursery.start_soon(self._course.follow, self._channels)
+                nursery.start_soon(self._end_on_cancel)
         except BaseException as error:
             if not self._completed:
                 with trio.CancelScope(shield=True):
@@ -137,13 +142,14 @@ class SourceEngine:
             self._progress.set_up(trio.current_time())
             connect_again = partial(connect, host, port, self._options.stall_timeout_s)
             repair = Repair(self._channels, connect_again, session, self._options.stall_timeout_s)
-            async with trio.open_nursery() as watching:
-                watching.start_soon(repair.watch)
+            nursery.start_soon(repair.watch)
+            with self._course.precopy():
                 await self._precopy(control, repair)
+            with self._course.blackout():
                 await self._blackout(control, repair)
-                watching.cancel_scope.cancel()
-            # Little is left to send from here on, and a connection that breaks ends the migration before START.
-            await self._hand_over(control)
+                # Little is left to send from here on, and a connection that breaks ends the migration before START.
+                await repair.stop()
+                await self._hand_over(control)
             nursery.cancel_scope.cancel()
         done.cancel()
 
@@ -168,7 +174,9 @@ class SourceEngine:
             self._channels.append(SourceChannel(channel, slot, connection, tally))
             self._progress.channels.append(tally)
             await self._channels[-1].open(session)
+        asked = trio.current_time()
         await control.receive(ChannelsOpen, self._options.stall_timeout_s)
+        self._course.answered(trio.current_time() - asked)
 
     async def _precopy(self, control: Control, repair: Repair) -> None:
         log = self._hypervisor.dirty_log
@@ -176,16 +184,11 @@ class SourceEngine:
             await trio.to_thread.run_sync(log.start)
         audit_s: float | None = None
         while True:
-            now = trio.current_time()
             pending, chunks = await self._begin_epoch()
             if audit_s is None:
                 audit_s = await self._predict_audit()
-            verdict = decide(self._samples, pending, now, self._options.downtime_limit_s, audit_s)
-            self._progress.expected_downtime_s = verdict.expected_downtime_s if self._samples else 0.0
-            if verdict.decision is Decision.SWITCHOVER:
+            if await self._course.decide(pending, audit_s) is Decision.SWITCHOVER:
                 return
-            if verdict.decision is Decision.GIVE_UP:
-                raise TransferAborted(Outcome.ENDED, "not-converging", verdict.reason)
             await self._transfer(control, repair, pending, chunks)
 
     async def _blackout(self, control: Control, repair: Repair) -> None:
@@ -196,6 +199,7 @@ class SourceEngine:
         # may write to pages that they share with the guest.
         with hypervisor_call("stop the guest"):
             await self._hypervisor.stop()
+        await self._course.lift_throttle()
         pending, chunks = await self._begin_epoch()
         if self._options.audit and await self._audit():
             pending, chunks = await self._begin_epoch()
@@ -269,16 +273,14 @@ class SourceEngine:
         """Send one epoch over all channels and have the destination close it."""
         began, sent = trio.current_time(), self._progress.transferred
         self._progress.begin_epoch(pending)
+        self._course.pace(self._channels)
         queue = deque(chunks)
         async with trio.open_nursery() as nursery:
             for channel in self._channels:
                 nursery.start_soon(self._send_epoch, channel, repair, queue)
         await self._close_epoch(control, repair)
         self._epoch += 1
-        seconds = trio.current_time() - began
-        if self._samples:
-            self._progress.dirty_pages_rate = pending / max(began - self._samples[-1].began_s, 1e-6)
-        self._samples.append(EpochSample(pending, began, self._progress.transferred - sent, seconds))
+        self._course.finished(pending, began, self._progress.transferred - sent)
 
     async def _send_epoch(self, channel: SourceChannel, repair: Repair, queue: deque[Chunk]) -> None:
         while True:
@@ -328,7 +330,9 @@ class SourceEngine:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(give_up)
-            closed = await control.receive(EpochClosed, self._options.stall_timeout_s)
+            asked = trio.current_time()
+            closed = await control.receive(EpochClosed, self._course.close_timeout_s(self._channels))
+            self._course.answered(trio.current_time() - asked)
             nursery.cancel_scope.cancel()
         if closed is not None and closed.epoch != self._epoch:
             raise MalformedData(f"the destination closed epoch {closed.epoch} instead of {self._epoch}")
@@ -338,6 +342,7 @@ class SourceEngine:
         """Replace a channel's connection; returns whether the epoch's token was lost with it."""
         damage = await repair.replace(channel)
         self._lost_pages += damage.pages
+        self._course.pace(self._channels)
         return damage.token
 
     async def _park(self) -> None:
@@ -364,6 +369,10 @@ class SourceEngine:
                 f"the destination answered {answer.name}, not {kind.name}",
             )
 
+    async def _end_on_cancel(self) -> None:
+        await self._steering.wait_cancelled()
+        raise self._cancelled
+
     async def _report(self) -> None:
         while True:
             self._on_progress(self._progress.info(trio.current_time()))
@@ -380,7 +389,7 @@ class SourceEngine:
             decided = False
         stuck = await self._let_go_on() if decided else None
         failure = first_failure(error)
-        aborted = _CANCELLED if failure is None else as_aborted(failure)
+        aborted = self._cancelled if failure is None else as_aborted(failure)
         if control is not None and aborted.reason in SECOND_HAND:
             aborted = await control.last_words() or aborted
         elif control is not None:
@@ -391,8 +400,8 @@ class SourceEngine:
             aborted = TransferAborted(
                 aborted.outcome, aborted.reason, f"{aborted}; and the guest does not go on here: {stuck}"
             )
-        self._finish(Status.CANCELLED if aborted is _CANCELLED else Status.FAILED)
-        if aborted is _CANCELLED:
+        self._finish(Status.CANCELLED if aborted is self._cancelled else Status.FAILED)
+        if failure is None and aborted is self._cancelled:
             raise error
         raise aborted from error
 
@@ -402,6 +411,7 @@ class SourceEngine:
         try:
             with hypervisor_call("continue the guest"):
                 await self._hypervisor.resume()
+            await self._course.lift_throttle()
             if log is not None:
                 await trio.to_thread.run_sync(log.stop)
         except GuestError as error:
@@ -409,6 +419,7 @@ class SourceEngine:
         return None
 
     def _finish(self, status: Status) -> MigrationInfo:
+        self._steering.waits(paused=False)
         self._progress.end(status, trio.current_time())
         info = self._progress.info(trio.current_time())
         self._on_progress(info)

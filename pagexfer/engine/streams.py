@@ -24,6 +24,9 @@ _WAKE_BYTES: Final = 1 << 18
 # A sender waits until less than a bundle has not left the kernel. The kernel alone would wake it when a third of the buffer
 # is free, and take a bundle in four parts.
 _UNSENT_BYTES: Final = 1 << 20
+# Linux, asm-generic/socket.h; Python's socket module does not name it. An unsigned long: bytes a second, all ones no limit.
+_SO_MAX_PACING_RATE: Final = 47
+_NO_PACE: Final = 2**64 - 1
 _NO_NAME: Final = "this is no host name"
 
 
@@ -39,6 +42,7 @@ class Connection:
         self._woken_at = 1
         self._turn_due = True
         self.ended = False  # whether peer, network or this side ended it, as far as anybody noticed
+        self._pace = _NO_PACE
         self.stall_timeout = stall_timeout
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -123,6 +127,17 @@ class Connection:
         except (OSError, trio.ClosedResourceError):
             await trio.lowlevel.checkpoint()
         self.ended = True
+
+    def pace(self, bytes_per_second: int | None) -> None:
+        """Have the kernel send no faster than this from now on; None is no limit. Raises ChannelBroken or ChannelClosed."""
+        pace = _NO_PACE if bytes_per_second is None else bytes_per_second
+        if pace == self._pace:
+            return
+        try:
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, pace.to_bytes(8, "little"))
+        except OSError as error:
+            raise self._broken(error) from None
+        self._pace = pace
 
     def close(self) -> None:
         """Close at once; a task that waits on the connection sees ChannelClosed."""

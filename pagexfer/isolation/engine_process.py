@@ -20,6 +20,7 @@ from ..engine.destination import DestinationEngine
 from ..engine.doorbell import Doorbells
 from ..engine.slots import Slot
 from ..engine.source import SourceEngine
+from ..engine.steering import MigrationParameters, Steering
 from ..engine.streams import listen
 from ..errors import ChannelBroken, GuestError, MalformedData, TransferAborted, UsageError
 from ..wire.monitor import Fields, as_fields, from_fields_untrusted
@@ -45,6 +46,7 @@ class Engine:
         self._doorbells: list[Doorbells] = []
         self._news, self._reports = trio.open_memory_channel[Fields](1 << 12)
         self._told = trio.Event()
+        self._steering = Steering()
         self.work = trio.CancelScope()
 
     # Calls of the monitor
@@ -87,6 +89,7 @@ class Engine:
         """Do the one task that comes over the link."""
         fields, _ = await self._receive()
         task = from_fields_untrusted(Task, fields.get("task"))
+        self._steering.parameters = task.parameters
         if task.cpus:
             os.sched_setaffinity(0, task.cpus)
         self._mailbox = self._link.descriptors.popleft()
@@ -121,10 +124,17 @@ class Engine:
         return {"type": "completed", "info": as_fields(info)}
 
     async def _send(self, task: Task, control: Slot) -> MigrationInfo:
-        hypervisor = RemoteHypervisor(self, task)
+        hypervisor = (RemoteThrottlingHypervisor if task.can_throttle else RemoteHypervisor)(self, task)
         slots = await self.slots(1, task.options.channels, task.stall_timeout_s)
         engine = SourceEngine(
-            control, slots, hypervisor, task.ram_pages, task.vcpus, task.options, self._on_progress
+            control,
+            slots,
+            hypervisor,
+            task.ram_pages,
+            task.vcpus,
+            task.options,
+            self._steering,
+            self._on_progress,
         )
         return await engine.run(task.host, task.port)
 
@@ -183,6 +193,11 @@ class Engine:
                 number = fields.get("id")
                 if fields.get("type") == "cancel":
                     self.work.cancel()
+                elif fields.get("type") == "end":
+                    self._steering.cancel()
+                elif fields.get("type") == "parameters":
+                    parameters = from_fields_untrusted(MigrationParameters, fields.get("parameters"))
+                    self._steering.parameters = parameters
                 elif isinstance(number, int) and number in self._calls:
                     self._calls[number].send_nowait((fields, payload))
         except (ChannelBroken, MalformedData):
@@ -219,6 +234,13 @@ class RemoteHypervisor:
 
     async def load_device_state(self, state: bytes) -> None:
         await self._engine.call("load_device_state", state)
+
+
+class RemoteThrottlingHypervisor(RemoteHypervisor):
+    """`engine.hypervisor.ThrottlingHypervisor` at the other end of the monitor."""
+
+    async def throttle(self, percentage: int) -> None:
+        await self._engine.call("throttle", bytes([percentage]))
 
 
 class RemoteDirtyLog:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from socket import socketpair
 from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ..engine.progress import MigrationInfo
+from ..engine.hypervisor import ThrottlingHypervisor
+from ..engine.progress import MigrationInfo, Status
 from ..errors import ChannelBroken, GuestError, MalformedData, Outcome, TransferAborted, UsageError
 from ..wire.monitor import Fields, as_fields, from_fields_untrusted
 from .link import Link
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from ..engine.hypervisor import Hypervisor
+    from ..engine.steering import Steering
     from .task import Task
 
 # An engine shows that it lives twice a second; its start takes longer, on a busy machine much longer.
@@ -36,7 +39,9 @@ class EngineProcess:
         on_progress: Callable[[MigrationInfo], None],
         on_listening: Callable[[int], None],
         on_stranger: Callable[[str], None],
+        steering: Steering,
     ) -> None:
+        self._steering = steering
         self._hypervisor = hypervisor
         self._descriptors = descriptors
         self._make_slots = make_slots
@@ -93,6 +98,8 @@ class EngineProcess:
         with conversation:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._begin, link, task)
+                nursery.start_soon(self._steer, link, task)
+                nursery.start_soon(self._end_on_cancel, link)
                 await self._serve(link, task)
                 nursery.cancel_scope.cancel()
         ended.set()
@@ -109,6 +116,22 @@ class EngineProcess:
             await link.send({"type": "task", "task": as_fields(task)})
         except (ChannelBroken, OSError):
             return  # the other task hears of its end
+
+    async def _steer(self, link: Link, task: Task) -> None:
+        """Pass on what the operator changes, for ever."""
+        passed_on = task.parameters
+        while True:
+            if self._steering.parameters == passed_on:
+                await self._steering.wait_changed()
+                continue
+            passed_on = self._steering.parameters
+            with suppress(ChannelBroken):
+                await link.send({"type": "parameters", "parameters": as_fields(passed_on)})
+
+    async def _end_on_cancel(self, link: Link) -> None:
+        await self._steering.wait_cancelled()
+        with suppress(ChannelBroken):
+            await link.send({"type": "end"})
 
     async def _serve(self, link: Link, task: Task) -> None:
         try:
@@ -130,6 +153,7 @@ class EngineProcess:
                 return
             case {"type": "progress", "info": info}:
                 self.latest = from_fields_untrusted(MigrationInfo, info)
+                self._steering.waits(paused=self.latest.status is Status.PRE_SWITCHOVER)
                 self._on_progress(self.latest)
             case {"type": "listening", "port": int(port)}:
                 self._on_listening(port)
@@ -146,6 +170,7 @@ class EngineProcess:
         calls: dict[str, Callable[[bytes], Awaitable[bytes]]] = {
             "stop": self._stop,
             "resume": self._resume,
+            "throttle": self._throttle,
             "save_device_state": self._save,
             "load_device_state": self._load,
             "start_dirty_log": self._start_log,
@@ -171,6 +196,12 @@ class EngineProcess:
 
     async def _resume(self, _payload: bytes) -> bytes:
         await self._hypervisor.resume()
+        return b""
+
+    async def _throttle(self, payload: bytes) -> bytes:
+        if not isinstance(self._hypervisor, ThrottlingHypervisor) or len(payload) != 1:
+            raise MalformedData("a throttle was asked for that there is not")
+        await self._hypervisor.throttle(payload[0])
         return b""
 
     async def _save(self, _payload: bytes) -> bytes:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from ..engine.hypervisor import ThrottlingHypervisor
 from ..engine.progress import Status
+from ..engine.steering import Steering
 from ..errors import LocalProtocolError, Outcome, TransferAborted
 from ..svsm.commands import destination_channel, destination_control, source_channel, source_control
 from ..wire.constants import MAX_CHANNELS
@@ -33,7 +35,11 @@ BUFFER_BYTES: Final = 1 << 21
 
 
 async def send_isolated(
-    guest: Guest, svsm: SourceSvsm, task: Task, on_progress: Callable[[MigrationInfo], None]
+    guest: Guest,
+    svsm: SourceSvsm,
+    task: Task,
+    steering: Steering,
+    on_progress: Callable[[MigrationInfo], None],
 ) -> MigrationInfo:
     """Have a process of its own send `guest`. Raises as `SourceEngine.run` does."""
 
@@ -54,6 +60,7 @@ async def send_isolated(
             on_progress,
             lambda _port: None,
             lambda _line: None,
+            steering,
         )
         aborted: TransferAborted | None = None
         info: MigrationInfo | None = None
@@ -64,8 +71,12 @@ async def send_isolated(
         finally:
             with trio.CancelScope(shield=True):
                 give_up()
+                steering.waits(paused=False)
                 if svsm.state is SessionStatus.ABORTED:
                     await guest.hypervisor.resume()
+                    # An engine that died did not lift it.
+                    if isinstance(guest.hypervisor, ThrottlingHypervisor):
+                        await guest.hypervisor.throttle(0)
     if svsm.state is SessionStatus.FINISHED:
         return _completed(info or engine.latest)
     why = str(aborted) if aborted is not None else "the engine says that the move is complete, and it is not"
@@ -115,6 +126,7 @@ async def receive_isolated(
             on_progress,
             on_listening,
             on_stranger,
+            Steering(),
         )
         aborted: TransferAborted | None = None
         info: MigrationInfo | None = None

@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..engine.source import SourceOptions
+from ..engine.steering import MigrationParameters
 from ..engine.streams import STALL_TIMEOUT_S
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One side of one migration, as the engine needs to know it. `options` count at a source only."""
+    """One side of one migration, as the engine needs to know it. What follows the timeout counts at a source only.
+
+    `parameters` are those that it begins with; others come while it runs.
+    """
 
     source: bool
     host: str
@@ -21,3 +25,5 @@ class Task:
     cpus: tuple[int, ...] = ()
     stall_timeout_s: float = STALL_TIMEOUT_S
     options: SourceOptions = field(default_factory=SourceOptions)
+    parameters: MigrationParameters = field(default_factory=MigrationParameters)
+    can_throttle: bool = False

@@ -73,4 +73,5 @@ class RunSwitch:
         self.control = control
         self.running = False
         self.closed = False
+        self.throttle = 0  # percentage of time in which no vCPU runs
         self.batch_seconds = 0.0  # time that one batch of one vCPU takes at the wanted write rate

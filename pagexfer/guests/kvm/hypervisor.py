@@ -10,6 +10,7 @@ import trio
 
 from ...dirty.kvm_log import KvmDirtyLog
 from ...errors import GuestError, MalformedData
+from ..duty_cycle import check_percentage
 from . import ioctls
 
 if TYPE_CHECKING:
@@ -44,6 +45,12 @@ class KvmHypervisor:
 
     async def resume(self) -> None:
         self._machine.set_running(True)
+        await trio.lowlevel.checkpoint()
+
+    async def throttle(self, percentage: int) -> None:
+        """`engine.hypervisor.ThrottlingHypervisor`. Raises GuestError where `percentage` is none."""
+        check_percentage(percentage)
+        self._machine.set_throttle(percentage)
         await trio.lowlevel.checkpoint()
 
     async def save_device_state(self) -> bytes:

@@ -143,6 +143,12 @@ class Machine:
                 self.switch.batch_seconds = self.control.batch / pages_per_second
             self.switch.changed.notify_all()
 
+    def set_throttle(self, percentage: int) -> None:
+        """Keep all vCPUs from running for so much of the time."""
+        with self.switch.lock:
+            self.switch.throttle = percentage
+            self.switch.changed.notify_all()
+
     def set_running(self, running: bool) -> None:
         """Let vCPUs enter the guest, or kick them out; `wait_stopped` waits for the end of that."""
         with self.switch.lock:

@@ -17,6 +17,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from ...errors import GateError, GuestError
+from ..duty_cycle import DutyCycle
 from . import ioctls
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class Vcpu:
         self._switch = switch
         self._in_guest = False
         self._has_run = False
-        self._due = 0.0
+        self._cycle = DutyCycle()
+        self._due = 0.0  # in the guest's time, which stands still while the vCPU is throttled
         self.fd = fcntl.ioctl(vm_fd, ioctls.KVM_CREATE_VCPU, index)
         try:
             fcntl.ioctl(self.fd, ioctls.KVM_SET_SIGNAL_MASK, _mask_in_guest())
@@ -115,8 +117,9 @@ class Vcpu:
             switch.left_guest.notify_all()
             while not switch.closed:
                 if self._may_run():
-                    # A wanted park is not paced: the way to the next step boundary is part of the black-out.
-                    pause = 0.0 if switch.control.park_flag else self._due - time.monotonic()
+                    # A wanted park is neither paced nor throttled: the way to the next step boundary is part of the
+                    # black-out.
+                    pause = 0.0 if switch.control.park_flag else self._pause()
                     if pause <= 0:
                         self._in_guest = self._has_run = True
                         return True
@@ -124,6 +127,12 @@ class Vcpu:
                 else:
                     switch.changed.wait()
         return False
+
+    def _pause(self) -> float:
+        """Seconds until pace and throttle let the vCPU run."""
+        now = time.monotonic()
+        held = self._cycle.held_s(now, self._switch.throttle)
+        return max(held, self._due - self._cycle.guest_time(now))
 
     def _may_run(self) -> bool:
         can_run = self.runnable and self.fault is None
@@ -154,7 +163,8 @@ class Vcpu:
     def _handle_port(self) -> None:
         access = ioctls.RUN_IO.unpack_from(self._run, ioctls.RUN_IO_OFFSET)
         if access == (ioctls.KVM_EXIT_IO_OUT, 1, PACE_PORT):
-            self._due = max(self._due, time.monotonic() - BURST_SECONDS) + self._switch.batch_seconds
+            now = self._cycle.guest_time(time.monotonic())
+            self._due = max(self._due, now - BURST_SECONDS) + self._switch.batch_seconds
         elif access == (ioctls.KVM_EXIT_IO_OUT, 1, PARK_PORT):
             self._complete_exit()
         else:

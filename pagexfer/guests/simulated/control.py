@@ -6,6 +6,7 @@ The page is the SVSM's private memory: it is no part of guest RAM and is never m
     1        generation: odd while the global flag is up, raised by one with every change of the flag
     2        number of vCPUs
     3        write rate of the whole guest, bytes a second
+    4        throttle: percentage of time in which no vCPU runs
     32 ..    one block of 32 words a vCPU:
                0          own flag: the generation for which this vCPU has parked
                8 .. 23    registers (`registers.Registers`), zero as long as the vCPU has none
@@ -34,6 +35,7 @@ _WORD_MAGIC: Final = 0
 _WORD_GENERATION: Final = 1
 _WORD_VCPUS: Final = 2
 _WORD_RATE: Final = 3
+_WORD_THROTTLE: Final = 4
 _BLOCK_WORDS: Final = 32
 _BLOCK_FLAG: Final = 0
 _BLOCK_REGISTERS: Final = 8
@@ -87,6 +89,15 @@ class ControlPage:
     @rate.setter
     def rate(self, bytes_per_second: int) -> None:
         self._words[_WORD_RATE] = bytes_per_second
+
+    @property
+    def throttle(self) -> int:
+        """Percentage of time in which no vCPU runs."""
+        return int(self._words[_WORD_THROTTLE])
+
+    @throttle.setter
+    def throttle(self, percentage: int) -> None:
+        self._words[_WORD_THROTTLE] = percentage
 
     @property
     def generation(self) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from ...errors import GuestError
+from ..duty_cycle import check_percentage
 from .control import MAX_RATE
 
 if TYPE_CHECKING:
@@ -44,6 +45,11 @@ class SimulatedHypervisor:
         """None: the guest's own tracker sees every write."""
 
     @property
+    def throttle_percentage(self) -> int:
+        """How much every vCPU is slowed down."""
+        return self._control.throttle
+
+    @property
     def process_ids(self) -> tuple[int, ...]:
         """Process id of each vCPU, for accounting and pinning."""
         return tuple(process.pid for process in self._processes)
@@ -62,6 +68,15 @@ class SimulatedHypervisor:
     async def resume(self) -> None:
         """Continue every vCPU process. Raises GuestError where one has died."""
         self._signal(signal.SIGCONT)
+        await trio.lowlevel.checkpoint()
+
+    async def throttle(self, percentage: int) -> None:
+        """`engine.hypervisor.ThrottlingHypervisor`. Raises GuestError where `percentage` is none.
+
+        By the control page: a process that a signal stops sees no park, and a park must not wait for it.
+        """
+        check_percentage(percentage)
+        self._control.throttle = percentage
         await trio.lowlevel.checkpoint()
 
     async def save_device_state(self) -> bytes:

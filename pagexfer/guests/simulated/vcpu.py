@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import numpy as np
 
 from ...wire.constants import WORDS_PER_PAGE
+from ..duty_cycle import SLICE_S, DutyCycle
 from ..pattern import (
     STATUS_GFN,
     STATUS_WORD_BAD_GFN,
@@ -52,10 +53,11 @@ _NO_GFNS: Final = np.empty(0, dtype=np.int64)
 class Vcpu:
     """vCPU `number` on RAM (uint64 of shape (pages, 512)) and dirty map (uint8 of shape (pages,)).
 
-    Registers, pace and the time of the next heartbeat are there from the first release on.
+    Registers, duty cycle, pace and the time of the next heartbeat are there from the first release on.
     """
 
     _registers: Registers
+    _cycle: DutyCycle
     _pace: Pace
     _next_tick: float
 
@@ -99,12 +101,18 @@ class Vcpu:
         # The gate lowers its flag only when every vCPU has registers.
         self._registers = parse_registers_untrusted(self._control.registers(self._number) or b"")
         now = time.monotonic()
+        self._cycle = DutyCycle()
         self._pace = Pace(self._control.rate / self._control.vcpus, now)
         self._next_tick = now
 
     def _work(self) -> None:
         """One batch, and a sleep where nothing may be written yet."""
         now = time.monotonic()
+        held = self._cycle.held_s(now, self._control.throttle)
+        if held:
+            self._sleep(min(held, SLICE_S))  # the throttle may be lifted meanwhile
+            return
+        now = self._cycle.guest_time(now)
         pages = self._pace.pages_allowed(now)
         gfns = self._write_batch(pages) if pages else _NO_GFNS
         self._pace.spend(len(gfns))
