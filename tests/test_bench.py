@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bench import channels, limits, links, mailbox, report, scale, suite
+from bench import channels, dirty, limits, links, mailbox, report, scale, suite
 from bench.__main__ import main
 from bench.names import BENCHES
 from bench.namespace import shaped_link
@@ -52,6 +52,17 @@ def test_limits(tmp_path: Path) -> None:
     assert measured["tcp"].keys() == {"1", "2"}
     assert all(spread["median"] > 0 for spread in measured["seconds"].values())
     assert 0 < measured["doorbell"]["p50_us"] <= measured["doorbell"]["p99_us"]
+
+
+def test_dirty(tmp_path: Path) -> None:
+    result = tmp_path / "dirty.json"
+    dirty.main(["--guests", "1GiB", "--ram", "4MiB", "--repeats", "1", "--json", str(result)])
+    measured = json.loads(result.read_text())
+    assert {row["operation"] for row in measured["figures"]} >= {"union", "gfns", "first", "epoch"}
+    assert all(row["times_copy"] > 0 for row in measured["figures"])
+    found = {(row["tracker"], row["density"]): row["pages"] for row in measured["trackers"]}
+    assert found["byte map", 0.1] == found["content", 0.1] == 102
+    assert not any(pages for (_, density), pages in found.items() if density == 0)
 
 
 def test_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,292 @@
+"""A guest in a stock QEMU moves while it writes, and goes on at one side only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import trio
+
+import pagexfer
+from pagexfer.errors import GuestError
+from pagexfer.guests.qemu import QemuGuest
+from pagexfer.guests.qemu.device_state import Platform
+from pagexfer.guests.qemu.qmp import QmpClient
+from pagexfer.guests.qemu.values import record
+
+from .qemu_guests import errors, goes_on, needs_qemu, qemu, rounds, until
+from .test_migration import PSK, migrate
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = needs_qemu
+
+
+def allocated(folder: Path) -> int:
+    """Bytes of memory behind the first backend of a QEMU."""
+    return (folder / "m0").stat().st_blocks * 512
+
+
+async def test_a_guest_that_writes_moves_and_goes_on(tmp_path: Path) -> None:
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+            touched = allocated(tmp_path / "s")
+            report = await migrate(source, destination, 4, freshness="digest-audit")
+            assert allocated(tmp_path / "s") == touched < 8 << 20
+            # A QEMU loads its firmware before it waits.
+            assert allocated(tmp_path / "d") <= touched + (1 << 20)
+            await goes_on(destination)
+            assert errors(destination) == errors(source) == 0
+            assert (source.run_state, destination.run_state) == ("postmigrate", "running")
+            assert rounds(destination) > rounds(source)
+            assert not np.array_equal(source.memory.words, destination.memory.words)
+    assert report.freshness.label == "digest-audit"
+
+
+async def test_ram_is_equal_page_by_page_when_the_guest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+            resume = destination.hypervisor.resume
+            different: list[int] = []
+
+            async def compare() -> None:
+                assert (source.run_state, destination.run_state) == ("postmigrate", "paused")
+                different.append(int((source.memory.words != destination.memory.words).any(axis=1).sum()))
+                await resume()
+
+            monkeypatch.setattr(destination.hypervisor, "resume", compare)
+            await migrate(source, destination, 3, freshness="digest-audit")
+            await goes_on(destination)
+    assert different == [0]
+
+
+async def test_without_the_audit_the_report_says_who_was_believed(tmp_path: Path) -> None:
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+            report = await migrate(source, destination, 1)
+            assert report.freshness.label == "host-reported"
+            assert "believed" in report.freshness.meaning
+
+
+def test_the_command_moves_a_qemu(tmp_path: Path) -> None:
+    psk = tmp_path / "psk"
+    psk.write_text("0123456789abcdef" * 4)
+    psk.chmod(0o600)
+    command = [sys.executable, "-m", "pagexfer"]
+    common = ["--psk-file", str(psk), "--guest", "qemu", "--json"]
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
+        received = subprocess.Popen(
+            [*command, "receive", "--listen", "127.0.0.1:0", "--qmp", str(there), *common],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert received.stderr is not None
+            address = received.stderr.readline().split()[-1]
+            send = [*command, "send", "--to", address, "--qmp", str(here), *common]
+            refused = subprocess.run([*send, "--ram", "1GiB"], capture_output=True, text=True, check=False)
+            assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+            sent = subprocess.run(send, capture_output=True, text=True, check=False, timeout=60)
+            output, _ = received.communicate(timeout=60)
+        finally:
+            received.kill()
+            received.communicate()
+        assert (sent.returncode, received.returncode) == (0, 0), sent.stderr
+        assert json.loads(sent.stdout)["guest"] == {"kind": "qemu", "run-state": "postmigrate"}
+        assert json.loads(output)["guest"] == {"kind": "qemu", "run-state": "running"}
+        assert json.loads(sent.stdout)["freshness"] == "digest-audit"
+        assert sent.stderr.count("--freshness auto is digest-audit for a QEMU") == 1
+
+
+async def test_a_destination_that_dies_in_blackout_leaves_the_source_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+
+            load = destination.hypervisor.load_device_state
+
+            async def die(state: bytes) -> None:
+                assert source.gate.parked() == source.gate.vcpus
+                os.kill(destination.hypervisor._qmp.process_id, signal.SIGKILL)
+                await load(state)
+
+            monkeypatch.setattr(destination.hypervisor, "load_device_state", die)
+            with pytest.RaisesGroup(pagexfer.TransferAborted, pagexfer.TransferAborted):
+                await migrate(source, destination, 2, freshness="digest-audit")
+            await goes_on(source)
+            assert errors(source) == 0
+            assert source.run_state == "running"
+            # Nothing of the failed move is left: the guest can still be sent.
+            with qemu(tmp_path / "e", incoming=True) as elsewhere:
+                async with QemuGuest.attach(elsewhere, incoming=True) as other:
+                    await migrate(source, other, 2, freshness="digest-audit")
+                    await goes_on(other)
+                    assert errors(other) == 0
+
+
+async def test_nobody_at_the_destination_leaves_the_source_running(tmp_path: Path) -> None:
+    with qemu(tmp_path / "s") as here:
+        async with QemuGuest.attach(here) as source:
+            await goes_on(source)
+            with pytest.raises(pagexfer.TransferAborted, match="refused"):
+                await pagexfer.send_guest(source, "127.0.0.1", 1, PSK)
+            await goes_on(source)
+
+
+@pytest.mark.parametrize(
+    ("options", "incoming", "share", "why"),
+    [
+        ((), False, "off", "share=on"),
+        (("-S",), False, "on", "only one that is running"),
+        ((), True, "on", "-incoming defer"),
+    ],
+)
+async def test_what_cannot_move_is_refused(
+    tmp_path: Path, options: tuple[str, ...], incoming: bool, share: str, why: str
+) -> None:
+    with qemu(tmp_path / "s", *options, share=share) as monitor, pytest.raises(GuestError, match=why):
+        async with QemuGuest.attach(monitor, incoming=incoming):
+            pass
+
+
+async def test_another_machine_type_is_refused(tmp_path: Path) -> None:
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", "-M", "pc-i440fx-7.1", incoming=True) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+            with pytest.RaisesGroup(pagexfer.TransferAborted, pagexfer.TransferAborted) as caught:
+                await migrate(source, destination, 1, freshness="digest-audit")
+            assert any("pc-i440fx-7.1" in str(aborted) for aborted in caught.value.exceptions)
+            await goes_on(source)
+
+
+async def test_a_source_that_dies_after_the_start_token_stays_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    psk = tmp_path / "psk"
+    psk.write_text("0123456789abcdef" * 4)
+    psk.chmod(0o600)
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
+        async with QemuGuest.attach(there, incoming=True) as destination, trio.open_nursery() as nursery:
+            resume = destination.hypervisor.resume
+            attestor = pagexfer.PskAttestor.from_file(psk)
+
+            async def receive(task_status: trio.TaskStatus[int]) -> None:
+                await pagexfer.receive_guest(
+                    destination, "127.0.0.1", 0, attestor, on_listening=task_status.started
+                )
+
+            port: int = await nursery.start(receive)
+            arguments = ["--guest", "qemu", "--qmp", str(here), "--psk-file", str(psk)]
+            sender = subprocess.Popen(  # noqa: ASYNC220 - it is killed, not waited for
+                [sys.executable, "-m", "pagexfer", "send", "--to", f"127.0.0.1:{port}", *arguments],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+            async def kill_first() -> None:
+                sender.kill()
+                sender.wait()
+                await resume()
+
+            monkeypatch.setattr(destination.hypervisor, "resume", kill_first)
+            await until(lambda: destination.run_state == "running")
+            await goes_on(destination)
+            assert errors(destination) == 0
+            assert sender.returncode == -signal.SIGKILL
+            qmp = await QmpClient.connect(here)
+            nursery.start_soon(qmp.run)
+            assert record(await qmp.execute("query-status"))["status"] == "postmigrate"
+            nursery.cancel_scope.cancel()
+        qmp.close()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        ((24, 8), "differ in number or size"),
+        ((24, 16), "the destination's 40 MiB"),
+        ((8, 16), "the destination's 24 MiB"),
+    ],
+)
+async def test_other_ram_is_refused(tmp_path: Path, sizes: tuple[int, int], why: str) -> None:
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True, sizes=sizes) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+            with pytest.RaisesGroup(pagexfer.TransferAborted, pagexfer.TransferAborted) as caught:
+                await migrate(source, destination, 1, freshness="digest-audit")
+            assert any(why in str(aborted) for aborted in caught.value.exceptions), caught.value.exceptions
+            await goes_on(source)
+
+
+def test_other_pages_are_refused() -> None:
+    small, huge = Platform("pc", ((1 << 30, 4096),)), Platform("pc", ((1 << 30, 2 << 20),))
+    small.check_accepts(small)
+    with pytest.raises(GuestError, match="huge"):
+        small.check_accepts(huge)
+    with pytest.raises(GuestError, match="huge"):
+        huge.check_accepts(small)
+
+
+_DISKS = [
+    option
+    for name in ("n0", "n1")
+    for option in ("-blockdev", f"null-co,node-name={name},size=1073741824,read-zeroes=on")
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "why"),
+    [
+        (
+            "blockdev-backup",
+            {"job-id": "j0", "device": "n0", "target": "n1", "sync": "full", "speed": 1},
+            "block job j0",
+        ),
+        ("migrate", {"uri": "unix:LISTENER"}, "migration of its own already: active"),
+    ],
+)
+async def test_what_qemu_is_busy_with_is_let_be(
+    tmp_path: Path, command: str, arguments: dict[str, object], why: str
+) -> None:
+    with (
+        qemu(tmp_path / "s", *_DISKS) as monitor,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
+    ):
+        listener.bind(str(tmp_path / "nobody-reads"))
+        listener.listen()
+        if "uri" in arguments:
+            arguments = {"uri": f"unix:{tmp_path / 'nobody-reads'}"}
+        async with trio.open_nursery() as nursery:
+            qmp = await QmpClient.connect(monitor)
+            nursery.start_soon(qmp.run)
+            await qmp.execute(command, arguments)
+            # Nothing tells that a migration is past its set-up.
+            while record(await qmp.execute("query-migrate")).get("status") == "setup":  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        qmp.close()
+        with pytest.raises(GuestError, match=why):
+            async with QemuGuest.attach(monitor):
+                pass
+
+
+async def test_nobody_at_the_monitor(tmp_path: Path) -> None:
+    with pytest.raises(GuestError, match="no QMP monitor"):
+        async with QemuGuest.attach(tmp_path / "nowhere"):
+            pass
