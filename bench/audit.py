@@ -1,6 +1,6 @@
 """What trust costs in black-out: the digest audit against memory bandwidth, and tokens and manifest against the move.
 
-    python -m bench.audit [--ram 1GiB] [--repeats 7] [--json FILE] [--quick]
+    python -m bench audit [--ram 1GiB] [--repeats 7] [--json FILE] [--quick]
 
 First, hashing RAM against what was sent, in turn with a plain copy (np.copyto) of the same RAM, both with one thread and
 with one for each core. "of a copy" is bytes per second against the copy with one thread, for each thread, "of copies"
@@ -11,18 +11,15 @@ alone.
 
 from __future__ import annotations
 
-import argparse
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
 from pagexfer.attestation import PskAttestor
-from pagexfer.cli.values import Size
 from pagexfer.dirty import DirtyBitmap
 from pagexfer.svsm.audit import PageDigests
 from pagexfer.svsm.content import ContentTable
@@ -33,7 +30,9 @@ from pagexfer.testing import BytesGate
 from pagexfer.wire.bundle import DATA, MAX_BUNDLE_BYTES, BundleKind
 from pagexfer.wire.constants import WORDS_PER_PAGE
 
-from .measure import Case, Spread, alternate, write_json
+from .measure import Case, Spread, alternate
+from .options import finish, parse, parser, positive, size
+from .table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -242,61 +241,92 @@ def _guest(ram_bytes: int) -> GuestMemory:
     return memory
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def main(argv: list[str] | None = None) -> None:
+    made = parser("audit", __doc__, repeats=7)
+    made.add_argument("--ram", type=size, help="of the guest (default: 1GiB, quick 256MiB)")
+    made.add_argument(
+        "--table", type=positive, metavar="GIB", help="size of the larger guest (default: 1024)"
     )
-    parser.add_argument("--ram", type=lambda text: Size().convert(text, None, None), default=1 << 30)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--table", type=int, default=1024, metavar="GIB", help="size of the larger guest")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE as well")
-    parser.add_argument("--quick", action="store_true", help="256 MiB, a table of 64 GiB, 3 repeats")
-    options = parser.parse_args()
-    if options.quick:
-        options.ram, options.table, options.repeats = 1 << 28, 64, 3
-    memory = _guest(options.ram)
-    print(f"{options.ram >> 20} MiB, {options.repeats} repeats")
-    print(f"{'':<22} threads   GB/s (min - max)       of a copy, per thread   of copies")
+    options = parse(made, argv)
+    ram_bytes = options.ram or (1 << 28 if options.quick else 1 << 30)
+    memory = _guest(ram_bytes)
     rates = list(audit_rates(memory, options.repeats))
-    for rate in rates:
-        speed = rate.gb_per_s
-        print(
-            f"{rate.operation:<22} {rate.threads:>7} {speed.median:>6.2f} ({speed.minimum:.2f} - {speed.maximum:.2f})"
-            f"{rate.of_a_copy_per_thread:>19.2f} {rate.of_copies:>17.2f}"
-        )
     per_bundle = export_digests(memory, options.repeats)
-    for name, spread in per_bundle.items():
-        print(f"{name + ' per bundle':<30} {spread.median * 1e6:>8.1f} us")
     shares = {
         mode: move_shares(memory, options.repeats, audit=mode == "digest-audit")
         for mode in ("host-reported", "digest-audit")
     }
-    for mode, steps in shares.items():
-        print(f"move in memory, {mode}")
-        for share in steps:
-            times = share.seconds.scaled(1e3)
-            print(
-                f"  {share.step:<20} {times.median:>9.2f} ms ({times.minimum:.2f} - {times.maximum:.2f}) {share.part:>7.2%}"
+    larger = options.table or (64 if options.quick else 1024)
+    manifests = {gib: manifest_seconds(gib, options.repeats) for gib in sorted({1, larger})}
+    figures = {
+        "ram_bytes": ram_bytes,
+        "rates": [asdict(rate) for rate in rates],
+        "per_bundle": {name: asdict(spread) for name, spread in per_bundle.items()},
+        "move": {mode: [asdict(share) for share in steps] for mode, steps in shares.items()},
+        "manifest": {
+            gib: {name: asdict(spread) for name, spread in cases.items()} for gib, cases in manifests.items()
+        },
+    }
+    tables = [
+        _rate_table(ram_bytes, rates),
+        _table(
+            "Digests that export takes, per bundle",
+            "us",
+            {name: spread.scaled(1e6) for name, spread in per_bundle.items()},
+        ),
+        *(_share_table(mode, steps) for mode, steps in shares.items()),
+        *(
+            _table(
+                f"Digests of a manifest, {gib} GiB, one side, by what the last epoch brought",
+                "ms",
+                {name: spread.scaled(1e3) for name, spread in cases.items()},
             )
-    tables = {gib: manifest_seconds(gib, options.repeats) for gib in sorted({1, options.table})}
-    for gib, cases in tables.items():
-        print(f"digests of a manifest, {gib} GiB, one side, after a last epoch of")
-        for name, spread in cases.items():
-            times = spread.scaled(1e3)
-            print(f"  {name:<26} {times.median:>9.2f} ms ({times.minimum:.2f} - {times.maximum:.2f})")
-    if options.json is not None:
-        result = {
-            "bench": "audit",
-            "ram_bytes": options.ram,
-            "repeats": options.repeats,
-            "rates": [asdict(rate) for rate in rates],
-            "per_bundle": {name: asdict(spread) for name, spread in per_bundle.items()},
-            "move": {mode: [asdict(share) for share in steps] for mode, steps in shares.items()},
-            "manifest": {
-                gib: {name: asdict(spread) for name, spread in cases.items()} for gib, cases in tables.items()
-            },
-        }
-        write_json(options.json, result)
+            for gib, cases in manifests.items()
+        ),
+    ]
+    finish(options, figures, tables)
+
+
+def _rate_table(ram_bytes: int, rates: list[Rate]) -> Table:
+    return Table.of(
+        f"All of {ram_bytes >> 20} MiB hashed, against plain copies",
+        ("", "threads", "GB/s", "min", "max", "of a copy, per thread", "of copies"),
+        [
+            (
+                rate.operation,
+                rate.threads,
+                f"{rate.gb_per_s.median:.2f}",
+                f"{rate.gb_per_s.minimum:.2f}",
+                f"{rate.gb_per_s.maximum:.2f}",
+                f"{rate.of_a_copy_per_thread:.2f}",
+                f"{rate.of_copies:.2f}",
+            )
+            for rate in rates
+        ],
+    )
+
+
+def _share_table(mode: str, steps: list[Share]) -> Table:
+    times = [(share, share.seconds.scaled(1e3)) for share in steps]
+    return Table.of(
+        f"A move in memory, {mode}",
+        ("", "median ms", "min", "max", "share"),
+        [
+            (share.step, f"{ms.median:.2f}", f"{ms.minimum:.2f}", f"{ms.maximum:.2f}", f"{share.part:.2%}")
+            for share, ms in times
+        ],
+    )
+
+
+def _table(title: str, unit: str, spreads: dict[str, Spread]) -> Table:
+    return Table.of(
+        title,
+        ("", f"median {unit}", "min", "max"),
+        [
+            (name, f"{spread.median:.2f}", f"{spread.minimum:.2f}", f"{spread.maximum:.2f}")
+            for name, spread in spreads.items()
+        ],
+    )
 
 
 if __name__ == "__main__":

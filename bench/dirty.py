@@ -96,14 +96,14 @@ def figures(guests_gib: tuple[int, ...], repeats: int, seed: int) -> Iterator[Fi
                 yield Figure(guest_gib, density, operation, size, spreads["operation"], spreads["copy"])
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Measure the dirty bitmap against a plain copy of the same bytes."
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE as well")
     parser.add_argument("--quick", action="store_true", help="the smallest guest only, three repeats")
     parser.add_argument("--seed", type=int, default=1, help="which pages are marked (default: %(default)s)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     repeats = 3 if arguments.quick else 7
     print(f"{'guest':>9} {'marked':>8} {'operation':<9} {'median':>11} {'min':>11} {'max':>11} {'x copy':>8}")
     rows = []

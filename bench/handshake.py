@@ -1,4 +1,4 @@
-"""What the handshake costs: python -m bench.handshake [--json FILE] [--quick]
+"""What the handshake costs: python -m bench handshake [--json FILE] [--quick]
 
 All four messages between two SVSMs in one thread, so a figure is the work of both sides together; on a network each side
 waits two round trips besides. `psk` and `emulated` run in turn; "over psk" is what attestation adds, of which the target
@@ -8,10 +8,8 @@ Emulated reports are signed by this processor in software; how long a real firmw
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pagexfer.attestation import PskAttestor
@@ -23,7 +21,9 @@ from pagexfer.svsm.source import SourceSvsm
 from pagexfer.testing import BytesGate
 from pagexfer.wire.constants import GUEST_ID_BYTES, PAGE_SIZE
 
-from .measure import Case, alternate, write_json
+from .measure import Case, alternate
+from .options import finish, parse, parser
+from .table import Table
 
 if TYPE_CHECKING:
     from pagexfer.attestation import Attestor
@@ -60,23 +60,22 @@ def cases() -> dict[str, Case]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the handshake between two SVSMs.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE as well")
-    parser.add_argument("--quick", action="store_true", help="three repeats instead of eleven")
-    arguments = parser.parse_args()
-    repeats = 3 if arguments.quick else 11
-    spreads = {name: spread.scaled(1e3) for name, spread in alternate(cases(), repeats).items()}
-    for name, spread in spreads.items():
-        print(
-            f"{name:<9} {spread.median:>7.2f} ms   min {spread.minimum:>7.2f} ms   max {spread.maximum:>7.2f} ms"
-        )
+def main(argv: list[str] | None = None) -> None:
+    options = parse(parser("handshake", __doc__, repeats=11), argv)
+    spreads = {name: spread.scaled(1e3) for name, spread in alternate(cases(), options.repeats).items()}
     added = spreads["emulated"].median - spreads["psk"].median
-    print(f"over psk  {added:>7.2f} ms   target under {TARGET_MS:g} ms")
-    if arguments.json is not None:
-        figures = {name: asdict(spread) for name, spread in spreads.items()}
-        result = {"bench": "handshake", "repeats": repeats, "milliseconds": figures, "over_psk": added}
-        write_json(arguments.json, result)
+    rows = [
+        (name, f"{spread.median:.2f}", f"{spread.minimum:.2f}", f"{spread.maximum:.2f}")
+        for name, spread in spreads.items()
+    ]
+    table = Table.of(
+        "Handshake, both sides together",
+        ("", "median ms", "min", "max"),
+        rows,
+        f"Attestation adds {added:.2f} ms to a pre-shared key; the target is under {TARGET_MS:g} ms.",
+    )
+    figures = {name: asdict(spread) for name, spread in spreads.items()}
+    finish(options, {"milliseconds": figures, "over_psk": added}, [table])
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
+import cryptography
 import numpy as np
+import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -75,7 +77,10 @@ def environment() -> dict[str, str | int]:
         "revision": revision or "unknown",
         "python": platform.python_version(),
         "numpy": np.__version__,
+        "cryptography": cryptography.__version__,
+        "trio": trio.__version__,
         "kernel": platform.release(),
+        "cpu": _cpu_model(),
         "cpus": os.cpu_count() or 0,
     }
 
@@ -83,3 +88,11 @@ def environment() -> dict[str, str | int]:
 def write_json(path: Path, result: Mapping[str, object]) -> None:
     """Write one bench's result with its environment."""
     path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()

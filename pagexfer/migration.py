@@ -29,8 +29,8 @@ from .isolation.task import Task
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
 from .svsm.destination import DestinationSvsm
 from .svsm.journal import FileJournal
-from .svsm.source import SourceSvsm
-from .wire.constants import GUEST_ID_BYTES, MAX_CHANNELS
+from .svsm.source import BUNDLE_PAGES, SourceSvsm
+from .wire.constants import GUEST_ID_BYTES, MAX_BUNDLE_ENTRIES, MAX_CHANNELS
 from .wire.ledger import guest_id_of
 from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory
 
@@ -73,6 +73,7 @@ async def send_guest(
     *,
     ledger: bytes = b"",
     channels: int = 4,
+    bundle_pages: int = BUNDLE_PAGES,
     downtime_limit_s: float | None = None,
     steering: Steering | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
@@ -83,6 +84,9 @@ async def send_guest(
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
 ) -> MigrationReport:
     """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
+
+    A bundle has up to `bundle_pages` pages with content, as far as they fit a slot's buffer: more of them cost less in
+    calls, fewer stay in a core's cache.
 
     `steering` holds what may be changed while it runs, and can pause and end it; make one for each migration.
     `downtime_limit_s` is short for one that is never changed.
@@ -105,6 +109,8 @@ async def send_guest(
     """
     if not 1 <= channels <= MAX_CHANNELS:
         raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
+    if not 1 <= bundle_pages <= MAX_BUNDLE_ENTRIES:
+        raise UsageError(f"a bundle has 1 to {MAX_BUNDLE_ENTRIES} pages, not {bundle_pages}")
     if steering is None:
         limit_s = DOWNTIME_LIMIT_S if downtime_limit_s is None else downtime_limit_s
         steering = Steering(MigrationParameters(downtime_limit_s=limit_s))
@@ -126,6 +132,7 @@ async def send_guest(
             attestor,
             guest_id,
             audit=audit,
+            bundle_pages=bundle_pages,
             ledger=ledger,
             journal=kept,
         )

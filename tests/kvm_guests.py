@@ -14,7 +14,7 @@ from pagexfer.guests.pattern import read_status
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pagexfer.guests.kvm import KvmGuest
+    from pagexfer.guests.guest import Guest
 
 UNAVAILABLE = kvm.unavailable_reason()
 needs_kvm = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
@@ -24,7 +24,7 @@ VCPUS = 2
 FULL_SPEED = 1 << 40
 
 
-async def start(guest: KvmGuest) -> None:
+async def start(guest: Guest) -> None:
     guest.gate.release()
     await guest.hypervisor.resume()
 
@@ -35,36 +35,36 @@ async def until(condition: Callable[[], bool]) -> None:
             await trio.sleep(0.0005)
 
 
-async def park(guest: KvmGuest) -> None:
+async def park(guest: Guest) -> None:
     guest.gate.raise_flag()
     await until(lambda: guest.gate.parked() == VCPUS)
 
 
-def steps(guest: KvmGuest) -> list[int]:
+def steps(guest: Guest) -> list[int]:
     return [read_status(guest.memory.words, vcpu).steps for vcpu in range(VCPUS)]
 
 
-def ticks(guest: KvmGuest) -> list[int]:
+def ticks(guest: Guest) -> list[int]:
     return [read_status(guest.memory.words, vcpu).ticks for vcpu in range(VCPUS)]
 
 
-def errors(guest: KvmGuest) -> int:
+def errors(guest: Guest) -> int:
     return sum(read_status(guest.memory.words, vcpu).errors for vcpu in range(VCPUS))
 
 
-async def progress(guest: KvmGuest, pages: int = 1000) -> None:
+async def progress(guest: Guest, pages: int = 1000) -> None:
     """Until every vCPU has written `pages` more pages."""
     before = steps(guest)
     await until(lambda: all(now >= then + pages for now, then in zip(steps(guest), before, strict=True)))
 
 
-async def run_and_park(guest: KvmGuest) -> None:
+async def run_and_park(guest: Guest) -> None:
     await start(guest)
     await progress(guest)
     await park(guest)
 
 
-def move(source: KvmGuest, destination: KvmGuest) -> None:
+def move(source: Guest, destination: Guest) -> None:
     """RAM and vCPUs of a parked guest, by hand."""
     destination.memory.words[:] = source.memory.words
     for vcpu in range(VCPUS):

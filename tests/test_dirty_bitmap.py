@@ -15,6 +15,8 @@ from pagexfer.dirty.bits import BLOCK_WORDS
 from pagexfer.errors import LocalProtocolError
 
 if TYPE_CHECKING:
+    from random import Random
+
     from numpy.typing import NDArray
 
 # Around the edges of words, of the span that `first` spreads, and of what lies behind it.
@@ -120,6 +122,50 @@ def test_runs_are_maximal(case: tuple[DirtyBitmap, set[int]]) -> None:
     ]
     assert covered == sorted(marked)
     assert starts.tolist() == sorted(gfn for gfn in marked if gfn - 1 not in marked)
+
+
+@given(bitmaps(), bitmaps(), st.randoms())
+def test_runs_are_set_in_any_order(
+    case: tuple[DirtyBitmap, set[int]], other: tuple[DirtyBitmap, set[int]], random: Random
+) -> None:
+    (bitmap, marked), (source, _) = case, other
+    runs = [
+        (first, length)
+        for first, length in zip(*source.runs(), strict=True)
+        if first + length <= bitmap.pages
+    ]
+    random.shuffle(runs)
+    starts, lengths = np.array(runs, dtype=np.int64).reshape(-1, 2).T
+    bitmap.set_runs(starts, lengths)
+    assert marks(bitmap) == marked | {first + n for first, length in runs for n in range(length)}
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0, 3), st.integers(-2, 2), st.sampled_from([1, 2, 63, 64, 65, 128, BLOCK_WORDS * 64])
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_runs_that_overlap_and_long_ones_are_set(places: list[tuple[int, int, int]]) -> None:
+    pages = BLOCK_WORDS * 64 + 1000
+    starts = array([max(0, 64 * word + bit) for word, bit, _ in places])
+    lengths = array([length for _, _, length in places])
+    bitmap, expected = DirtyBitmap(pages), DirtyBitmap(pages)
+    bitmap.set_runs(starts, lengths)
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        expected.set_range(start, start + length)
+    assert bitmap == expected
+
+
+@pytest.mark.parametrize(("start", "length"), [(-1, 2), (0, 0), (5, -1), (99, 2), (100, 1)])
+def test_bad_runs_are_refused_and_change_nothing(start: int, length: int) -> None:
+    bitmap = bitmap_of({5, 99}, 100)
+    with pytest.raises(LocalProtocolError, match="none of a guest of 100 pages"):
+        bitmap.set_runs(array([1, start]), array([1, length]))
+    assert marks(bitmap) == {5, 99}
 
 
 @given(bitmaps(), st.sampled_from([64, 128, 512, 4096, 65536]))

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from examples.qemu_live import QEMU, different_pages
+from pagexfer.errors import GuestError
+from pagexfer.testing.linux_guest import find_busybox, find_kernel
+
+from .tracked_ram import needs_pagemap
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 GUEST = ["--guest", "simulated", "--ram", "16", "--vcpus", "1"]
@@ -39,6 +49,30 @@ def test_source_and_destination(tmp_path: Path) -> None:
     assert "consistent: True, goes on: True" in output
 
 
+@needs_pagemap
+def test_a_monitor_migrates_itself(tmp_path: Path) -> None:
+    psk = tmp_path / "psk"
+    psk.write_text("0123456789abcdef" * 4)
+    command = [sys.executable, str(EXAMPLES / "vmm_pagemap.py"), "--psk-file", str(psk), "--ram", "32"]
+    destination = subprocess.Popen(
+        [*command, "--listen", "127.0.0.1:0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert destination.stdout is not None
+        port = destination.stdout.readline().split()[-1]
+        source = subprocess.run(
+            [*command, "--to", f"127.0.0.1:{port}"], capture_output=True, text=True, timeout=60, check=False
+        )
+        output, errors = destination.communicate(timeout=60)
+    finally:
+        destination.kill()
+        destination.communicate()
+    assert (source.returncode, source.stderr) == (0, "")
+    assert "who saw its writes: host-reported" in source.stdout
+    assert (destination.returncode, errors) == (0, "")
+    assert "consistent: True, goes on: True" in output
+
+
 def test_a_source_without_a_destination(tmp_path: Path) -> None:
     psk = tmp_path / "psk"
     psk.write_text("0123456789abcdef" * 4)
@@ -52,3 +86,43 @@ def test_a_source_without_a_destination(tmp_path: Path) -> None:
     assert source.returncode == 1
     assert "Connection refused" in source.stderr
     assert len(source.stderr.splitlines()) == 1
+
+
+def test_a_linux_in_a_qemu_moves_live() -> None:
+    if shutil.which(QEMU) is None:
+        pytest.skip(f"{QEMU} is not installed")
+    try:
+        find_kernel(download=False), find_busybox(download=False)
+    except GuestError as missing:
+        pytest.skip(str(missing))
+    moved = subprocess.run(
+        [sys.executable, EXAMPLES / "qemu_live.py", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (moved.returncode, moved.stderr) == (0, "")
+    report = json.loads(moved.stdout)
+    assert (report["status"], report["freshness"]) == ("completed", "digest-audit")
+    assert (report["guest"]["consistent"], report["guest"]["progressed"]) == (True, True)
+    assert 0 < report["downtime"] < 10_000
+    last, first = report["serial"]["source"][-1], report["serial"]["destination"][0]
+    assert last != first
+    assert (
+        report["ram"]["duplicate"] > report["ram"]["normal"]
+    )  # most of a small Linux's RAM was never touched
+
+
+def test_ram_that_differs_is_seen(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.write_bytes(bytes(5 << 20))
+    other.write_bytes(bytes(5 << 20))
+    assert different_pages(one, other) == 0
+    with other.open("r+b") as file:
+        for offset in (4095, 4096, (5 << 20) - 1):
+            file.seek(offset)
+            file.write(b"x")
+    assert different_pages(one, other) == 3
+    other.write_bytes(bytes(4 << 20))
+    assert different_pages(one, other) == 256

@@ -61,6 +61,13 @@ _EXCEPTIONS: Final = {
     ("device-state", Action.FLIP): _COMPLETED,
     # A destination that is VERIFIED and finds the token damaged says so with an abort token, and the guest goes on.
     ("start-token", Action.FLIP): _ENDED,
+    # A channel that is lost while epochs are sent gets a new connection; the last barrier is the last that it has to say.
+    **{
+        (point, action): _COMPLETED
+        for point in ("mid-epoch", "first-barrier", "last-barrier", "epoch-token", "last-epoch-token")
+        for action in (Action.CUT, Action.TRUNCATE)
+    },
+    ("last-barrier", Action.HALF_CLOSE): _COMPLETED,
     # The answer that arrived lets the start token leave; what goes wrong after it cannot be undecided by the source.
     ("ready", Action.HALF_CLOSE): _UNHEARD,
     ("ready", Action.DUPLICATE): _UNHEARD,

@@ -19,6 +19,7 @@ from pagexfer.wire.slot import (
     STATUS_OFFSET,
     SVSM_DATA_OFFSET,
     BufferState,
+    Command,
     CommandRegisters,
     SessionStatus,
     SlotGeometry,
@@ -99,6 +100,39 @@ def test_a_package_stands_after_the_headroom() -> None:
 
 
 # Registers
+
+
+def test_two_commands_leave_the_pages_of_the_vectors() -> None:
+    slot = slot_with(data_of(VECTORS["formatted"]))
+
+    def host_imports() -> None:
+        slot.begin_fill(0, HOST_DATA_OFFSET)
+        slot.publish(0, HOST_DATA_OFFSET)
+        slot.write_command(CommandRegisters(1, Command.IMPORT, 0, 0, 0, 100))
+
+    def svsm_imports() -> None:
+        slot.begin_drain(0, SVSM_DATA_OFFSET)
+        slot.release(0, SVSM_DATA_OFFSET)
+        session = SessionStatus.PRECOPY
+        slot.write_status(StatusRegisters(1, SlotStatus.OK, None, session, NO_BUFFER, 0, 8, 0))
+
+    def host_exports() -> None:
+        slot.write_command(CommandRegisters(2, Command.EXPORT, NO_BUFFER, 512, 64, 0))
+
+    def svsm_exports() -> None:
+        slot.begin_fill(0, SVSM_DATA_OFFSET)
+        slot.publish(0, SVSM_DATA_OFFSET)
+        session = SessionStatus.PRECOPY
+        slot.write_status(StatusRegisters(2, SlotStatus.INCOMPLETE, None, session, 0, 4192, 1, 0))
+
+    def host_drains() -> None:
+        slot.begin_drain(0, HOST_DATA_OFFSET)
+        slot.release(0, HOST_DATA_OFFSET)
+
+    steps = [lambda: None, host_imports, svsm_imports, host_exports, svsm_exports, host_drains]
+    for step, vector in zip(steps, VECTORS["exchange"], strict=True):
+        step()
+        assert bytes(slot._registers) == data_of(vector), vector["name"]
 
 
 @pytest.mark.parametrize("vector", VECTORS["commands"], ids=name_of)

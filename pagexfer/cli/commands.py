@@ -6,41 +6,37 @@ Exit codes: 0 completed; 1 ended, the guest goes on at the source; 2 bad usage; 
 
 from __future__ import annotations
 
-import signal
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, get_args
+from typing import TYPE_CHECKING, get_args
 
 import click
 import trio
 
-from ..engine.progress import MigrationInfo, Status
 from ..engine.steering import MigrationParameters, Steering
-from ..errors import GuestError, Outcome, TransferAborted, UsageError
-from ..guests.checked import boot_guest, empty_guest, prove, start
+from ..errors import GuestError, Outcome, UsageError
+from ..guests.checked import boot_guest, empty_guest
 from ..guests.pattern import Layout
-from ..migration import FreshnessChoice, receive_guest, send_guest
+from ..migration import FreshnessChoice
 from ..wire.constants import MAX_CHANNELS
 from ..wire.handshake import AttestorKind, Role
 from .attest import attest as attest_commands
-from .attestor import attest_option, attestor_options, describe_peer, make_attestor
+from .attestor import attest_option, attestor_options, make_attestor
 from .demo import run_demo
-from .ledger import check_writable, ledger_commands, ledger_option, read_ledger, write_ledger
-from .output import ProgressLine, note, print_json, print_table
+from .ledger import check_writable, ledger_commands, ledger_option, read_ledger
+from .output import note
+from .qemu import qemu_monitor, refuse_qemu, with_qemu
 from .recover import recover
+from .sides import receive_side, send_side
 from .steering import ControlSocket, control, steering_arguments, steering_options
 from .values import Address, Cpus, Seconds, Size
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
     from typing import Any
 
-    from ..attestation import Attestor
-    from ..guests.checked import CheckedGuest, GuestKind, Proof
-from ..migration import MigrationReport
-
-# How long a guest that goes on at the source after a failure is watched before it is checked.
-_AFTERMATH_S: Final = 0.2
+    from ..guests.checked import GuestKind
 
 
 def main() -> int:
@@ -71,6 +67,13 @@ cli.add_command(ledger_commands)
 cli.add_command(control)
 
 
+_qmp_option = click.option(
+    "--qmp",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Monitor of the QEMU to migrate, a UNIX socket; for --guest qemu.",
+)
+
+
 def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output."),
@@ -79,10 +82,10 @@ def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--guest",
             "kind",
-            type=click.Choice(["auto", "kvm", "simulated"]),
+            type=click.Choice(["auto", "kvm", "simulated", "qemu"]),
             default="auto",
             show_default=True,
-            help="What is migrated; auto is kvm where /dev/kvm can be used.",
+            help="What is migrated; auto is kvm where /dev/kvm can be used, qemu a QEMU that runs already.",
         ),
     ):
         command = option(command)
@@ -147,6 +150,7 @@ _journal_option = click.option(
 @steering_options
 @_source_options
 @_isolation_options
+@_qmp_option
 @_guest_options
 def send(
     address: tuple[str, int],
@@ -161,6 +165,7 @@ def send(
     timeout: float | None,
     control_socket: Path | None,
     freshness: FreshnessChoice,
+    qmp: Path | None,
     kind: GuestKind,
     ram: int,
     vcpus: int,
@@ -172,7 +177,7 @@ def send(
     as_json: bool,
     **files: Path | None,
 ) -> int:
-    """Boot a test guest and migrate it to a destination."""
+    """Boot a test guest, or take a running QEMU's, and migrate it to a destination."""
     steering = Steering(
         MigrationParameters(
             downtime_limit_s=downtime_limit,
@@ -185,23 +190,28 @@ def send(
     )
     attestor = make_attestor(Role.SOURCE, attest, files)
     moves = read_ledger(ledger)
+    monitor = qemu_monitor(kind, qmp)
     opened = nullcontext() if control_socket is None else ControlSocket(control_socket, steering)
-    with opened as listening, boot_guest(kind, ram, vcpus, write_rate) as guest:
-        return trio.run(
-            _send,
-            guest,
-            address,
-            attestor,
-            moves,
-            journal,
-            channels,
-            steering,
-            listening,
-            freshness,
-            isolated,
-            cpus,
-            as_json,
+    with opened as listening:
+        work = partial(
+            send_side,
+            address=address,
+            attestor=attestor,
+            moves=moves,
+            journal=journal,
+            channels=channels,
+            steering=steering,
+            listening=listening,
+            # Nobody tells which pages a stock QEMU writes: only the audit finds them all.
+            freshness=freshness if monitor is None else "digest-audit",
+            isolated=isolated,
+            cpus=cpus,
+            as_json=as_json,
         )
+        if monitor is not None:
+            return trio.run(with_qemu, monitor, work, False)
+        with boot_guest(kind, ram, vcpus, write_rate) as guest:
+            return trio.run(work, guest)
 
 
 @cli.command()
@@ -217,6 +227,7 @@ def send(
 )
 @_journal_option
 @_isolation_options
+@_qmp_option
 @_guest_options
 def receive(
     address: tuple[str, int],
@@ -224,6 +235,7 @@ def receive(
     journal: Path | None,
     ledger: Path | None,
     run_for: float,
+    qmp: Path | None,
     kind: GuestKind,
     ram: int,
     vcpus: int,
@@ -233,12 +245,26 @@ def receive(
     as_json: bool,
     **files: Path | None,
 ) -> int:
-    """Receive one test guest, let it run on, and check its whole RAM."""
+    """Receive one test guest, let it run on, and check its whole RAM; or one into a QEMU that waits for it."""
     attestor = make_attestor(Role.DESTINATION, attest, files)
     check_writable(ledger)
+    monitor = qemu_monitor(kind, qmp)
+    work = partial(
+        receive_side,
+        address=address,
+        attestor=attestor,
+        ledger=ledger,
+        journal=journal,
+        run_for=run_for,
+        isolated=isolated,
+        cpus=cpus,
+        as_json=as_json,
+    )
+    if monitor is not None:
+        return trio.run(with_qemu, monitor, work, True)
     Layout.plan(ram, vcpus)
     with empty_guest(kind, ram, vcpus) as guest:
-        return trio.run(_receive, guest, address, attestor, ledger, journal, run_for, isolated, cpus, as_json)
+        return trio.run(work, guest)
 
 
 @cli.command()
@@ -266,6 +292,7 @@ def demo(
     as_json: bool,
 ) -> int:
     """Migrate a busy guest between two processes on this machine, and check that it goes on."""
+    refuse_qemu(kind)
     parameters = MigrationParameters(
         downtime_limit_s=downtime_limit,
         max_downtime_limit_s=max_downtime_limit,
@@ -283,150 +310,3 @@ def demo(
     both = ["--isolated"] if isolated else []
     both += ["--cpus", ",".join(map(str, cpus))] if cpus else []
     return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, both, as_json=as_json)
-
-
-async def _send(
-    guest: CheckedGuest,
-    address: tuple[str, int],
-    attestor: Attestor,
-    moves: bytes,
-    journal: Path | None,
-    channels: int,
-    steering: Steering,
-    listening: ControlSocket | None,
-    freshness: FreshnessChoice,
-    isolated: bool,
-    cpus: tuple[int, ...],
-    as_json: bool,
-) -> int:
-    async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
-        def see(info: MigrationInfo) -> None:
-            if listening is not None:
-                listening.see(info)
-            show(info)
-
-        return await send_guest(
-            guest,
-            *address,
-            attestor,
-            ledger=moves,
-            channels=channels,
-            steering=steering,
-            journal=journal,
-            freshness=freshness,
-            isolated=isolated,
-            cpus=cpus,
-            on_progress=see,
-        )
-
-    async def aftermath(outcome: Outcome) -> Proof | None:
-        # Here the guest goes on only where the migration failed before the start token.
-        return await prove(guest, _AFTERMATH_S) if outcome in (Outcome.ENDED, Outcome.REFUSED) else None
-
-    await start(guest)
-    beside = listening.serve if listening is not None else trio.sleep_forever
-    return await _run(guest, work, aftermath, beside, line=ProgressLine(), as_json=as_json)
-
-
-async def _receive(
-    guest: CheckedGuest,
-    address: tuple[str, int],
-    attestor: Attestor,
-    ledger: Path | None,
-    journal: Path | None,
-    run_for: float,
-    isolated: bool,
-    cpus: tuple[int, ...],
-    as_json: bool,
-) -> int:
-    async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
-        done = await receive_guest(
-            guest,
-            *address,
-            attestor,
-            journal=journal,
-            isolated=isolated,
-            cpus=cpus,
-            on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
-            on_progress=show,
-            on_stranger=note,
-        )
-        if ledger is not None:
-            _keep(done.ledger, ledger)
-        return done
-
-    async def aftermath(outcome: Outcome) -> Proof | None:
-        return await prove(guest, run_for) if outcome is Outcome.COMPLETED else None
-
-    # The source tells how an epoch goes; a destination does so only to somebody who watches.
-    return await _run(guest, work, aftermath, line=ProgressLine(terminal_only=True), as_json=as_json)
-
-
-async def _run(
-    guest: CheckedGuest,
-    work: Callable[[Callable[[MigrationInfo], None]], Awaitable[MigrationReport]],
-    aftermath: Callable[[Outcome], Awaitable[Proof | None]],
-    beside: Callable[[], Awaitable[None]] = trio.sleep_forever,
-    *,
-    line: ProgressLine,
-    as_json: bool,
-) -> int:
-    """One side's migration from start to report; returns the exit code."""
-    latest: list[MigrationInfo] = []
-
-    def show(info: MigrationInfo) -> None:
-        latest[:] = [info]
-        line.show(info)
-
-    outcome = Outcome.COMPLETED
-    report: dict[str, object] = {}
-    unusable: UsageError | None = None
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
-        nursery.start_soon(beside)
-        try:
-            done = await work(show)
-            report = {"freshness": done.freshness.label, "attestation": describe_peer(done.peer)}
-        except TransferAborted as aborted:
-            outcome = aborted.outcome
-            report = {"error": {"reason": aborted.reason, "message": str(aborted)}}
-        except UsageError as error:
-            unusable = error  # raised outside of the nursery, which would wrap it into a group
-        nursery.cancel_scope.cancel()
-    if unusable is not None:
-        raise unusable
-    if not report:
-        outcome = Outcome.ENDED
-        report = {"error": {"reason": "cancelled", "message": "cancelled by a signal"}}
-    proof = await aftermath(outcome)
-    if proof is not None and not (proof.consistent and proof.progressed) and outcome is Outcome.COMPLETED:
-        outcome = Outcome.UNDECIDED
-        report["error"] = {"reason": "guest", "message": "the guest does not go on as it should"}
-    figures = latest[0].as_dict() if latest else {"status": Status.FAILED.value}
-    guest_report = proof.as_dict() if proof is not None else {"kind": guest.kind}
-    _print_report({**figures, **report, "guest": guest_report}, as_json=as_json)
-    return outcome
-
-
-def _print_report(report: dict[str, object], *, as_json: bool) -> None:
-    if as_json:
-        print_json(report)
-    else:
-        print_table(report)
-    error = report.get("error")
-    if isinstance(error, dict):
-        note(str(error["message"]))
-
-
-def _keep(moves: bytes, path: Path) -> None:
-    try:
-        write_ledger(path, moves)
-    except OSError as error:
-        # The guest runs here, whatever becomes of the file: that is what the exit code says.
-        note(f"the guest runs here, but its ledger is lost: cannot write {path}: {error.strerror}")
-
-
-async def _cancel_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            scope.cancel()

@@ -22,6 +22,7 @@ from .bits import (
     dirty_words,
     edges,
     expand,
+    fill_runs,
     run_edges,
     spread,
 )
@@ -140,6 +141,15 @@ class DirtyBitmap:
         self._check_range(start, stop)
         if start < stop:
             self._clear(start, stop)
+
+    def set_runs(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> None:
+        """Mark runs as `runs` gives them, in any order. Raises LocalProtocolError, changing nothing, for a bad one."""
+        if not starts.size:
+            return
+        stops = starts + lengths
+        if starts.min() < 0 or lengths.min() <= 0 or stops.max() > self._pages:
+            raise LocalProtocolError(f"one of these runs is none of a guest of {self._pages} pages")
+        fill_runs(self._words, starts, stops)
 
     # Whole bitmaps
 

@@ -26,6 +26,7 @@ BLOCK_WORDS: Final = 1 << 14
 BIT_OF: Final[NDArray[np.uint64]] = np.left_shift(np.uint64(1), np.arange(WORD_BITS, dtype=np.uint64))
 BIT_OF.setflags(write=False)
 
+_ALL: Final = np.uint64(ALL_ONES)
 _NONE: Final[NDArray[np.int64]] = np.zeros(0, dtype=np.int64)
 
 
@@ -76,6 +77,24 @@ def expand(words: NDArray[np.uint64], numbers: NDArray[np.int64]) -> NDArray[np.
     found &= 63
     bits |= found
     return bits
+
+
+def fill_runs(words: NDArray[np.uint64], starts: NDArray[np.int64], stops: NDArray[np.int64]) -> None:
+    """Set the bits start <= b < stop of every run; none is empty. Costs by runs and by the words they fill."""
+    first, last = starts // WORD_BITS, (stops - 1) // WORD_BITS
+    head = _ALL << (starts % WORD_BITS).view(np.uint64)
+    tail = _ALL >> (-stops % WORD_BITS).view(np.uint64)
+    tail[first == last] &= head[first == last]
+    head[first == last] &= tail[first == last]
+    np.bitwise_or.at(words, first, head)
+    np.bitwise_or.at(words, last, tail)
+    between = np.maximum(last - first - 1, 0)
+    # Long runs are few, and a slice is filled without the numbers of its words.
+    for run in np.flatnonzero(between >= BLOCK_WORDS).tolist():
+        words[first[run] + 1 : last[run]] = _ALL
+    between[between >= BLOCK_WORDS] = 0
+    ends = np.cumsum(between)
+    words[np.repeat(first + 1 - ends + between, between) + np.arange(ends[-1])] = _ALL
 
 
 def run_edges(

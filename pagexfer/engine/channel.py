@@ -6,9 +6,12 @@ is in the cache, the buffer is free again. There is no other queue, so a slow co
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import MalformedData
+import trio
+
+from ..errors import ChannelClosed, MalformedData
 from ..wire.bundle import BundleKind
 from ..wire.constants import SESSION_ID_BYTES
 from ..wire.framing import ConnectionHello, FrameHeader, FrameType, Purpose, pack_barrier
@@ -16,12 +19,21 @@ from ..wire.slot import NO_BUFFER, Command, SlotStatus
 
 if TYPE_CHECKING:
     from collections import deque
+    from collections.abc import Iterator
 
     from ..wire.slot import StatusRegisters
     from .plan import Chunk
     from .progress import ChannelTally
     from .slots import Slot
     from .streams import Connection
+
+
+class Lost(NamedTuple):
+    """What did not arrive over a connection that was replaced: pages, and whether token or ledger were among it."""
+
+    pages: int
+    token: bool
+    ledger: bool
 
 
 class SourceChannel:
@@ -35,23 +47,33 @@ class SourceChannel:
 
     async def open(self, session: bytes) -> None:
         """Say which channel of which session this connection is, and prove it."""
-        if len(session) != SESSION_ID_BYTES:
-            raise MalformedData(f"the destination named a session of {len(session)} bytes")
-        hello = ConnectionHello(Purpose.CHANNEL, self.channel, session)
-        await self.connection.send_frame(FrameType.HELLO, hello.pack())
-        await self._send(await self._slot.command(Command.SETUP))
+        await self._introduce(self.connection, session, Command.SETUP)
+
+    async def replace(self, connection: Connection, session: bytes) -> Lost:
+        """Go on over a new connection; the SVSMs settle what arrived over the one before, of which nothing is used.
+
+        Raises ChannelBroken, with the new connection closed, where it breaks, too.
+        """
+        try:
+            await self._introduce(connection, session, Command.REPLACE)
+            header = await connection.receive_header()
+            answer = await _import_frame(connection, self._slot, header, Command.REPLACE)
+        except BaseException:
+            connection.close()
+            raise
+        self.connection = connection
+        self._tally.replaced += 1
+        return Lost(answer.result, bool(answer.result2 & 1), bool(answer.result2 & 2))
 
     async def export(self, chunks: deque[Chunk]) -> None:
-        """Take chunks until none is left, and send what is pending in each."""
+        """Take chunks until none is left, and send what is pending in each; one that was not finished is put back."""
         while chunks:
             chunk = chunks.popleft()
-            status = SlotStatus.INCOMPLETE
-            while status is SlotStatus.INCOMPLETE:
-                answer = await self._slot.command(Command.EXPORT, chunk.start, chunk.pages)
-                status = answer.status
-                if answer.buffer != NO_BUFFER:
-                    sent = await self._send(answer)
-                    self._tally.add(answer.result, answer.result2, sent)
+            try:
+                await self._export_chunk(chunk)
+            except BaseException:
+                chunks.appendleft(chunk)
+                raise
 
     async def barrier(self, epoch: int) -> None:
         """Say that every bundle of the epoch on this channel stands before this frame."""
@@ -71,17 +93,62 @@ class SourceChannel:
         answer = await _import_frame(self.connection, self._slot, header)
         return BundleKind(answer.result)
 
+    async def _introduce(self, connection: Connection, session: bytes, command: Command) -> None:
+        if len(session) != SESSION_ID_BYTES:
+            raise MalformedData(f"the destination named a session of {len(session)} bytes")
+        hello = ConnectionHello(Purpose.CHANNEL, self.channel, session)
+        await connection.send_frame(FrameType.HELLO, hello.pack())
+        await _send_bundle(connection, self._slot, await self._slot.command(command))
+
+    async def _export_chunk(self, chunk: Chunk) -> None:
+        status = SlotStatus.INCOMPLETE
+        while status is SlotStatus.INCOMPLETE:
+            answer = await self._slot.command(Command.EXPORT, chunk.start, chunk.pages)
+            status = answer.status
+            if answer.buffer != NO_BUFFER:
+                sent = await self._send(answer)
+                self._tally.add(answer.result, answer.result2, sent)
+
     async def _send(self, answer: StatusRegisters) -> int:
         return await _send_bundle(self.connection, self._slot, answer)
 
 
 class DestinationChannel:
-    """The receiving end of one channel."""
+    """The receiving end of one channel over one connection. `replaced` is set once another one has taken its place."""
 
     def __init__(self, slot: Slot, connection: Connection, tally: ChannelTally) -> None:
         self.connection = connection
+        self.replaced = trio.Event()
+        self.idle = trio.Event()  # no task uses connection or slot for this connection
+        self.idle.set()
+        self._waiting = trio.CancelScope()
         self._slot = slot
         self._tally = tally
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Around everything that a worker does for this connection."""
+        self.idle = trio.Event()
+        try:
+            yield
+        finally:
+            self.idle.set()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around a wait for other channels. Raises ChannelClosed where this connection was retired meanwhile."""
+        with trio.CancelScope() as self._waiting:
+            if self.connection.ended:
+                self._waiting.cancel()
+            yield
+        if self._waiting.cancelled_caught:
+            raise ChannelClosed("another connection takes the place of this one")
+
+    async def retire(self) -> None:
+        """End the connection, and return once its worker is done with it."""
+        self.connection.close()
+        self._waiting.cancel()
+        await self.idle.wait()
 
     async def import_bundle(self, header: FrameHeader) -> BundleKind:
         """Receive one bundle straight into the slot and have it imported; returns what it was."""
@@ -96,7 +163,9 @@ class DestinationChannel:
         await _send_bundle(self.connection, self._slot, await self._slot.command(Command.TOKEN, kind))
 
 
-async def _import_frame(connection: Connection, slot: Slot, header: FrameHeader) -> StatusRegisters:
+async def _import_frame(
+    connection: Connection, slot: Slot, header: FrameHeader, command: Command = Command.IMPORT
+) -> StatusRegisters:
     index = slot.begin_fill()
     package = slot.package(index)
     try:
@@ -106,12 +175,14 @@ async def _import_frame(connection: Connection, slot: Slot, header: FrameHeader)
     except BaseException:
         slot.withdraw(index)
         raise
-    return await slot.submit(index, header.payload_bytes, Command.IMPORT)
+    return await slot.submit(index, header.payload_bytes, command)
 
 
 async def _send_bundle(connection: Connection, slot: Slot, answer: StatusRegisters) -> int:
     slot.begin_drain(answer)
     frame = slot.frame(answer, FrameHeader(FrameType.BUNDLE, answer.length).pack())
-    await connection.send(frame)
-    slot.release(answer)
+    try:
+        await connection.send(frame)
+    finally:
+        slot.release(answer)
     return len(frame)

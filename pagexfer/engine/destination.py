@@ -6,6 +6,7 @@ barrier at the end of each epoch, because the epoch token counts over all of the
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
@@ -22,7 +23,7 @@ from ..errors import (
     SvsmRefused,
     TransferAborted,
 )
-from ..wire.bundle import BundleKind
+from ..wire.bundle import BundleKind, parse_header_untrusted
 from ..wire.constants import PAGE_SIZE
 from ..wire.control import (
     Accept,
@@ -68,17 +69,20 @@ class Barrier:
 
     def __init__(self, channels: int) -> None:
         self._channels = channels
-        self._arrived = 0
+        self._arrived: set[int] = set()
         self._all_here = trio.Event()
         self._open = trio.Event()
         self.epoch = 1
 
-    def arrive(self, epoch: int) -> None:
-        """A channel has no more bundles of `epoch`. Raises MalformedData for any other than the current one."""
+    def arrive(self, channel: int, epoch: int) -> None:
+        """A channel has no more bundles of `epoch`; over a new connection it says so again.
+
+        Raises MalformedData for any epoch but the current one.
+        """
         if epoch != self.epoch:
             raise MalformedData(f"a channel ended epoch {epoch} in epoch {self.epoch}")
-        self._arrived += 1
-        if self._arrived == self._channels:
+        self._arrived.add(channel)
+        if len(self._arrived) == self._channels:
             self._all_here.set()
 
     async def wait_for_all(self) -> None:
@@ -92,7 +96,7 @@ class Barrier:
     def open(self) -> None:
         """The epoch is closed: all go on to the next."""
         self._open.set()
-        self._arrived = 0
+        self._arrived.clear()
         self._all_here, self._open = trio.Event(), trio.Event()
         self.epoch += 1
 
@@ -126,6 +130,7 @@ class DestinationEngine:
         self._established = trio.Event()
         self._refused: TransferAborted | None = None
         self._all_open = trio.Event()
+        self._handing_over = False
         self._running = False
 
     async def run(self, listener: Listener) -> MigrationInfo:
@@ -192,12 +197,32 @@ class DestinationEngine:
         if hello.session != self._session or hello.channel >= len(self._slots):
             raise MalformedData("it names no channel of this migration")
         opening = await connection.receive_frame(FrameType.BUNDLE)
+        if parse_header_untrusted(opening, len(opening)).incarnation:
+            return await self._replace(connection, hello.channel, opening)
         if hello.channel in self._channels:  # its slot is in use: nothing of a stranger goes there
             raise MalformedData(f"channel {hello.channel} of this migration is open already")
         slot = self._slots[hello.channel]
         await slot.exchange(Command.SETUP, package=opening)
         tally = self._progress.channels[hello.channel]
         self._channels[hello.channel] = DestinationChannel(slot, connection, tally)
+        if len(self._channels) == len(self._slots):
+            self._all_open.set()
+        return True
+
+    async def _replace(self, connection: Connection, channel: int, opening: bytes) -> bool:
+        """Let a connection that proves that it is the session's take the place of a channel's before (R9)."""
+        await self._control_slot.exchange(Command.REPLACE, channel, opening)
+        old = self._channels.get(channel)
+        if old is not None:
+            # What the old connection still brings would be out of place once the SVSM has its successor.
+            await old.retire()
+        _, word = await self._control_slot.exchange(Command.REPLACE, channel)
+        await connection.send_frame(FrameType.BUNDLE, word)
+        tally = self._progress.channels[channel]
+        tally.replaced += 1
+        self._channels[channel] = DestinationChannel(self._slots[channel], connection, tally)
+        if old is not None:
+            old.replaced.set()
         if len(self._channels) == len(self._slots):
             self._all_open.set()
         return True
@@ -232,32 +257,53 @@ class DestinationEngine:
         barrier = Barrier(len(self._channels))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report)
-            for channel, link in self._channels.items():
+            for channel in self._channels:
                 if channel != 0:
-                    nursery.start_soon(self._work, link, barrier)
-            await self._lead(self._channels[0], barrier, control)
+                    nursery.start_soon(self._serve, channel, partial(self._work, channel, barrier))
+            await self._serve(0, partial(self._lead, barrier, control))
             nursery.cancel_scope.cancel()
 
-    async def _work(self, link: DestinationChannel, barrier: Barrier) -> None:
+    async def _serve(self, channel: int, work: Callable[[DestinationChannel], Awaitable[None]]) -> None:
+        """Let `work` serve a channel, over one connection after the other."""
+        while True:
+            link = self._channels[channel]
+            try:
+                with link.at_work():
+                    return await work(link)
+            except (ChannelBroken, ChannelClosed) as error:
+                if channel == 0 and self._handing_over:
+                    raise
+                with trio.move_on_after(self._stall_timeout_s):
+                    await link.replaced.wait()
+                if not link.replaced.is_set():
+                    raise ChannelBroken(f"channel {channel} was not replaced: {error}") from error
+
+    async def _work(self, channel: int, barrier: Barrier, link: DestinationChannel) -> None:
         """A channel that carries pages only."""
         while True:
             header = await link.connection.receive_header(IDLE_STALLS * self._stall_timeout_s)
             if header.type is FrameType.BARRIER:
-                barrier.arrive(parse_barrier_untrusted(await link.connection.receive_payload(header)))
-                await barrier.wait_open()
+                epoch = parse_barrier_untrusted(await link.connection.receive_payload(header))
+                barrier.arrive(channel, epoch)
+                with link.waiting():
+                    await barrier.wait_open()
             else:
                 await link.import_bundle(header)
 
-    async def _lead(self, link: DestinationChannel, barrier: Barrier, control: Control) -> None:
+    async def _lead(self, barrier: Barrier, control: Control, link: DestinationChannel) -> None:
         """Channel 0, which also carries vCPU states and tokens; returns when the guest runs."""
         while True:
             header = await link.connection.receive_header(IDLE_STALLS * self._stall_timeout_s)
             if header.type is FrameType.BARRIER:
                 epoch = parse_barrier_untrusted(await link.connection.receive_payload(header))
-                barrier.arrive(epoch)
-                await barrier.wait_for_all()
+                barrier.arrive(0, epoch)
+                with link.waiting():
+                    await barrier.wait_for_all()
                 continue
-            match await link.import_bundle(header):
+            kind = await link.import_bundle(header)
+            # The source replaces nothing any more once it has begun to send what is no page.
+            self._handing_over = kind in (BundleKind.VCPU_STATE, BundleKind.MANIFEST)
+            match kind:
                 case BundleKind.EPOCH_TOKEN:
                     closed = barrier.epoch
                     barrier.open()

@@ -55,12 +55,13 @@ class RamInfo:
 
 @dataclass(frozen=True, slots=True)
 class ChannelInfo:
-    """What one channel carried so far."""
+    """What one channel carried so far, and how often its connection was lost and replaced."""
 
     channel: int
     bundles: int
     pages: int
     transferred: int
+    replaced: int = 0
 
     def as_dict(self) -> dict[str, int]:
         return {
@@ -68,6 +69,7 @@ class ChannelInfo:
             "bundles": self.bundles,
             "pages": self.pages,
             "transferred": self.transferred,
+            "replaced": self.replaced,
         }
 
 
@@ -132,7 +134,7 @@ class MigrationInfo:
 class ChannelTally:
     """What one channel has carried; its worker adds to it."""
 
-    __slots__ = ("bundles", "channel", "duplicate", "normal", "transferred")
+    __slots__ = ("bundles", "channel", "duplicate", "normal", "replaced", "transferred")
 
     def __init__(self, channel: int) -> None:
         self.channel = channel
@@ -140,6 +142,7 @@ class ChannelTally:
         self.normal = 0
         self.duplicate = 0
         self.transferred = 0
+        self.replaced = 0
 
     def add(self, pages: int, zero_pages: int, transferred: int) -> None:
         """One bundle of `pages` pages, `zero_pages` of them without payload, that took `transferred` bytes."""
@@ -244,7 +247,13 @@ class Progress:
             self._percent,
             ram,
             tuple(
-                ChannelInfo(tally.channel, tally.bundles, tally.normal + tally.duplicate, tally.transferred)
+                ChannelInfo(
+                    tally.channel,
+                    tally.bundles,
+                    tally.normal + tally.duplicate,
+                    tally.transferred,
+                    tally.replaced,
+                )
                 for tally in self.channels
             ),
             self.audit,

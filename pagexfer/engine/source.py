@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import numpy as np
@@ -20,6 +21,8 @@ from ..errors import (
     MalformedData,
     Outcome,
     PagexferError,
+    RefusalCode,
+    SvsmRefused,
     TransferAborted,
 )
 from ..wire.bundle import BundleKind
@@ -42,6 +45,7 @@ from .course import Course
 from .failure import SECOND_HAND, as_aborted, first_failure, hypervisor_call, say_farewell, undecided
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
+from .repair import Repair
 from .streams import STALL_TIMEOUT_S, connect
 
 if TYPE_CHECKING:
@@ -96,6 +100,7 @@ class SourceEngine:
         self._on_progress = on_progress
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
         self._channels: list[SourceChannel] = []
+        self._lost_pages = 0  # since the epoch began
         self._course = Course(steering, hypervisor, self._progress, options.channels, options.stall_timeout_s)
         self._cancelled = TransferAborted(
             Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
@@ -135,10 +140,16 @@ class SourceEngine:
             # Before any page: a guest that may not move again is refused while it still runs here.
             await self._channels[0].token(BundleKind.LEDGER)
             self._progress.set_up(trio.current_time())
+            connect_again = partial(connect, host, port, self._options.stall_timeout_s)
+            repair = Repair(self._channels, connect_again, session, self._options.stall_timeout_s)
+            nursery.start_soon(repair.watch)
             with self._course.precopy():
-                await self._precopy(control)
+                await self._precopy(control, repair)
             with self._course.blackout():
-                await self._blackout(control)
+                await self._blackout(control, repair)
+                # Little is left to send from here on, and a connection that breaks ends the migration before START.
+                await repair.stop()
+                await self._hand_over(control)
             nursery.cancel_scope.cancel()
         done.cancel()
 
@@ -167,7 +178,7 @@ class SourceEngine:
         await control.receive(ChannelsOpen, self._options.stall_timeout_s)
         self._course.answered(trio.current_time() - asked)
 
-    async def _precopy(self, control: Control) -> None:
+    async def _precopy(self, control: Control, repair: Repair) -> None:
         log = self._hypervisor.dirty_log
         if log is not None:
             await trio.to_thread.run_sync(log.start)
@@ -178,9 +189,10 @@ class SourceEngine:
                 audit_s = await self._predict_audit()
             if await self._course.decide(pending, audit_s) is Decision.SWITCHOVER:
                 return
-            await self._transfer(control, pending, chunks)
+            await self._transfer(control, repair, pending, chunks)
 
-    async def _blackout(self, control: Control) -> None:
+    async def _blackout(self, control: Control, repair: Repair) -> None:
+        """Park the guest and send everything that is left of its memory."""
         self._progress.park(trio.current_time())
         await self._park()
         # The hypervisor's stop after the park, which it has no part in, and before the last epoch: until then its devices
@@ -191,7 +203,12 @@ class SourceEngine:
         pending, chunks = await self._begin_epoch()
         if self._options.audit and await self._audit():
             pending, chunks = await self._begin_epoch()
-        await self._transfer(control, pending, chunks)
+        await self._transfer(control, repair, pending, chunks)
+        while self._lost_pages:
+            pending, chunks = await self._begin_epoch()
+            await self._transfer(control, repair, pending, chunks)
+
+    async def _hand_over(self, control: Control) -> None:
         with hypervisor_call("save the devices"):
             device_state = await self._hypervisor.save_device_state()
         await control.send_device_state(device_state)
@@ -214,6 +231,7 @@ class SourceEngine:
 
     async def _begin_epoch(self) -> tuple[int, list[Chunk]]:
         """Pending pages and the chunks that cover them."""
+        self._lost_pages = 0
         log = self._hypervisor.dirty_log
         if log is not None:
             dirty = await trio.to_thread.run_sync(log.collect)
@@ -251,7 +269,7 @@ class SourceEngine:
         self._progress.audit = AuditInfo(1000 * (trio.current_time() - began), found)
         return found
 
-    async def _transfer(self, control: Control, pending: int, chunks: list[Chunk]) -> None:
+    async def _transfer(self, control: Control, repair: Repair, pending: int, chunks: list[Chunk]) -> None:
         """Send one epoch over all channels and have the destination close it."""
         began, sent = trio.current_time(), self._progress.transferred
         self._progress.begin_epoch(pending)
@@ -259,19 +277,73 @@ class SourceEngine:
         queue = deque(chunks)
         async with trio.open_nursery() as nursery:
             for channel in self._channels:
-                nursery.start_soon(self._send_epoch, channel, queue)
-        await self._channels[0].token(BundleKind.EPOCH_TOKEN)
-        asked = trio.current_time()
-        closed = await control.receive(EpochClosed, self._course.close_timeout_s(self._channels))
-        if closed.epoch != self._epoch:
-            raise MalformedData(f"the destination closed epoch {closed.epoch} instead of {self._epoch}")
+                nursery.start_soon(self._send_epoch, channel, repair, queue)
+        await self._close_epoch(control, repair)
         self._epoch += 1
-        self._course.answered(trio.current_time() - asked)
         self._course.finished(pending, began, self._progress.transferred - sent)
 
-    async def _send_epoch(self, channel: SourceChannel, queue: deque[Chunk]) -> None:
-        await channel.export(queue)
-        await channel.barrier(self._epoch)
+    async def _send_epoch(self, channel: SourceChannel, repair: Repair, queue: deque[Chunk]) -> None:
+        while True:
+            try:
+                await channel.export(queue)
+                await channel.barrier(self._epoch)
+                return
+            except ChannelBroken:
+                await self._replace(channel, repair)
+            except SvsmRefused as refused:
+                if refused.code is not RefusalCode.EXHAUSTED:
+                    raise
+                await self._replace(channel, repair)  # a new connection has a new key
+
+    async def _close_epoch(self, control: Control, repair: Repair) -> None:
+        """Send the token until the destination has closed the epoch.
+
+        Where a connection breaks meanwhile, channel 0 is replaced as well: a token on its way counts what was lost.
+        """
+        first = self._channels[0]
+        again: set[SourceChannel] = set()
+        token_due = True
+        while True:
+            try:
+                for channel in again if token_due else ():
+                    await channel.barrier(self._epoch)
+                if token_due:
+                    await first.token(BundleKind.EPOCH_TOKEN)
+                    token_due = False
+            except ChannelBroken:
+                closed = False
+            else:
+                closed = await self._epoch_closed(control, repair)
+            if closed:
+                return
+            again = {first, *repair.ended()}
+            for channel in again:
+                token_due |= await self._replace(channel, repair)
+
+    async def _epoch_closed(self, control: Control, repair: Repair) -> bool:
+        """True once the destination has closed the epoch, False where a connection ends before."""
+        closed: EpochClosed | None = None
+        async with trio.open_nursery() as nursery:
+
+            async def give_up() -> None:
+                await repair.wait_ended()
+                nursery.cancel_scope.cancel()
+
+            nursery.start_soon(give_up)
+            asked = trio.current_time()
+            closed = await control.receive(EpochClosed, self._course.close_timeout_s(self._channels))
+            self._course.answered(trio.current_time() - asked)
+            nursery.cancel_scope.cancel()
+        if closed is not None and closed.epoch != self._epoch:
+            raise MalformedData(f"the destination closed epoch {closed.epoch} instead of {self._epoch}")
+        return closed is not None
+
+    async def _replace(self, channel: SourceChannel, repair: Repair) -> bool:
+        """Replace a channel's connection; returns whether the epoch's token was lost with it."""
+        damage = await repair.replace(channel)
+        self._lost_pages += damage.pages
+        self._course.pace(self._channels)
+        return damage.token
 
     async def _park(self) -> None:
         with trio.move_on_after(PARK_TIMEOUT_S):

@@ -41,6 +41,7 @@ class Connection:
         self._socket = sock
         self._woken_at = 1
         self._turn_due = True
+        self.ended = False  # whether peer, network or this side ended it, as far as anybody noticed
         self._pace = _NO_PACE
         self.stall_timeout = stall_timeout
         sock.setblocking(False)
@@ -63,7 +64,7 @@ class Connection:
         except (OSError, trio.ClosedResourceError) as error:
             raise self._broken(error) from None
         if rest:
-            raise ChannelBroken(f"{self.peer} takes no data for {self.stall_timeout:g} s")
+            raise self._ended(f"{self.peer} takes no data for {self.stall_timeout:g} s")
 
     async def receive_into(self, view: memoryview, timeout: float | None = None) -> None:
         """Receive exactly `len(view)` bytes, waiting `timeout` seconds (by default the stall timeout) for each part.
@@ -85,7 +86,7 @@ class Connection:
         except (OSError, trio.ClosedResourceError) as error:
             raise self._broken(error) from None
         if rest:
-            raise ChannelBroken(f"{self.peer} sends nothing for {timeout:g} s")
+            raise self._ended(f"{self.peer} sends nothing for {timeout:g} s")
 
     async def send_frame(self, frame_type: FrameType, payload: bytes) -> None:
         """Send one small frame."""
@@ -118,6 +119,15 @@ class Connection:
             raise MalformedData(f"{header.type.name} frame where {frame_type.name} is due")
         return await self.receive_payload(header)
 
+    async def wait_end(self) -> None:
+        """Until the connection ends, or the peer sends something; for one on which the peer has nothing to say."""
+        try:
+            if self._socket.fileno() >= 0:
+                await trio.lowlevel.wait_readable(self._socket)
+        except (OSError, trio.ClosedResourceError):
+            await trio.lowlevel.checkpoint()
+        self.ended = True
+
     def pace(self, bytes_per_second: int | None) -> None:
         """Have the kernel send no faster than this from now on; None is no limit. Raises ChannelBroken or ChannelClosed."""
         pace = _NO_PACE if bytes_per_second is None else bytes_per_second
@@ -131,6 +141,7 @@ class Connection:
 
     def close(self) -> None:
         """Close at once; a task that waits on the connection sees ChannelClosed."""
+        self.ended = True
         if self._socket.fileno() >= 0:
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
@@ -149,7 +160,7 @@ class Connection:
         except BlockingIOError:
             return view
         if view and not received:
-            raise ChannelBroken(f"{self.peer} closed the connection")
+            raise self._ended(f"{self.peer} closed the connection")
         return view[received:]
 
     def _wake_at(self, received_bytes: int) -> None:
@@ -158,7 +169,12 @@ class Connection:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, received_bytes)
             self._woken_at = received_bytes
 
+    def _ended(self, why: str) -> ChannelBroken:
+        self.ended = True
+        return ChannelBroken(why)
+
     def _broken(self, error: OSError | trio.ClosedResourceError) -> ChannelBroken | ChannelClosed:
+        self.ended = True
         if isinstance(error, trio.ClosedResourceError) or error.errno == errno.EBADF:
             return ChannelClosed("this side closed the connection")
         return ChannelBroken(f"connection to {self.peer}: {error.strerror or error}")

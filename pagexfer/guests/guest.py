@@ -16,7 +16,7 @@ class Guest(Protocol):
 
     @property
     def kind(self) -> str:
-        """Short name: "simulated", "kvm"."""
+        """Short name: "simulated", "kvm", "qemu"."""
         ...
 
     @property

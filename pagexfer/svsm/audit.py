@@ -123,6 +123,7 @@ class PageDigests:
 
         Leaves out pages that `excused` marks, and pages that have no content by their state.
         """
+        self._memory.find_holes()
         return self._on_all_cores(lambda first, end: self._changed(first, end, excused), start, stop)
 
     def _on_all_cores(
@@ -141,7 +142,9 @@ class PageDigests:
         for run in self._changed_runs(first, stop, excused).tolist():
             gfns = np.arange(run, min(run + RUN_PAGES, self._memory.pages))
             gfns = gfns[~self._excused(gfns, excused)]
-            actual = self._tags([self._page(gfn) for gfn in gfns.tolist()]) ^ self._zero_page
+            actual = np.zeros((len(gfns), 2), dtype=np.uint64)
+            held = self._held(gfns)
+            actual[held] = self._tags([self._page(gfn) for gfn in gfns[held].tolist()]) ^ self._zero_page
             found.append(gfns[(actual != self._table[gfns]).any(axis=1)])
         return np.concatenate(found)
 
@@ -158,7 +161,13 @@ class PageDigests:
         # Pages that are left out are zero on both sides.
         pages[by_run[apart]] = 0
         expected[apart] = self._composer.compose(pages.reshape(-1, 2))
-        actual = self._tags(self._runs(first, by_run, partly)) ^ self._zero_run
+        # What lies in a hole is zero, and so is its digest: it is left out of what is hashed, not of what is expected.
+        held = np.ones_like(by_run)
+        held.reshape(-1)[: stop - first] = self._held(np.arange(first, stop))
+        in_part: NDArray[np.bool_] = partly | ~held.all(axis=1)
+        read = np.flatnonzero(held.any(axis=1))
+        actual = np.zeros_like(expected)
+        actual[read] = self._tags(self._runs(first, read, by_run | ~held, in_part)) ^ self._zero_run
         differ = (actual != expected).any(axis=1)
         return first + np.flatnonzero(differ) * RUN_PAGES
 
@@ -171,23 +180,30 @@ class PageDigests:
         return self._table.reshape(-1, RUN_PAGES, 2)[runs]
 
     def _runs(
-        self, first: int, left_out: NDArray[np.bool_], partly: NDArray[np.bool_]
+        self, first: int, runs: NDArray[np.int64], left_out: NDArray[np.bool_], partly: NDArray[np.bool_]
     ) -> Iterator[memoryview]:
-        """The runs from page `first` on, one after the other: RAM itself, or a copy without what is left out of it."""
+        """`runs`, counted from page `first` on: RAM itself, or a copy without what is left out of it."""
         scratch = np.empty((RUN_PAGES, WORDS_PER_PAGE), dtype=np.uint64)
         copied = scratch.reshape(-1).view(np.uint8).data
-        for run, apart in enumerate(partly.tolist(), start=first // RUN_PAGES):
-            if not apart:
+        for number in runs.tolist():
+            run = first // RUN_PAGES + number
+            if not partly[number]:
                 yield self._ram[run * PAGE_SIZE * RUN_PAGES : (run + 1) * PAGE_SIZE * RUN_PAGES]
                 continue
             words = self._memory.words[run * RUN_PAGES : (run + 1) * RUN_PAGES]
-            scratch[: len(words)] = words
-            scratch[left_out[run - first // RUN_PAGES]] = 0
+            taken = np.flatnonzero(~left_out[number, : len(words)])
+            scratch.fill(0)
+            scratch[taken] = words[taken]
             yield copied
 
     def _excused(self, gfns: NDArray[np.int64], excused: DirtyBitmap) -> NDArray[np.bool_]:
         without_content: NDArray[np.bool_] = (self._memory.states[gfns] & _HAS_CONTENT) == 0
         return without_content | excused.test(gfns)
+
+    def _held(self, gfns: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which of `gfns` have memory, and must be read."""
+        holes = self._memory.in_holes(gfns)
+        return np.ones(len(gfns), dtype=np.bool_) if holes is None else ~holes
 
     def _page(self, gfn: int) -> memoryview:
         return self._ram[gfn * PAGE_SIZE : (gfn + 1) * PAGE_SIZE]

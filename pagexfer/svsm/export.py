@@ -81,6 +81,13 @@ class Packager:
         return _package(gfns, operations, states, words, int(np.count_nonzero(operations == ZERO)))
 
     def _view(self, gfns: NDArray[np.int64] | range) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
+        holes = self._memory.in_holes(gfns)
+        if holes is not None:  # reading one would have the kernel provide memory for it
+            numbers = np.arange(gfns.start, gfns.stop) if isinstance(gfns, range) else gfns
+            words = self._gathered[: len(numbers)]
+            words[holes] = 0
+            words[~holes] = self._memory.words[numbers[~holes]]
+            return words, self._memory.states[numbers]
         if isinstance(gfns, range):
             run = slice(gfns.start, gfns.stop)
             words, states = self._memory.words[run], self._memory.states[run].copy()

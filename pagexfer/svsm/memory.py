@@ -22,6 +22,8 @@ from ..wire.constants import PAGE_SIZE, WORDS_PER_PAGE
 from ..wire.page_state import PERMISSION_BITS, PRIVATE, SHARED, STATE_MASK, VALIDATED, vmpl_shift
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
     from numpy.typing import NDArray
 
 _VALIDATED: Final = np.uint32(VALIDATED)
@@ -41,18 +43,21 @@ class GuestMemory:
             raise PageStateError(
                 f"RAM of {ram_bytes} bytes is not a positive number of {PAGE_SIZE}-byte pages"
             )
+        mapping = mmap.mmap(ram_fd, ram_bytes, mmap.MAP_SHARED)
+        self._set_up(ram_fd, np.frombuffer(mapping, dtype=np.uint64).reshape(-1, WORDS_PER_PAGE))
+
+    def _set_up(self, ram_fd: int, words: NDArray[np.uint64]) -> None:
         self.ram_fd = ram_fd
-        self.pages = ram_bytes // PAGE_SIZE
-        self.mapping = mmap.mmap(ram_fd, ram_bytes, mmap.MAP_SHARED)
-        self.words: NDArray[np.uint64] = np.frombuffer(self.mapping, dtype=np.uint64).reshape(
-            -1, WORDS_PER_PAGE
-        )
+        self.pages = len(words)
+        self.words = words
         self.states: NDArray[np.uint32] = np.full(self.pages, 0, dtype=np.uint32)
         self.state_changes = DirtyBitmap(self.pages)
         # Pages that may differ from zero: all, unless `allocate` knows better.
         self._populated = DirtyBitmap.full(self.pages)
         # Threads write to pages of their own, but the words of a bitmap are everybody's.
         self._populating = threading.Lock()
+        self._data: Callable[[], Iterable[tuple[int, int]]] | None = None
+        self._holes: DirtyBitmap | None = None
         self._claimed = False
         self._sessions = 0
 
@@ -70,6 +75,42 @@ class GuestMemory:
         memory._populated.clear()
         return memory
 
+    @classmethod
+    def over(
+        cls, words: NDArray[np.uint64], data: Callable[[], Iterable[tuple[int, int]]] | None = None
+    ) -> GuestMemory:
+        """RAM that is mapped already, `words` of shape (pages, 512); it has no `ram_fd` (-1).
+
+        `data` gives (start, stop) of all gfns that have memory behind them now: every other page is zero, is not read on
+        the way out, and is not provided in advance on the way in. Default: all have.
+        """
+        memory = cls.__new__(cls)
+        memory._set_up(-1, words)
+        memory._data = data
+        memory.find_holes()
+        if memory._holes is not None:
+            memory._populated.clear_gfns(memory._holes.gfns())
+        return memory
+
+    def find_holes(self) -> None:
+        """Ask again where memory is, if there is somebody to ask.
+
+        A page that is written after this is none the less a hole here: whoever looks for changed pages has to have looked
+        before, or must look again.
+        """
+        if self._data is not None:
+            holes = DirtyBitmap.full(self.pages)
+            for start, stop in self._data():
+                holes.clear_range(start, stop)
+            self._holes = holes
+
+    def in_holes(self, gfns: NDArray[np.int64] | range) -> NDArray[np.bool_] | None:
+        """Which of `gfns` had no memory at the last look, hence were zero; None where all of them may have some."""
+        holes = self._holes
+        if holes is None or not holes.any_of(gfns):
+            return None
+        return holes.test(np.arange(gfns.start, gfns.stop) if isinstance(gfns, range) else gfns)
+
     def close(self) -> None:
         """Give the memfd back; the mapping itself ends with the last array that looks at it."""
         if self.ram_fd >= 0:
@@ -80,9 +121,13 @@ class GuestMemory:
         """Have the kernel provide pages for `length` bytes of RAM from byte `start` on, before they are written.
 
         Confidential RAM is pinned, so nothing is saved by providing it late, and a page fault costs more than the rest of
-        an import. Takes long for much memory and lets other threads run meanwhile. Returns whether the kernel did it; where
-        it did not (Linux before 5.14, no memory left), pages are provided one by one as they are written.
+        an import. A part with holes is left as it is, though: whoever made that RAM did not want it pinned. Takes long for
+        much memory and lets other threads run meanwhile. Returns False where the kernel does not do it (Linux before
+        5.14, no memory left): then pages are provided one by one as they are written.
         """
+        pages = range(start // PAGE_SIZE, (start + length) // PAGE_SIZE)
+        if self._holes is not None and self._holes.any_of(pages):
+            return True
         address = self.words.ctypes.data + start
         failed: int = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
         return failed == 0

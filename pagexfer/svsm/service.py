@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
 
@@ -38,11 +38,26 @@ from ..wire.slot import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+    from contextlib import AbstractContextManager
 
-    from ..wire.slot import CommandRegisters, SlotMemory
-    from .destination import DestinationSvsm
-    from .source import SourceSvsm
+    from ..wire.slot import CommandRegisters, SessionStatus, SlotMemory
     from .staging import StagingPool
+
+
+class Session(Protocol):
+    """What a service needs of the SVSM behind it, source or destination."""
+
+    @property
+    def state(self) -> SessionStatus:
+        """The status register."""
+
+    @property
+    def staging(self) -> StagingPool:
+        """Private memory for packages on their way."""
+
+    @property
+    def lock(self) -> AbstractContextManager[object]:
+        """Held while a command is carried out that may not run beside another."""
 
 
 class BadCommand(LocalProtocolError):
@@ -103,10 +118,6 @@ class Border:
         else:
             self._slot.withdraw(index, SVSM_DATA_OFFSET)
 
-    def reset(self) -> None:
-        """Make every buffer FREE, whatever the host's words say."""
-        self._slot.reset_buffers(SVSM_DATA_OFFSET)
-
 
 class Call:
     """One command: its registers, its package if the host gave one, and room for a package to answer with."""
@@ -159,7 +170,7 @@ class SlotService:
     def __init__(
         self,
         slot: SlotMemory,
-        session: SourceSvsm | DestinationSvsm,
+        session: Session,
         commands: Mapping[Command, Callable[[Call], Answer]],
         *,
         shared: bool,

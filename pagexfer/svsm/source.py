@@ -83,6 +83,7 @@ class SourceSvsm:
         guest_id: bytes,
         *,
         audit: bool = False,
+        bundle_pages: int = BUNDLE_PAGES,
         ledger: bytes = b"",
         journal: Journal | None = None,
     ) -> None:
@@ -103,6 +104,7 @@ class SourceSvsm:
         self._handshake: SourceHandshake | None = None
         self._session: Established | None = None
         self._streams: SourceStreams | None = None
+        self._bundle_pages = bundle_pages
         self._audit = audit
         # As many as threads seal at a time: one that was used last is still in the cache.
         self._packagers: list[Packager] = []
@@ -253,7 +255,7 @@ class SourceSvsm:
 
     def export(self, channel: int, start: int, stop: int, out: memoryview) -> Exported:
         """Seal the next bundle of what is pending in gfns `start` to `stop` - 1 into `out`."""
-        capacity = min(BUNDLE_PAGES, (len(out) - _OVERHEAD_BYTES) // PAGE_SIZE)
+        capacity = min(self._bundle_pages, (len(out) - _OVERHEAD_BYTES) // PAGE_SIZE)
         with self.lock:
             self._require_epoch()
             sealer = self._sealer(channel)

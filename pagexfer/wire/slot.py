@@ -94,41 +94,61 @@ class BufferState(enum.IntEnum):
     DRAINING = 4
 
 
-# Identity line, offset 0, written once by the SVSM:
-#   offset  size  field
-#        0     8  magic "PGXSLOT3"
-#        8     2  version
-#       10     2  slot id
-#       12     2  buffers
-#       14     2  log2 of buffer bytes
-#       16     2  headroom bytes
-#       18    46  reserved, zero
-_IDENTITY: Final = struct.Struct("<QHHHHH46s")
+class Field(NamedTuple):
+    """One field of a line: its name, its code as `struct` has it, what it says. `slot_header` writes them out for C."""
+
+    name: str
+    code: str
+    says: str
+
+
+# Identity line, offset 0, written once by the SVSM
+IDENTITY_FIELDS: Final = (
+    Field("magic", "Q", '"PGXSLOT3"'),
+    Field("version", "H", ""),
+    Field("slot_id", "H", "number of the channel, or the control slot"),
+    Field("buffers", "H", ""),
+    Field("buffer_shift", "H", "log2 of buffer bytes"),
+    Field("headroom_bytes", "H", ""),
+    Field("reserved", "46s", "zero"),
+)
+# Command line, offset 64, written by the host
+COMMAND_FIELDS: Final = (
+    Field("sequence", "I", "raised by one for each command, written last"),
+    Field("command", "H", ""),
+    Field("buffer", "H", "0xFFFF for none"),
+    Field("argument", "Q", ""),
+    Field("argument2", "Q", ""),
+    Field("length", "I", "of the package in the buffer"),
+    Field("reserved", "36s", "zero"),
+)
+# Status line, offset 128, written by the SVSM
+STATUS_FIELDS: Final = (
+    Field("sequence", "I", "of the command that is answered, written last"),
+    Field("status", "H", ""),
+    Field("error", "H", "0 for none"),
+    Field("session", "H", "the status register"),
+    Field("buffer", "H", "0xFFFF for none"),
+    Field("length", "I", "of the package in the buffer"),
+    Field("result", "Q", ""),
+    Field("result2", "Q", ""),
+    Field("reserved", "32s", "zero"),
+)
 IDENTITY_OFFSET: Final = 0
-# Command line, offset 64, written by the host:
-#        0     4  sequence, raised by one for each command, written last
-#        4     2  command
-#        6     2  buffer, 0xFFFF for none
-#        8     8  argument
-#       16     8  second argument
-#       24     4  length of the package in the buffer
-#       28    36  reserved, zero
-_COMMAND: Final = struct.Struct("<IHHQQI36s")
-_COMMAND_BODY: Final = struct.Struct("<HHQQI")
 COMMAND_OFFSET: Final = 64
-# Status line, offset 128, written by the SVSM:
-#        0     4  sequence of the command that is answered, written last
-#        4     2  status
-#        6     2  error code, 0 for none
-#        8     2  session status (the status register)
-#       10     2  buffer, 0xFFFF for none
-#       12     4  length of the package in the buffer
-#       16     8  result
-#       24     8  second result
-#       32    32  reserved, zero
-_STATUS: Final = struct.Struct("<IHHHHIQQ32s")
-_STATUS_BODY: Final = struct.Struct("<HHHHIQQ")
 STATUS_OFFSET: Final = 128
+
+
+def _codes(fields: tuple[Field, ...]) -> str:
+    return "<" + "".join(field.code for field in fields)
+
+
+_IDENTITY: Final = struct.Struct(_codes(IDENTITY_FIELDS))
+_COMMAND: Final = struct.Struct(_codes(COMMAND_FIELDS))
+_STATUS: Final = struct.Struct(_codes(STATUS_FIELDS))
+# What is written before the sequence word: all but that word and what stays zero.
+_COMMAND_BODY: Final = struct.Struct(_codes(COMMAND_FIELDS[1:-1]))
+_STATUS_BODY: Final = struct.Struct(_codes(STATUS_FIELDS[1:-1]))
 # Data register, host's line at offset 192, SVSM's line at offset 256: for each buffer one u32,
 #   bits 0-7 state, bits 8-31 turn
 _WORD_BYTES: Final = 4
@@ -329,12 +349,6 @@ class SlotMemory:
         return self._words[_STATUS_SEQUENCE]
 
     # Both sides: the data register
-
-    def reset_buffers(self, line: int) -> None:
-        """Make every buffer FREE in a turn of its own, newer than whatever both words say."""
-        for index in range(self.geometry.buffers):
-            turn, _ = self._current(index)
-            self._write_word(index, line, (turn + 1) & _TURN_MASK, BufferState.FREE)
 
     def buffer_state(self, index: int) -> BufferState:
         """Whose a buffer is, from both sides' words: the word of the newer turn counts, in one turn the later state."""

@@ -81,6 +81,29 @@ def status_line(*fields: int) -> Json:
     return {"fields": list(fields), **coded(page_with(128, line))}
 
 
+def exchange() -> list[Json]:
+    """A register page after each step of two commands: the host's package comes in, then the SVSM's goes out."""
+    free, ready = 1, 3
+    taken = struct.pack("<IHHQQI36s", 1, 5, 0, 0, 0, 100, bytes(36))
+    done = struct.pack("<IHHHHIQQ32s", 1, 1, 0, 4, 0xFFFF, 0, 8, 0, bytes(32))
+    asked = struct.pack("<IHHQQI36s", 2, 4, 0xFFFF, 512, 64, 0, bytes(36))
+    given = struct.pack("<IHHHHIQQ32s", 2, 2, 0, 4, 0, 4192, 1, 0, bytes(32))
+    steps: list[tuple[str, list[tuple[int, bytes]]]] = [
+        ("formatted", [(192, struct.pack("<II", free, free)), (256, struct.pack("<II", free, free))]),
+        ("host: IMPORT, package in buffer 0", [(192, struct.pack("<I", 1 << 8 | ready)), (64, taken)]),
+        ("SVSM: OK, buffer 0 drained", [(256, struct.pack("<I", 1 << 8 | free)), (128, done)]),
+        ("host: EXPORT", [(64, asked)]),
+        ("SVSM: INCOMPLETE, package in buffer 0", [(256, struct.pack("<I", 2 << 8 | ready)), (128, given)]),
+        ("host: buffer 0 drained", [(192, struct.pack("<I", 2 << 8 | free))]),
+    ]
+    page, pages = page_with(0, identity()), []
+    for name, changes in steps:
+        for offset, change in changes:
+            page = patched(page, offset, change)
+        pages.append({"name": name, **coded(page)})
+    return pages
+
+
 def slot() -> Json:
     package = (1 << 20) - 64
     u32, u64 = (1 << 32) - 1, (1 << 64) - 1
@@ -152,6 +175,7 @@ def slot() -> Json:
             for index in (32, 63)
         ],
         "data_words": data_words(),
+        "exchange": exchange(),
     }
 
 

@@ -48,6 +48,14 @@ def manifest(channels: int) -> tuple[Json, bytes]:
     return fields | {name: digest.hex() for name, digest in digests.items()} | {"channels": records}, packed
 
 
+def channel_records(channel: int) -> bytes:
+    """Records of the first two incarnations of a channel."""
+    return b"".join(
+        struct.pack("<HHQ", channel, incarnation, bundles) + noise(f"transcript {incarnation}", 48)
+        for incarnation, bundles in ((0, 77), (1, 1))
+    )
+
+
 def table_digest(label: bytes, words: list[int]) -> str:
     """The digest over a table with one word a page, word by word as docs/protocol.md says it."""
     outer = label + struct.pack("<Q", len(words))
@@ -145,6 +153,7 @@ KINDS = {
     "ABORT_TOKEN": 8,
     "CHANNEL_OPEN": 9,
     "LEDGER": 10,
+    "CHANNEL_STATE": 11,
 }
 Entry = tuple[int, int, int]  # gfn, operation, page state
 
@@ -273,7 +282,7 @@ def bundles() -> Json:
         "bundles": [
             bundle("channel open", "CHANNEL_OPEN", (0, 0, 1, 0)),
             bundle("channel open, last channel", "CHANNEL_OPEN", (1023, 0, 1, 0)),
-            bundle("channel open, next incarnation", "CHANNEL_OPEN", (3, 1, 5, 0)),
+            bundle("channel open, next incarnation", "CHANNEL_OPEN", (3, 1, 1, 0)),
             bundle(
                 "run of two pages", "PAGES", (1, 0, 1, 1), b"".join(data), ((7, 1, PRIVATE), (8, 1, PRIVATE))
             ),
@@ -300,6 +309,13 @@ def bundles() -> Json:
             ),
             bundle("ledger", "LEDGER", (0, 0, 1, 1), noise("ledger", 4000)),
             bundle("ledger of a guest that never moved", "LEDGER", (0, 0, 1, 1)),
+            bundle(
+                "channel state of a channel that nothing came over",
+                "CHANNEL_STATE",
+                (1, 1, FINAL_EPOCH, 0),
+                direction=2,
+            ),
+            bundle("channel state", "CHANNEL_STATE", (3, 2, FINAL_EPOCH, 0), channel_records(3), direction=2),
             bundle("running", "RUNNING", (0, 0, FINAL_EPOCH, 1), digest, direction=2),
             bundle("abort token", "ABORT_TOKEN", (0, 0, FINAL_EPOCH, 1), digest, direction=2),
         ],

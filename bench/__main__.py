@@ -1,0 +1,49 @@
+"""All benches behind one command: python -m bench NAME [options]
+
+    python -m bench                     names them
+    python -m bench NAME --help         what a bench measures, and its options
+    python -m bench all [--quick] [--json FILE] [--plots FOLDER]
+    python -m bench report FILE         the tables of docs/performance.md, from the results of `all`
+
+Exit codes: 0 measured, 1 a bench failed, 2 bad usage, 3 this machine cannot run the bench.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+
+from .names import BENCHES, COMMANDS
+from .options import CannotRun
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run what the first argument names; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        print("\n".join(f"  {name:<12} {about}" for name, about in {**BENCHES, **COMMANDS}.items()))
+        return 0 if arguments else 2
+    name = arguments[0]
+    if name not in BENCHES and name not in COMMANDS:
+        print(f"bench: no bench {name!r}: there are {', '.join([*BENCHES, *COMMANDS])}", file=sys.stderr)
+        return 2
+    try:
+        _run(name, arguments[1:])
+    except CannotRun as reason:
+        print(f"{name}: skipped: {reason}", file=sys.stderr)
+        return 3
+    return 0
+
+
+def _run(name: str, argv: list[str]) -> None:
+    # Imported by name: a bench's libraries, and what they cost to load, are its own.
+    module = f"{__package__}.{'suite' if name == 'all' else name}"
+    if find_spec(module) is None:
+        raise CannotRun("it is not part of this checkout")
+    import_module(module).main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,323 @@
+"""What a mailbox costs between two processes: python -m bench mailbox [--json FILE] [--plot FILE.png] [--quick]
+
+Five questions, each in alternating repeats:
+
+- A doorbell round trip: an empty command through registers, doorbells, handler and trio, beside two bare eventfds between
+  two processes, and the same command as a direct call, in the same run.
+- What is sealed for one ring: handshakes per GiB and GB/s with 2 KiB (the halves of a page in the prototype's first
+  mailbox), 4 KiB (a page, its second), 64 and 256 pages, over 1 to 8 slots. The SVSM seals from RAM and copies out to the
+  slot; the host takes the package and gives the buffer back without reading it. CPU is both processes'.
+- Handlers as threads of one SVSM, or as a process each, over the same RAM, 256 pages for a ring.
+- What idle handlers cost, in percent of one core.
+- A whole migration with --isolated beside the same one with everything in one process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import trio
+
+from pagexfer.wire.slot import Command
+
+from .doorbell import RoundTrips, ping_pong
+from .mailbox_svsm import local_slot, svsm
+from .measure import Spread
+from .options import finish, numbers, parse, parser, progress, size
+from .sealed import Move, run_move
+from .table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from pagexfer.engine.slots import Slot
+
+GIB: Final = 1 << 30
+RINGS: Final = 10_000
+UNITS: Final = {"2 KiB": 1 << 11, "4 KiB": 1 << 12, "64 pages": 1 << 18, "256 pages": 1 << 20}
+SLOTS: Final = (1, 2, 4, 8)
+QUICK_SLOTS: Final = (1, 4)
+# Small units are sealed until so many rings: they would take long, and their rate does not change.
+MAX_RINGS: Final = 20_000
+IDLE_SLOTS: Final = 16
+IDLE_S: Final = 4.0
+CHANNELS: Final = (1, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    """Rate and CPU of one unit over some slots."""
+
+    handshakes_per_gib: int
+    gb_per_s: Spread
+    cpu_s_per_gib: Spread
+
+
+def round_trips(ram_fd: int, calls: int, repeats: int) -> dict[str, RoundTrips]:
+    """Medians over alternating repeats, bare eventfds first."""
+    found: dict[str, list[RoundTrips]] = {"two eventfds": [], "direct call": [], "slot": []}
+    local = local_slot()
+    with svsm(ram_fd, 1) as (slot,):
+        for number in range(repeats):
+            progress(f"mailbox: round trips, round {number + 1} of {repeats}")
+            found["two eventfds"].append(ping_pong(calls))
+            found["direct call"].append(trio.run(_ring, local, calls))
+            found["slot"].append(trio.run(_ring, slot, calls))
+    return {name: _median(trips) for name, trips in found.items()}
+
+
+async def _ring(slot: Slot, calls: int) -> RoundTrips:
+    await slot.command(Command.EPOCH)
+    taken = np.empty(calls)
+    for call in range(calls):
+        began = time.perf_counter()
+        await slot.command(Command.EPOCH)
+        taken[call] = time.perf_counter() - began
+    half, most = np.percentile(taken * 1e6, [50, 99])
+    return RoundTrips(calls, float(half), float(most))
+
+
+def _median(found: Sequence[RoundTrips]) -> RoundTrips:
+    half, most = (
+        float(np.median([getattr(trips, name) for trips in found])) for name in ("p50_us", "p99_us")
+    )
+    return RoundTrips(found[0].calls, half, most)
+
+
+def sealing(
+    ram_fd: int, ram_bytes: int, units: dict[str, int], counts: Sequence[int], repeats: int
+) -> dict[str, dict[int, Sealed]]:
+    """Each unit over each number of slots, the handlers of which are threads of one SVSM."""
+    rates: dict[tuple[str, int], list[tuple[float, float]]] = {(u, n): [] for u in units for n in counts}
+    for number in range(repeats):
+        progress(f"mailbox: sealing, round {number + 1} of {repeats}")
+        for count in counts:
+            with svsm(ram_fd, count) as slots:
+                for name, unit in units.items():
+                    rates[name, count].append(trio.run(_seal_all, slots, [slots[0]], ram_bytes, unit))
+    return {
+        name: {count: _sealed(unit, rates[name, count]) for count in counts} for name, unit in units.items()
+    }
+
+
+def handlers(
+    ram_fd: int, ram_bytes: int, counts: Sequence[int], repeats: int
+) -> dict[str, dict[int, Sealed]]:
+    """Threads of one SVSM against SVSMs of one slot each."""
+    unit = UNITS["256 pages"]
+    found: dict[str, dict[int, list[tuple[float, float]]]] = {"threads": {}, "processes": {}}
+    for number in range(repeats):
+        progress(f"mailbox: handlers, round {number + 1} of {repeats}")
+        for count in counts:
+            for kind, parts in (("threads", [count]), ("processes", [1] * count)):
+                with ExitStack() as stack:
+                    groups = [stack.enter_context(svsm(ram_fd, part)) for part in parts]
+                    slots = [slot for group in groups for slot in group]
+                    firsts = [group[0] for group in groups]
+                    rate = trio.run(_seal_all, slots, firsts, ram_bytes, unit)
+                    found[kind].setdefault(count, []).append(rate)
+    return {
+        kind: {count: _sealed(unit, rates) for count, rates in by_count.items()}
+        for kind, by_count in found.items()
+    }
+
+
+def _sealed(unit: int, rates: Sequence[tuple[float, float]]) -> Sealed:
+    return Sealed(GIB // unit, Spread.of([rate for rate, _ in rates]), Spread.of([cpu for _, cpu in rates]))
+
+
+async def _seal_all(
+    slots: Sequence[Slot], firsts: Sequence[Slot], ram_bytes: int, unit: int
+) -> tuple[float, float]:
+    """GB/s and CPU seconds per GiB; `firsts` has one slot of each SVSM, which says what its process spent."""
+    each = min(ram_bytes // len(slots), MAX_RINGS // len(slots) * unit) // unit * unit
+    for slot in slots:  # the first package pays for memory that was never touched
+        for start in (0, 0):
+            await _seal(slot, start, unit, unit)
+    spent = -await _cpu_seconds(firsts)
+    began = time.perf_counter()
+    async with trio.open_nursery() as nursery:
+        for index, slot in enumerate(slots):
+            nursery.start_soon(_seal, slot, index * each, each, unit)
+    seconds = time.perf_counter() - began
+    spent += await _cpu_seconds(firsts)
+    total = each * len(slots)
+    return total / 1e9 / seconds, spent * GIB / total
+
+
+async def _seal(slot: Slot, first: int, length: int, unit: int) -> None:
+    for start in range(first, first + length, unit):
+        answer = await slot.command(Command.EXPORT, start, unit)
+        slot.begin_drain(answer)
+        slot.release(answer)
+        await trio.lowlevel.checkpoint()  # where an engine sends, and other channels' tasks have their turn
+
+
+async def _cpu_seconds(firsts: Sequence[Slot]) -> float:
+    return time.process_time() + sum([await _svsm_cpu_seconds(slot) for slot in firsts])
+
+
+async def _svsm_cpu_seconds(slot: Slot) -> float:
+    return (await slot.command(Command.FINISH)).result / 1e9
+
+
+def idle_percent(ram_fd: int, slots: int, seconds: float) -> float:
+    """Of one core, by the handlers of `slots` slots that nobody rings."""
+    progress("mailbox: idle handlers")
+
+    async def watch(first: Slot) -> float:
+        spent = -await _svsm_cpu_seconds(first)
+        await trio.sleep(seconds)
+        return spent + await _svsm_cpu_seconds(first)
+
+    with svsm(ram_fd, slots) as found:
+        return trio.run(watch, found[0]) / seconds * 100
+
+
+def migrations(
+    ram_bytes: int, channels: Sequence[int], repeats: int, seed: int
+) -> dict[int, tuple[Spread, Spread, Spread]]:
+    """GB/s of local and of isolated migrations, and the ratios of neighbours."""
+    rates: dict[int, list[tuple[float, float]]] = {count: [] for count in channels}
+    for number in range(repeats):
+        for count in channels:
+            progress(f"mailbox: migrations, round {number + 1} of {repeats}, {count} channels")
+            local, isolated = (
+                ram_bytes / 1e9 / run_move(Move(ram_bytes, count, seed=seed, isolated=isolated))[0].moving_s
+                for isolated in (False, True)
+            )
+            rates[count].append((local, isolated))
+    return {
+        count: (
+            Spread.of([local for local, _ in found]),
+            Spread.of([isolated for _, isolated in found]),
+            Spread.of([isolated / local for local, isolated in found]),
+        )
+        for count, found in rates.items()
+    }
+
+
+def draw(by_unit: dict[str, dict[int, Sealed]], path: Path) -> None:
+    """Rates over slots, one line for each unit."""
+    from .plots import new_figure, save
+
+    figure, (rates, cpu) = new_figure(2)
+    for name, by_count in by_unit.items():
+        counts = list(by_count)
+        rates.plot(counts, [by_count[count].gb_per_s.median for count in counts], "o-", label=name)
+        cpu.plot(counts, [by_count[count].cpu_s_per_gib.median for count in counts], "o-", label=name)
+    rates.set(
+        xlabel="slots",
+        ylabel="GB per second",
+        yscale="log",
+        title="Sealed through slots, by what a ring is for",
+    )
+    cpu.set(xlabel="slots", ylabel="CPU seconds per GiB, both processes", yscale="log", title="CPU")
+    save(figure, path)
+
+
+def _sealed_table(title: str, first: str, found: dict[str, dict[int, Sealed]], note: str = "") -> Table:
+    counts = list(next(iter(found.values())))
+    columns = (
+        first,
+        "handshakes/GiB",
+        *(f"GB/s, {count}" for count in counts),
+        *(f"CPU s/GiB, {count}" for count in counts),
+    )
+    rows = [
+        (
+            name,
+            by_count[counts[0]].handshakes_per_gib,
+            *(f"{by_count[count].gb_per_s.median:.3f}" for count in counts),
+            *(f"{by_count[count].cpu_s_per_gib.median:.2f}" for count in counts),
+        )
+        for name, by_count in found.items()
+    ]
+    return Table.of(title, columns, rows, note)
+
+
+def main(argv: list[str] | None = None) -> None:
+    made = parser("mailbox", __doc__, repeats=5, plots=True)
+    made.add_argument(
+        "--ram", type=size, help="sealed through slots, and moved (default: 512MiB, quick 128MiB)"
+    )
+    made.add_argument("--slots", type=numbers, metavar="N,N", help="numbers of slots (default: 1 to 8)")
+    options = parse(made, argv)
+    ram_bytes = options.ram or (GIB // 8 if options.quick else GIB // 2)
+    counts = options.slots or (QUICK_SLOTS if options.quick else SLOTS)
+    share = 5 if options.quick else 1
+    ram_fd = os.memfd_create("ram")
+    try:
+        os.ftruncate(ram_fd, ram_bytes)
+        for start in range(0, ram_bytes, 1 << 20):
+            os.pwrite(ram_fd, os.urandom(1 << 20), start)
+        rung = round_trips(ram_fd, RINGS // share, options.repeats)
+        by_unit = sealing(ram_fd, ram_bytes, UNITS, counts, options.repeats)
+        by_kind = handlers(ram_fd, ram_bytes, counts, options.repeats)
+        idle = idle_percent(ram_fd, IDLE_SLOTS, IDLE_S / share)
+    finally:
+        os.close(ram_fd)
+    moved = migrations(ram_bytes, CHANNELS, options.repeats, options.seed)
+    finish(
+        options,
+        {
+            "ram_bytes": ram_bytes,
+            "round_trips": {name: asdict(trips) for name, trips in rung.items()},
+            "sealing": {u: {n: asdict(s) for n, s in found.items()} for u, found in by_unit.items()},
+            "handlers": {k: {n: asdict(s) for n, s in found.items()} for k, found in by_kind.items()},
+            "idle_percent": {IDLE_SLOTS: idle},
+            "migrations": {
+                count: {"local": asdict(local), "isolated": asdict(isolated), "ratio": asdict(ratio)}
+                for count, (local, isolated, ratio) in moved.items()
+            },
+        },
+        [
+            Table.of(
+                "A ring and its answer between two processes",
+                ("", "p50 us", "p99 us", "p50 of eventfds"),
+                [
+                    (
+                        name,
+                        f"{trips.p50_us:.1f}",
+                        f"{trips.p99_us:.1f}",
+                        f"{trips.p50_us / rung['two eventfds'].p50_us:.2f}",
+                    )
+                    for name, trips in rung.items()
+                ],
+                "The target for a slot is at most twice the bare eventfds.",
+            ),
+            _sealed_table("Sealed through slots, by what a ring is for and by slots", "a ring", by_unit),
+            _sealed_table("Handlers, 256 pages for a ring, by slots", "handlers are", by_kind),
+            Table.of(
+                "Idle handlers",
+                ("handlers", "% of a core"),
+                [(IDLE_SLOTS, f"{idle:.2f}")],
+                "The target is below 1 %.",
+            ),
+            Table.of(
+                f"A migration of {ram_bytes >> 20} MiB, engine in a process of its own or not",
+                ("channels", "local GB/s", "isolated GB/s", "of local", "min", "max"),
+                [
+                    (
+                        count,
+                        f"{local.median:.2f}",
+                        f"{isolated.median:.2f}",
+                        *(f"{value:.2f}" for value in (ratio.median, ratio.minimum, ratio.maximum)),
+                    )
+                    for count, (local, isolated, ratio) in moved.items()
+                ],
+                "The target is 0.7 of local.",
+            ),
+        ],
+        lambda path: draw(by_unit, path),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What every bench shares: its options, and how it hands over what it measured.
+
+A bench is a module with `main(argv)`: it makes its parser with `parser`, adds options of its own, parses with `parse`, and
+ends with `finish`. Where this machine lacks what it needs, it raises `CannotRun` with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from pagexfer.cli.values import Size
+
+from .measure import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from .table import Table
+
+QUICK_REPEATS: Final = 3
+
+
+class CannotRun(Exception):
+    """This machine cannot run the bench; the message says in one line what is missing."""
+
+
+def parser(
+    bench: str, doc: str | None, *, repeats: int, quick_repeats: int = QUICK_REPEATS, plots: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with the shared options; `doc` is the docstring of `bench`, `plots` whether it can draw."""
+    made = argparse.ArgumentParser(
+        f"python -m bench {bench}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--json", type=_new_file, metavar="FILE", help="write all figures to FILE as well")
+    if plots:
+        made.add_argument("--plot", type=_new_file, metavar="FILE.png", help="draw the figures as well")
+    made.add_argument("--quick", action="store_true", help=f"small cases, repeats {quick_repeats}")
+    made.add_argument(
+        "--repeats", type=positive, metavar="N", help=f"repeats of each case (default: {repeats})"
+    )
+    made.add_argument("--seed", type=int, default=1, help="of all that is random (default: %(default)s)")
+    made.set_defaults(bench=bench, full_repeats=repeats, quick_repeats=quick_repeats, plot=None)
+    return made
+
+
+def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse, with the number of repeats filled in. Ends the process with code 2 and one line where an option is bad."""
+    options = made.parse_args(argv)
+    if options.repeats is None:
+        options.repeats = options.quick_repeats if options.quick else options.full_repeats
+    if options.plot is not None and find_spec("matplotlib") is None:
+        made.error("plots need the bench extra: pip install 'pagexfer[bench]'")
+    return options
+
+
+def finish(
+    options: argparse.Namespace,
+    figures: Mapping[str, object],
+    tables: Sequence[Table],
+    plot: Callable[[Path], None] | None = None,
+) -> None:
+    """Print the tables, and write figures and plot where asked for."""
+    for table in tables:
+        print(table.text(), end="\n\n", flush=True)
+    if options.json is not None:
+        shared = {
+            "bench": options.bench,
+            "quick": options.quick,
+            "repeats": options.repeats,
+            "seed": options.seed,
+        }
+        write_json(options.json, {**shared, **figures, "tables": [asdict(table) for table in tables]})
+    if options.plot is not None and plot is not None:
+        plot(options.plot)
+
+
+def progress(line: str) -> None:
+    """Say what is being measured, apart from the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def positive(text: str) -> int:
+    """A number from 1 on."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers from 1 on, with commas between."""
+    return [positive(part) for part in text.split(",")]
+
+
+def size(text: str) -> int:
+    """A size in bytes, as the pagexfer command takes it."""
+    import click
+
+    try:
+        return Size().convert(text, None, None)
+    except click.UsageError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+
+
+def sizes(text: str) -> list[int]:
+    """Sizes, with commas between."""
+    return [size(part) for part in text.split(",")]
+
+
+def _new_file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file in a folder that exists")
+    return path

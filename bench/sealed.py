@@ -1,0 +1,122 @@
+"""A whole migration of a simulated guest between two processes, and what each side spent on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+import pagexfer
+from pagexfer.guests.simulated import SimulatedGuest
+from pagexfer.svsm.source import BUNDLE_PAGES
+
+from .pair import DIRECT, Route, Side, Watch, run_pair
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_PSK: Final = bytes(range(32))
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One migration: of which guest, and how. `free` is the part of RAM that is zero.
+
+    Where it is `isolated`, what the engine's process spends is not counted.
+    """
+
+    ram_bytes: int
+    channels: int
+    free: float = 0.0
+    bundle_pages: int = BUNDLE_PAGES
+    write_rate_bytes: int = 0
+    downtime_limit_s: float = 0.3
+    seed: int = 1
+    isolated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """What the source says at the end. A migration that does not converge is given up after `moving_s`."""
+
+    side: Side
+    converged: bool
+    moving_s: float
+    downtime_s: float
+    epochs: int
+    sent_bytes: int
+
+
+def run_move(move: Move, route: Route = DIRECT) -> tuple[Moved, Side | None]:
+    """Migrate between two fresh processes; the destination has nothing to say of a migration that was given up."""
+    return run_pair(receive, send, move, route)
+
+
+def receive(move: Move, host: str, on_listening: Callable[[int], None]) -> Side | None:
+    """The destination, in a process of its own. Its RAM is provided before the source comes, which does not count."""
+    watch: list[Watch] = []
+
+    def watch_from_setup(info: pagexfer.MigrationInfo) -> None:
+        if info.status is not pagexfer.Status.SETUP and not watch:
+            watch.append(Watch())
+
+    async def main(guest: SimulatedGuest) -> Side | None:
+        attestor = pagexfer.PskAttestor(_PSK)
+        try:
+            await pagexfer.receive_guest(
+                guest,
+                host,
+                0,
+                attestor,
+                isolated=move.isolated,
+                on_listening=on_listening,
+                on_progress=watch_from_setup,
+            )
+        except pagexfer.TransferAborted:
+            return None
+        return watch[0].side(move.ram_bytes)
+
+    with SimulatedGuest.empty(move.ram_bytes, 1) as guest:
+        return trio.run(main, guest)
+
+
+def send(move: Move, host: str, port: int) -> Moved:
+    """The source, in a process of its own. Raises TransferAborted for any other end than the two in `Moved`."""
+    seen: list[pagexfer.MigrationInfo] = []
+
+    async def main(guest: SimulatedGuest) -> Moved:
+        await guest.hypervisor.resume()
+        guest.gate.release()
+        watch = Watch()
+        converged = True
+        try:
+            await pagexfer.send_guest(
+                guest,
+                host,
+                port,
+                pagexfer.PskAttestor(_PSK),
+                channels=move.channels,
+                downtime_limit_s=move.downtime_limit_s,
+                bundle_pages=move.bundle_pages,
+                isolated=move.isolated,
+                on_progress=lambda info: seen.__setitem__(slice(None), [info]),
+            )
+        except pagexfer.TransferAborted as aborted:
+            if aborted.reason != "not-converging":
+                raise
+            converged = False
+        last = seen[0]
+        return Moved(
+            watch.side(move.ram_bytes),
+            converged,
+            (last.total_time - last.setup_time) / 1000,
+            last.downtime / 1000,
+            last.ram.dirty_sync_count,
+            last.ram.transferred,
+        )
+
+    with SimulatedGuest.boot(
+        move.ram_bytes, 1, write_rate_bytes=move.write_rate_bytes, free=move.free, seed=move.seed
+    ) as guest:
+        return trio.run(main, guest)

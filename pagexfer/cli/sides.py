@@ -1,0 +1,189 @@
+"""One side of a migration on the command line, from its guest to the report and the exit code."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from ..engine.progress import Status
+from ..errors import Outcome, TransferAborted, UsageError
+from ..guests.checked import prove, start
+from ..guests.qemu import QemuGuest
+from ..migration import receive_guest, send_guest
+from .attestor import describe_peer
+from .ledger import write_ledger
+from .output import ProgressLine, note, print_json, print_table
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from pathlib import Path
+
+    from ..attestation import Attestor
+    from ..engine.progress import MigrationInfo
+    from ..engine.steering import Steering
+    from ..guests.checked import CheckedGuest, Proof
+    from ..migration import FreshnessChoice, MigrationReport
+    from .steering import ControlSocket
+
+# How long a guest that goes on at the source after a failure is watched before it is checked.
+_AFTERMATH_S: Final = 0.2
+
+
+async def send_side(
+    guest: CheckedGuest | QemuGuest,
+    address: tuple[str, int],
+    attestor: Attestor,
+    moves: bytes,
+    journal: Path | None,
+    channels: int,
+    steering: Steering,
+    listening: ControlSocket | None,
+    freshness: FreshnessChoice,
+    isolated: bool,
+    cpus: tuple[int, ...],
+    as_json: bool,
+) -> int:
+    """Start a test guest, or take a QEMU's as it runs, and migrate it; prints the report and returns the exit code."""
+
+    async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
+        def see(info: MigrationInfo) -> None:
+            if listening is not None:
+                listening.see(info)
+            show(info)
+
+        return await send_guest(
+            guest,
+            *address,
+            attestor,
+            ledger=moves,
+            channels=channels,
+            steering=steering,
+            journal=journal,
+            freshness=freshness,
+            isolated=isolated,
+            cpus=cpus,
+            on_progress=see,
+        )
+
+    async def aftermath(outcome: Outcome) -> Proof | None:
+        # Here the guest goes on only where the migration failed before the start token.
+        if isinstance(guest, QemuGuest) or outcome not in (Outcome.ENDED, Outcome.REFUSED):
+            return None
+        return await prove(guest, _AFTERMATH_S)
+
+    if not isinstance(guest, QemuGuest):
+        await start(guest)
+    beside = listening.serve if listening is not None else trio.sleep_forever
+    return await _run(guest, work, aftermath, beside, line=ProgressLine(), as_json=as_json)
+
+
+async def receive_side(
+    guest: CheckedGuest | QemuGuest,
+    address: tuple[str, int],
+    attestor: Attestor,
+    ledger: Path | None,
+    journal: Path | None,
+    run_for: float,
+    isolated: bool,
+    cpus: tuple[int, ...],
+    as_json: bool,
+) -> int:
+    """Receive one guest, let it run, and check a test guest; prints the report and returns the exit code."""
+
+    async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
+        done = await receive_guest(
+            guest,
+            *address,
+            attestor,
+            journal=journal,
+            isolated=isolated,
+            cpus=cpus,
+            on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
+            on_progress=show,
+            on_stranger=note,
+        )
+        if ledger is not None:
+            _keep(done.ledger, ledger)
+        return done
+
+    async def aftermath(outcome: Outcome) -> Proof | None:
+        if isinstance(guest, QemuGuest) or outcome is not Outcome.COMPLETED:
+            return None
+        return await prove(guest, run_for)
+
+    # The source tells how an epoch goes; a destination does so only to somebody who watches.
+    return await _run(guest, work, aftermath, line=ProgressLine(terminal_only=True), as_json=as_json)
+
+
+async def _run(
+    guest: CheckedGuest | QemuGuest,
+    work: Callable[[Callable[[MigrationInfo], None]], Awaitable[MigrationReport]],
+    aftermath: Callable[[Outcome], Awaitable[Proof | None]],
+    beside: Callable[[], Awaitable[None]] = trio.sleep_forever,
+    *,
+    line: ProgressLine,
+    as_json: bool,
+) -> int:
+    """One side's migration from start to report; returns the exit code."""
+    latest: list[MigrationInfo] = []
+
+    def show(info: MigrationInfo) -> None:
+        latest[:] = [info]
+        line.show(info)
+
+    outcome = Outcome.COMPLETED
+    report: dict[str, object] = {}
+    unusable: UsageError | None = None
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_cancel_on_signal, nursery.cancel_scope)
+        nursery.start_soon(beside)
+        try:
+            done = await work(show)
+            report = {"freshness": done.freshness.label, "attestation": describe_peer(done.peer)}
+        except TransferAborted as aborted:
+            outcome = aborted.outcome
+            report = {"error": {"reason": aborted.reason, "message": str(aborted)}}
+        except UsageError as error:
+            unusable = error  # raised outside of the nursery, which would wrap it into a group
+        nursery.cancel_scope.cancel()
+    if unusable is not None:
+        raise unusable
+    if not report:
+        outcome = Outcome.ENDED
+        report = {"error": {"reason": "cancelled", "message": "cancelled by a signal"}}
+    proof = await aftermath(outcome)
+    if proof is not None and not (proof.consistent and proof.progressed) and outcome is Outcome.COMPLETED:
+        outcome = Outcome.UNDECIDED
+        report["error"] = {"reason": "guest", "message": "the guest does not go on as it should"}
+    figures = latest[0].as_dict() if latest else {"status": Status.FAILED.value}
+    guest_report: dict[str, object] = proof.as_dict() if proof is not None else {"kind": guest.kind}
+    if isinstance(guest, QemuGuest):
+        guest_report["run-state"] = guest.run_state
+    _print_report({**figures, **report, "guest": guest_report}, as_json=as_json)
+    return outcome
+
+
+def _print_report(report: dict[str, object], *, as_json: bool) -> None:
+    if as_json:
+        print_json(report)
+    else:
+        print_table(report)
+    error = report.get("error")
+    if isinstance(error, dict):
+        note(str(error["message"]))
+
+
+def _keep(moves: bytes, path: Path) -> None:
+    try:
+        write_ledger(path, moves)
+    except OSError as error:
+        # The guest runs here, whatever becomes of the file: that is what the exit code says.
+        note(f"the guest runs here, but its ledger is lost: cannot write {path}: {error.strerror}")
+
+
+async def _cancel_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            scope.cancel()

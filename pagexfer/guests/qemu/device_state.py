@@ -1,0 +1,166 @@
+"""The device state of a QEMU: what must be equal at both ends, then QEMU's own migration stream without RAM.
+
+QEMU leaves RAM out of its stream by the capability `x-ignore-shared`. The stream comes and goes over a socket whose other
+end QEMU gets with `getfd`, so nothing in the file system, and nobody else, can be in between.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from ...errors import GuestError, MalformedData
+from .values import record
+
+if TYPE_CHECKING:
+    from .backends import Backend
+    from .qmp import QmpClient
+
+# magic u32 "QEMU", version u16, number of backends u16, bytes of the machine's type u32; for each backend size u64 and size
+# of its memory's pages u64; the machine's type in UTF-8; the stream.
+_HEADER: Final = struct.Struct("<IHHI")
+_BACKEND: Final = struct.Struct("<QQ")
+assert (_HEADER.size, _BACKEND.size) == (12, 16)
+_MAGIC: Final = 0x554D_4551
+_VERSION: Final = 1
+
+MAX_STREAM_BYTES: Final = 256 << 20
+_FD_NAME: Final = "pagexfer-devices"
+_RECEIVE_BYTES: Final = 1 << 18
+# QEMU's default of 128 MiB/s would make video memory alone a good part of the black-out.
+_BANDWIDTH: Final = 1 << 40
+_POLL_S: Final = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """What source and destination must have in common, as far as QEMU itself does not say so clearly."""
+
+    machine: str
+    backends: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, machine: str, backends: tuple[Backend, ...]) -> Platform:
+        return cls(machine, tuple((backend.size, backend.page_bytes) for backend in backends))
+
+    def pack(self) -> bytes:
+        name = self.machine.encode()
+        header = _HEADER.pack(_MAGIC, _VERSION, len(self.backends), len(name))
+        return b"".join([header, *(_BACKEND.pack(*backend) for backend in self.backends), name])
+
+    def check_accepts(self, source: Platform) -> None:
+        """Raises GuestError, with what differs, where a guest of `source` cannot run here."""
+        if source.machine != self.machine:
+            raise GuestError(f"the source's machine is a {source.machine}, this one a {self.machine}")
+        if [size for size, _ in source.backends] != [size for size, _ in self.backends]:
+            raise GuestError("the memory backends of source and destination differ in number or size")
+        if source.backends != self.backends:
+            raise GuestError("the memory backends of source and destination differ in their (huge) page size")
+
+
+def split_state_untrusted(state: bytes) -> tuple[Platform, bytes]:
+    """What the source is, and QEMU's stream. Raises MalformedData."""
+    if len(state) < _HEADER.size:
+        raise MalformedData(f"QEMU device state of {len(state)} bytes")
+    magic, version, count, name_bytes = _HEADER.unpack_from(state)
+    if (magic, version) != (_MAGIC, _VERSION):
+        raise MalformedData("this is not the device state of a QEMU, or of another version")
+    names_at = _HEADER.size + count * _BACKEND.size
+    if len(state) < names_at + name_bytes:
+        raise MalformedData("QEMU device state is cut off")
+    backends = tuple(
+        _BACKEND.unpack_from(state, _HEADER.size + index * _BACKEND.size) for index in range(count)
+    )
+    try:
+        machine = state[names_at : names_at + name_bytes].decode()
+    except UnicodeDecodeError:
+        raise MalformedData("QEMU device state names a machine that is no text") from None
+    return Platform(machine, backends), state[names_at + name_bytes :]
+
+
+async def save_stream(qmp: QmpClient) -> bytes:
+    """QEMU's own migration stream of a stopped machine, without shared RAM. Raises GuestError where QEMU fails."""
+    settings = record(await qmp.execute("query-migrate-parameters"))
+    await _set_ignore_shared(qmp, on=True)
+    try:
+        await qmp.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
+        with await _hand_over(qmp) as link:
+            await qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
+            stream = await _receive_all(link)
+        await _wait_completed(qmp)
+    except BaseException:
+        with trio.CancelScope(shield=True), suppress(GuestError):
+            await qmp.execute("migrate_cancel")
+        raise
+    finally:
+        with trio.CancelScope(shield=True), suppress(GuestError):
+            await qmp.execute("migrate-set-parameters", {"max-bandwidth": settings.get("max-bandwidth")})
+            await _set_ignore_shared(qmp, on=False)
+    return stream
+
+
+async def load_stream(qmp: QmpClient, stream: bytes) -> None:
+    """Have a QEMU that waits for it take a stream over. Raises GuestError where it does not fit."""
+    await _set_ignore_shared(qmp, on=True)
+    with await _hand_over(qmp) as link:
+        await qmp.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
+        try:
+            sent = 0
+            while sent < len(stream):
+                sent += await link.send(stream[sent:])
+            link.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise GuestError(f"QEMU took only a part of the device state: {error.strerror}") from error
+        await _wait_completed(qmp)
+    await _set_ignore_shared(qmp, on=False)
+
+
+async def _set_ignore_shared(qmp: QmpClient, *, on: bool) -> None:
+    await qmp.execute(
+        "migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": on}]}
+    )
+
+
+async def _hand_over(qmp: QmpClient) -> trio.socket.SocketType:
+    """A socket whose other end QEMU has under the name `_FD_NAME`."""
+    ours, theirs = trio.socket.socketpair()
+    try:
+        await qmp.execute("getfd", {"fdname": _FD_NAME}, descriptors=(theirs.fileno(),))
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return ours
+
+
+async def _receive_all(link: trio.socket.SocketType) -> bytes:
+    stream = bytearray()
+    try:
+        while data := await link.recv(_RECEIVE_BYTES):
+            stream += data
+            if len(stream) > MAX_STREAM_BYTES:
+                raise GuestError(
+                    f"QEMU's device state is above {MAX_STREAM_BYTES >> 20} MiB: some memory is in no shared backend"
+                )
+    except OSError as error:
+        raise GuestError(f"QEMU's device state ended early: {error.strerror}") from error
+    return bytes(stream)
+
+
+async def _wait_completed(qmp: QmpClient) -> None:
+    while True:
+        info = record(await qmp.execute("query-migrate"))
+        match info.get("status"):
+            case "completed":
+                return
+            case "failed" | "cancelled":
+                raise GuestError(
+                    f"QEMU's own migration failed: {info.get('error-desc', 'its output says why')}"
+                )
+        await trio.sleep(_POLL_S)

@@ -1,0 +1,136 @@
+"""A guest in a stock QEMU that somebody else started: RAM in shared memory backends, everything else by QMP."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, asynccontextmanager
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from ...dirty.content import ContentTracker
+from ...errors import GuestError
+from ...svsm.memory import GuestMemory
+from .backends import close_backends, data_gfns, find_backends, map_backends
+from .device_state import Platform
+from .gate import CpuModel, QemuGate
+from .hypervisor import QemuHypervisor
+from .machine import QemuMachine
+from .qmp import QmpClient
+from .values import record, records, text, whole
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from ...dirty import DirtyBitmap
+    from .backends import Backend
+
+_IDLE_MIGRATION: Final = (None, "none", "completed", "cancelled", "failed")
+
+
+class QemuGuest:
+    """`Guest` of kind "qemu". Made by `attach`.
+
+    Its dirty log is found by content, and is a hint: it does not know what was sent. Send it with freshness
+    "digest-audit", which does, and finds every page that is not as it was sent.
+    """
+
+    kind = "qemu"
+    tracker = None
+
+    def __init__(
+        self, memory: GuestMemory, gate: QemuGate, hypervisor: QemuHypervisor, machine: QemuMachine
+    ) -> None:
+        self.memory = memory
+        self.gate = gate
+        self.hypervisor = hypervisor
+        self._machine = machine
+
+    @property
+    def run_state(self) -> str:
+        """QEMU's run state as it said last: "running", "paused", "postmigrate"."""
+        return self._machine.status
+
+    @classmethod
+    @asynccontextmanager
+    async def attach(cls, qmp_path: Path, *, incoming: bool = False) -> AsyncIterator[QemuGuest]:
+        """The guest of the QEMU whose monitor is at `qmp_path`; leaves QEMU alone at the end.
+
+        A source runs. With `incoming` QEMU was started with `-incoming defer`, and does not run before the SVSM lets it.
+        Raises GuestError, with the reason, where this QEMU cannot be migrated.
+        """
+        machine = QemuMachine()
+        end: BaseException | None = None
+        qmp = await QmpClient.connect(qmp_path, machine.on_event, machine.on_reconnect)
+        with ExitStack() as cleanup:
+            cleanup.callback(qmp.close)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(qmp.run)
+                try:
+                    guest = await cls._open(qmp, machine, cleanup, incoming=incoming)
+                    nursery.start_soon(machine.run, qmp)
+                    yield guest
+                except BaseException as error:
+                    end = error  # raised outside of the nursery, which would wrap it into a group
+                nursery.cancel_scope.cancel()
+        if end is not None:
+            raise end
+
+    @classmethod
+    async def _open(
+        cls, qmp: QmpClient, machine: QemuMachine, cleanup: ExitStack, *, incoming: bool
+    ) -> QemuGuest:
+        await _check_idle(qmp, machine, incoming=incoming)
+        models = tuple([await _model(qmp, cpu) for cpu in records(await qmp.execute("query-cpus-fast"))])
+        name = text(await qmp.execute("qom-get", {"path": "/machine", "property": "type"}))
+        backends = await find_backends(qmp)
+        cleanup.callback(close_backends, backends)
+        memory = GuestMemory.over(map_backends(backends), lambda: data_gfns(backends))
+        memory.launch()  # a stock guest has no RMP: every page counts as private, at both ends
+        log = _ContentLog(memory, backends)
+        if incoming:
+            machine.flag_up = True
+            machine.wanted = False
+            await qmp.execute(
+                "stop"
+            )  # while it waits this says: do not run by yourself after the device state
+        gate = QemuGate(machine, models)
+        hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, backends), log)
+        return cls(memory, gate, hypervisor, machine)
+
+
+class _ContentLog(ContentTracker):
+    """Changed pages by content. What a scan has seen is sent as it is: RAM's holes are those after it."""
+
+    def __init__(self, memory: GuestMemory, backends: tuple[Backend, ...]) -> None:
+        super().__init__(memory.words, data=lambda: data_gfns(backends))
+        self._memory = memory
+
+    def collect(self) -> DirtyBitmap:
+        """As a content tracker does."""
+        found = super().collect()
+        # Were it the other way round, a page could be seen with content, and be sent as the hole that it was before.
+        self._memory.find_holes()
+        return found
+
+
+async def _check_idle(qmp: QmpClient, machine: QemuMachine, *, incoming: bool) -> None:
+    status = await machine.refresh(qmp)
+    if incoming and status != "inmigrate":
+        raise GuestError(f"this QEMU is {status}: start the destination's with -incoming defer")
+    if not incoming and status != "running":
+        raise GuestError(f"this QEMU is {status}, and only one that is running can be sent")
+    jobs = records(await qmp.execute("query-block-jobs"))
+    if jobs:
+        raise GuestError(f"QEMU runs the block job {jobs[0].get('device')}: let it end, or cancel it")
+    migration = record(await qmp.execute("query-migrate"))
+    if migration.get("status") not in _IDLE_MIGRATION:
+        raise GuestError(f"QEMU is in a migration of its own already: {migration.get('status')}")
+    blocked = migration.get("blocked-reasons")
+    if isinstance(blocked, list) and blocked:
+        raise GuestError(f"QEMU says that this guest cannot be migrated: {blocked[0]}")
+
+
+async def _model(qmp: QmpClient, cpu: dict[str, object]) -> CpuModel:
+    kind = await qmp.execute("qom-get", {"path": text(cpu.get("qom-path")), "property": "type"})
+    return CpuModel(whole(cpu.get("cpu-index")), text(cpu.get("target")), text(kind))

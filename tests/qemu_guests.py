@@ -1,0 +1,74 @@
+"""Stock QEMUs for tests: a boot sector that writes memory all the time, checks itself and counts, under TCG."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+import trio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from pagexfer.guests.qemu import QemuGuest
+
+QEMU = shutil.which("qemu-system-x86_64")
+needs_qemu = pytest.mark.skipif(QEMU is None, reason="qemu-system-x86_64 is not installed")
+
+# Real-mode code, for each round: raise the dword at 0x7e00, then the first dword of each page from 0x20000 to 0x7ffff, and
+# count at 0x7e04 every one that is not the number of rounds then.
+_CODE = bytes.fromhex(
+    "fa6631c08ed88ee066ff06007ebb00208ec32666a100006640663b06007e740566ff06047e2666a3000081c3000181fb008075dcebd2"
+)
+_ROUNDS_WORD = (0x7, 0xE00 // 8)
+
+
+@contextmanager
+def qemu(folder: Path, *options: str, incoming: bool = False, share: str = "on") -> Iterator[Path]:
+    """A QEMU of 32 MiB in two shared backends, one a memfd; gives the path of its monitor."""
+    folder.mkdir(exist_ok=True)
+    disk, monitor = folder / "boot", folder / "qmp"
+    disk.write_bytes(_CODE.ljust(510, b"\0") + b"\x55\xaa" + bytes(1440 * 1024 - 512))
+    command = [
+        str(QEMU),
+        *("-accel", "tcg", "-m", "32M", "-nodefaults", "-no-user-config", "-display", "none"),
+        *("-object", f"memory-backend-file,id=m0,size=16M,share={share},mem-path={folder / 'm0'}"),
+        *("-object", f"memory-backend-memfd,id=m1,size=16M,share={share}"),
+        *("-numa", "node,memdev=m0", "-numa", "node,memdev=m1"),
+        *("-drive", f"if=floppy,format=raw,readonly=on,file={disk}", "-boot", "a"),
+        *("-qmp", f"unix:{monitor},server=on,wait=off"),
+        *(["-incoming", "defer"] if incoming else []),
+        *options,
+    ]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    try:
+        while not monitor.exists():
+            assert process.poll() is None, "QEMU ended at once"
+        yield monitor
+    finally:
+        process.kill()
+        process.wait()
+
+
+def rounds(guest: QemuGuest) -> int:
+    return int(guest.memory.words[_ROUNDS_WORD]) & 0xFFFF_FFFF
+
+
+def errors(guest: QemuGuest) -> int:
+    return int(guest.memory.words[_ROUNDS_WORD]) >> 32
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with trio.fail_after(30):
+        while not condition():  # noqa: ASYNC110 - the guest has no event to wait for
+            await trio.sleep(0.005)
+
+
+async def goes_on(guest: QemuGuest) -> None:
+    """Until the guest has done some more rounds."""
+    before = rounds(guest)
+    await until(lambda: rounds(guest) > before + 10)

@@ -1,0 +1,141 @@
+"""RAM that was never touched is sent, audited and received without the kernel having to provide memory for it."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagexfer.dirty import DirtyBitmap
+from pagexfer.guests.qemu.backends import Backend, data_gfns, map_backends
+from pagexfer.svsm.audit import RUN_PAGES, PageDigests
+from pagexfer.svsm.export import Packager
+from pagexfer.svsm.memory import GuestMemory
+from pagexfer.wire.bundle import DATA, ZERO
+from pagexfer.wire.constants import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGES = 3 * RUN_PAGES + 7  # the last run is a part of one
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """RAM in a sparse file, as a hypervisor's memory backend is."""
+
+    memory: GuestMemory
+    fd: int
+
+    def touch(self, gfn: int, word: int = 7) -> None:
+        """As a vCPU does: through another mapping."""
+        os.pwrite(self.fd, word.to_bytes(8, "little"), gfn * PAGE_SIZE)
+
+    def punch(self, gfn: int) -> None:
+        """Give the page back to the kernel."""
+        address = ctypes.c_void_p(self.memory.words.ctypes.data + gfn * PAGE_SIZE)
+        assert ctypes.CDLL(None).madvise(address, ctypes.c_size_t(PAGE_SIZE), mmap.MADV_REMOVE) == 0
+
+    def allocated(self) -> int:
+        """Pages that have memory."""
+        return os.fstat(self.fd).st_blocks * 512 // PAGE_SIZE
+
+
+@contextmanager
+def sparse(*touched: int) -> Iterator[Sparse]:
+    fd = os.memfd_create("sparse")
+    try:
+        os.ftruncate(fd, PAGES * PAGE_SIZE)
+        backends = (Backend("m0", PAGES * PAGE_SIZE, PAGE_SIZE, fd),)
+        for gfn in touched:
+            os.pwrite(fd, b"\7", gfn * PAGE_SIZE)
+        memory = GuestMemory.over(map_backends(backends), lambda: data_gfns(backends))
+        memory.launch()
+        yield Sparse(memory, fd)
+    finally:
+        os.close(fd)
+
+
+def all_sent(ram: Sparse) -> PageDigests:
+    digests = PageDigests(ram.memory, workers=2)
+    packager = Packager(ram.memory, stage=True)
+    gfns = np.arange(PAGES)
+    while gfns.size:
+        package = packager.package(gfns[:512], 512)
+        digests.record(package.gfns, package.operations, package.payload)
+        gfns = gfns[len(package.gfns) :]
+    digests.settle()
+    return digests
+
+
+def changed(digests: PageDigests, *excused: int) -> list[int]:
+    left_out = DirtyBitmap(PAGES)
+    left_out.set_gfns(np.array(excused, dtype=np.int64))
+    found: list[int] = digests.changed(0, PAGES, left_out).tolist()
+    return found
+
+
+touched_pages = st.sets(st.integers(0, PAGES - 1), max_size=40)
+
+
+@settings(max_examples=40)
+@given(sent=touched_pages, later=touched_pages, gone=touched_pages)
+def test_holes_are_zero_for_export_and_audit_and_stay_holes(
+    sent: set[int], later: set[int], gone: set[int]
+) -> None:
+    with sparse(*sent) as ram:
+        package = Packager(ram.memory).package(np.arange(PAGES), 512)
+        assert {gfn for gfn in range(PAGES) if package.operations[gfn] == DATA} == sent
+        assert all(package.operations[gfn] == ZERO for gfn in range(PAGES) if gfn not in sent)
+        digests = all_sent(ram)
+        assert changed(digests) == []
+        assert ram.allocated() == len(sent)
+        for gfn in later:
+            ram.touch(gfn, 9)
+        assert changed(digests) == sorted(later)
+        assert ram.allocated() == len(sent | later)
+        # A page can become a hole, as by a balloon: then it is zero, and may not have been sent so.
+        for gfn in gone:
+            ram.punch(gfn)
+        assert changed(digests) == sorted((later - gone) | (sent & gone))
+        assert ram.allocated() == len((sent | later) - gone)
+
+
+def test_a_page_written_after_the_look_is_the_audits_to_find() -> None:
+    with sparse(3) as ram:
+        ram.touch(RUN_PAGES + 5)
+        packager = Packager(ram.memory)
+        assert packager.package(np.array([RUN_PAGES + 5]), 1).operations.tolist() == [ZERO]
+        assert changed(all_sent(ram)) == [RUN_PAGES + 5]
+        assert packager.package(np.array([RUN_PAGES + 5]), 1).operations.tolist() == [DATA]
+
+
+def test_excused_pages_in_holes_and_beside_them() -> None:
+    with sparse(3, 4) as ram:
+        digests = all_sent(ram)
+        for gfn in (3, 5, RUN_PAGES, PAGES - 1):
+            ram.touch(gfn, 9)
+        assert changed(digests, 3, 6, RUN_PAGES) == [5, PAGES - 1]
+
+
+@pytest.mark.parametrize("touched", [(), tuple(range(16)), (40,)])
+def test_only_ram_without_holes_is_provided(touched: tuple[int, ...]) -> None:
+    with sparse(*touched) as ram:
+        assert ram.memory.prefault(0, 16 * PAGE_SIZE)
+        assert ram.memory.prefault(16 * PAGE_SIZE, 16 * PAGE_SIZE)
+        assert ram.allocated() == len(touched)
+
+
+def test_zero_leaves_holes_alone() -> None:
+    with sparse(1) as ram:
+        ram.memory.zero(np.arange(PAGES))
+        assert ram.allocated() == 1
+        assert not ram.memory.words[1].any()

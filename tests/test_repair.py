@@ -1,0 +1,131 @@
+"""Connections of channels break while a busy guest is sent, and the guest arrives whole all the same (R9)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Final
+
+import pytest
+import trio
+
+from pagexfer.errors import ChannelBroken, Outcome, TransferAborted
+from pagexfer.migration import MigrationReport
+from pagexfer.testing.proxy import FaultProxy
+from pagexfer.wire.bundle import BundleKind
+from pagexfer.wire.framing import FrameType
+
+from .loopback import connections
+from .machines import HOST, PATIENCE_S, Machines, Side, goes_on, is_parked, receive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pagexfer.testing.proxy import Frame, _Link
+
+_STALL_S: Final = 10.0
+
+
+class Breaker(FaultProxy):
+    """Ends the connection of a frame for which `breaks` is true, before it arrives."""
+
+    def __init__(self, port: int, breaks: Callable[[Frame], bool]) -> None:
+        super().__init__(HOST, port)
+        self._breaks = breaks
+        self.broken: Counter[int | None] = Counter()
+
+    async def _pass(self, link: _Link, frame: Frame, target: trio.SocketStream) -> None:
+        if self._breaks(frame):
+            self.broken[frame.channel] += 1
+            link.cut()
+        else:
+            await super()._pass(link, frame, target)
+
+
+@pytest.fixture(scope="module")
+def machines() -> Iterator[Machines]:
+    with Machines() as machines:
+        yield machines
+
+
+async def migrate(machines: Machines, breaks: Callable[[Frame], bool]) -> tuple[Side, Side, Breaker]:
+    await machines.start()
+    destination = Side()
+    with trio.fail_after(PATIENCE_S):
+        async with trio.open_nursery() as network, trio.open_nursery() as sides:
+            port = await sides.start(receive, machines.destination, destination, _STALL_S)
+            breaker = Breaker(port, breaks)
+            source = await machines.send(await network.start(breaker.serve), _STALL_S)
+            if not isinstance(source.end, MigrationReport):
+                sides.cancel_scope.cancel()
+            while destination.end is None and isinstance(source.end, MigrationReport):  # noqa: ASYNC110
+                await trio.sleep(0.002)
+            network.cancel_scope.cancel()
+    return source, destination, breaker
+
+
+def every(period: int, most: int, condition: Callable[[Frame], bool]) -> Callable[[Frame], bool]:
+    """Every `period`th frame of those for which `condition` holds, at most `most` times."""
+    seen = 0
+
+    def breaks(frame: Frame) -> bool:
+        nonlocal seen
+        seen += condition(frame)
+        return condition(frame) and seen % period == 0 and seen // period <= most
+
+    return breaks
+
+
+_BREAKS: Final[dict[str, Callable[[], Callable[[Frame], bool]]]] = {
+    "pages of every channel": lambda: every(2, 6, lambda frame: frame.kind is BundleKind.PAGES),
+    "pages of channel 0": lambda: every(
+        2, 3, lambda frame: frame.kind is BundleKind.PAGES and frame.channel == 0
+    ),
+    "barriers": lambda: every(2, 4, lambda frame: frame.type is FrameType.BARRIER),
+    "tokens": lambda: every(1, 3, lambda frame: frame.kind is BundleKind.EPOCH_TOKEN),
+    "new connections": lambda: every(
+        1, 4, lambda frame: frame.kind is BundleKind.PAGES or frame.kind is BundleKind.CHANNEL_STATE
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _BREAKS)
+async def test_r9_guest_arrives_over_connections_that_break(machines: Machines, name: str) -> None:
+    source, destination, breaker = await migrate(machines, _BREAKS[name]())
+    assert sum(breaker.broken.values()) >= 1
+    assert isinstance(source.end, MigrationReport), source.end
+    assert isinstance(destination.end, MigrationReport), destination.end
+    for end in (source.end, destination.end):
+        assert sum(channel.replaced for channel in end.info.channels) >= 1
+    assert is_parked(machines.source)
+    assert await goes_on(machines.destination)
+
+
+async def test_r9_channel_that_cannot_be_replaced_ends_the_migration(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pagexfer.engine.repair.REPLACEMENT_TIMEOUT_S", 0.5)
+    opened: Counter[int | None] = Counter()
+
+    def no_second_connection(frame: Frame) -> bool:
+        opened[frame.channel] += frame.kind is BundleKind.CHANNEL_OPEN
+        second = frame.kind is BundleKind.CHANNEL_OPEN and opened[frame.channel] > 1
+        return second or (frame.channel == 1 and frame.type is FrameType.BARRIER)
+
+    source, _, _ = await migrate(machines, no_second_connection)
+    end = source.end
+    assert isinstance(end, TransferAborted)
+    assert end.outcome is Outcome.ENDED
+    assert end.reason == "connection"
+    assert "channel 1" in str(end)
+    assert await goes_on(machines.source)
+
+
+async def test_end_of_a_connection_is_noticed_without_sending() -> None:
+    async with connections() as (near, far):
+        ended_before = near.ended
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(near.wait_end)
+            far.close()
+        assert (ended_before, near.ended) == (False, True)
+        with pytest.raises(ChannelBroken):
+            await near.receive_header()
