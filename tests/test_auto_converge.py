@@ -22,8 +22,8 @@ PSK = pagexfer.PskAttestor(bytes(range(32)))
 RAM = 16 << 20
 LINK = 64 << 20
 RATE = 130 << 20
-# A guest that gets no processor for a moment on a busy machine writes nothing. So little fits under this limit that it would
-# have to stand still for most of an epoch.
+# A guest that gets no processor for a moment on a busy machine writes nothing. So little fits under this limit that it
+# would have to stand still for most of an epoch.
 TIGHT = MigrationParameters(downtime_limit_s=0.03, max_bandwidth_bytes=LINK)
 
 
