@@ -16,9 +16,13 @@ from pagexfer.attestation.snp.leaf import parse_leaf_untrusted
 from pagexfer.attestation.snp.product import parse_tcb_untrusted
 from pagexfer.attestation.snp.report import parse_report_untrusted
 from pagexfer.attestation.snp.table import parse_certificate_table_untrusted
+from pagexfer.engine.progress import MigrationInfo
+from pagexfer.engine.steering import MigrationParameters
 from pagexfer.errors import LedgerRefused, MalformedData
 from pagexfer.guests.kvm import state as kvm_state
 from pagexfer.guests.kvm.hypervisor import parse_device_state_untrusted
+from pagexfer.guests.qemu.device_state import split_state_untrusted
+from pagexfer.guests.qemu.messages import parse_message_untrusted
 from pagexfer.guests.simulated.registers import parse_registers_untrusted
 from pagexfer.svsm.ledger import read_terms_untrusted
 from pagexfer.wire.bundle import (
@@ -44,6 +48,13 @@ from pagexfer.wire.handshake import (
 )
 from pagexfer.wire.journal import parse_journal_untrusted
 from pagexfer.wire.ledger import pack_ledger, parse_body_untrusted, parse_ledger_untrusted
+from pagexfer.wire.monitor import (
+    HEAD_BYTES,
+    as_fields,
+    from_fields_untrusted,
+    parse_fields_untrusted,
+    parse_head_untrusted,
+)
 from pagexfer.wire.slot import (
     COMMAND_OFFSET,
     IDENTITY_OFFSET,
@@ -54,9 +65,11 @@ from pagexfer.wire.slot import (
     parse_identity_untrusted,
 )
 from pagexfer.wire.token import (
+    pack_records,
     pack_start,
     parse_epoch_totals_untrusted,
     parse_manifest_untrusted,
+    parse_records_untrusted,
     split_start_untrusted,
 )
 
@@ -132,6 +145,19 @@ def _epoch_totals(data: bytes) -> None:
 
 def _manifest(data: bytes) -> None:
     assert parse_manifest_untrusted(data).pack() == data
+
+
+def _records(data: bytes) -> None:
+    assert pack_records(parse_records_untrusted(data)) == data
+
+
+def _monitor(data: bytes) -> None:
+    text_bytes, _ = parse_head_untrusted(data[:HEAD_BYTES])
+    fields = parse_fields_untrusted(data[HEAD_BYTES : HEAD_BYTES + text_bytes])
+    for name, kind in (("info", MigrationInfo), ("parameters", MigrationParameters)):
+        if name in fields:
+            record = from_fields_untrusted(kind, fields[name])
+            assert from_fields_untrusted(kind, as_fields(record)) == record or data.count(b"NaN")
 
 
 def _start(data: bytes) -> None:
@@ -225,6 +251,15 @@ def _device_state(data: bytes) -> None:
     parse_device_state_untrusted(data)
 
 
+def _qemu_state(data: bytes) -> None:
+    platform, stream = split_state_untrusted(data)
+    assert platform.pack() + stream == data
+
+
+def _qmp_message(data: bytes) -> None:
+    parse_message_untrusted(data)
+
+
 def _registers(data: bytes) -> None:
     assert parse_registers_untrusted(data).to_bytes() == data
 
@@ -241,6 +276,10 @@ TARGETS: Final = (
     Target("bundle", (parse_header_untrusted, parse_entries_untrusted), _bundle),
     Target("epoch-totals", (parse_epoch_totals_untrusted,), _epoch_totals),
     Target("manifest", (parse_manifest_untrusted,), _manifest),
+    Target("channel-records", (parse_records_untrusted,), _records),
+    Target(
+        "monitor-message", (parse_head_untrusted, parse_fields_untrusted, from_fields_untrusted), _monitor
+    ),
     Target("start-token", (split_start_untrusted,), _start),
     Target("journal", (parse_journal_untrusted,), _journal),
     Target("ledger", (parse_ledger_untrusted, parse_body_untrusted, read_terms_untrusted), _ledger),
@@ -255,5 +294,7 @@ TARGETS: Final = (
     Target("snp-leaf", (parse_leaf_untrusted,), _leaf),
     Target("kvm-vcpu", (kvm_state.parse_untrusted,), _kvm_state),
     Target("kvm-device", (parse_device_state_untrusted,), _device_state),
+    Target("qemu-state", (split_state_untrusted,), _qemu_state),
+    Target("qmp-message", (parse_message_untrusted,), _qmp_message),
     Target("simulated-vcpu", (parse_registers_untrusted,), _registers),
 )
