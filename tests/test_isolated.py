@@ -23,7 +23,7 @@ from pagexfer.migration import MigrationReport, receive_guest, send_guest
 from pagexfer.svsm import keys
 from pagexfer.testing.proxy import Action, FaultProxy, after_bytes, at_bundle
 from pagexfer.wire.bundle import BundleKind
-from pagexfer.wire.slot import REGISTER_PAGE_BYTES, STATUS_OFFSET, SlotMemory
+from pagexfer.wire.slot import COMMAND_OFFSET, REGISTER_PAGE_BYTES, STATUS_OFFSET, SlotMemory
 
 from . import kvm_guests
 from .kvm_guests import needs_kvm
@@ -181,16 +181,16 @@ async def test_a_kvm_guest_migrates() -> None:
         assert source.gate.parked() == 2
 
 
-# Where in a slot: its status line, as an SVSM with a defect would, and its buffers, as a host may at any time.
+# Where in a slot: its status line, as an SVSM with a defect would, all registers, and its buffers, as a host may at any time.
 @pytest.mark.parametrize(
     ("side", "first", "size"),
     [
         (0, STATUS_OFFSET, 64),
-        (1, STATUS_OFFSET, 64),
+        (1, COMMAND_OFFSET, 256),
         (0, REGISTER_PAGE_BYTES, 0),
         (1, REGISTER_PAGE_BYTES, 0),
     ],
-    ids=["source-status", "destination-status", "source-buffers", "destination-buffers"],
+    ids=["source-status", "destination-registers", "source-buffers", "destination-buffers"],
 )
 async def test_a_thread_that_scribbles_into_the_slots(
     pair: SimulatedPair, side: int, first: int, size: int
