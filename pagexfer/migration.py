@@ -55,6 +55,8 @@ FreshnessChoice = Literal["auto", "digest-audit"]
 class MigrationReport:
     """A completed migration: its final figures, who vouched for the dirty pages, and what the peer proved of itself.
 
+    `freshness` is what was done, whatever was asked for: its `meaning` says plainly who was believed.
+
     `ledger` is the guest's ledger as this side has it: at the destination with the record of this move, which the source
     never gets.
     """

@@ -28,16 +28,22 @@ _ROUNDS_WORD = (0x7, 0xE00 // 8)
 
 
 @contextmanager
-def qemu(folder: Path, *options: str, incoming: bool = False, share: str = "on") -> Iterator[Path]:
-    """A QEMU of 32 MiB in two shared backends, one a memfd; gives the path of its monitor."""
+def qemu(
+    folder: Path,
+    *options: str,
+    incoming: bool = False,
+    share: str = "on",
+    sizes: tuple[int, int] = (16, 16),
+) -> Iterator[Path]:
+    """A QEMU with `sizes` MiB in two shared backends, the second one a memfd; gives the path of its monitor."""
     folder.mkdir(exist_ok=True)
     disk, monitor = folder / "boot", folder / "qmp"
     disk.write_bytes(_CODE.ljust(510, b"\0") + b"\x55\xaa" + bytes(1440 * 1024 - 512))
     command = [
         str(QEMU),
-        *("-accel", "tcg", "-m", "32M", "-nodefaults", "-no-user-config", "-display", "none"),
-        *("-object", f"memory-backend-file,id=m0,size=16M,share={share},mem-path={folder / 'm0'}"),
-        *("-object", f"memory-backend-memfd,id=m1,size=16M,share={share}"),
+        *("-accel", "tcg", "-m", f"{sum(sizes)}M", "-nodefaults", "-no-user-config", "-display", "none"),
+        *("-object", f"memory-backend-file,id=m0,size={sizes[0]}M,share={share},mem-path={folder / 'm0'}"),
+        *("-object", f"memory-backend-memfd,id=m1,size={sizes[1]}M,share={share}"),
         *("-numa", "node,memdev=m0", "-numa", "node,memdev=m1"),
         *("-drive", f"if=floppy,format=raw,readonly=on,file={disk}", "-boot", "a"),
         *("-qmp", f"unix:{monitor},server=on,wait=off"),

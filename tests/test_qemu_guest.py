@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import trio
 
 import pagexfer
 from pagexfer.errors import GuestError
 from pagexfer.guests.qemu import QemuGuest
+from pagexfer.guests.qemu.device_state import Platform
+from pagexfer.guests.qemu.qmp import QmpClient
+from pagexfer.guests.qemu.values import record
 
-from .qemu_guests import errors, goes_on, needs_qemu, qemu, rounds
+from .qemu_guests import errors, goes_on, needs_qemu, qemu, rounds, until
 from .test_migration import PSK, migrate
 
 if TYPE_CHECKING:
@@ -47,6 +52,35 @@ async def test_a_guest_that_writes_moves_and_goes_on(tmp_path: Path) -> None:
     assert report.freshness.label == "digest-audit"
 
 
+async def test_ram_is_equal_page_by_page_when_the_guest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+            resume = destination.hypervisor.resume
+            different: list[int] = []
+
+            async def compare() -> None:
+                assert (source.run_state, destination.run_state) == ("postmigrate", "paused")
+                different.append(int((source.memory.words != destination.memory.words).any(axis=1).sum()))
+                await resume()
+
+            monkeypatch.setattr(destination.hypervisor, "resume", compare)
+            await migrate(source, destination, 3, freshness="digest-audit")
+            await goes_on(destination)
+    assert different == [0]
+
+
+async def test_without_the_audit_the_report_says_who_was_believed(tmp_path: Path) -> None:
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+            report = await migrate(source, destination, 1)
+            assert report.freshness.label == "host-reported"
+            assert "believed" in report.freshness.meaning
+
+
 def test_the_command_moves_a_qemu(tmp_path: Path) -> None:
     psk = tmp_path / "psk"
     psk.write_text("0123456789abcdef" * 4)
@@ -75,6 +109,7 @@ def test_the_command_moves_a_qemu(tmp_path: Path) -> None:
         assert json.loads(sent.stdout)["guest"] == {"kind": "qemu", "run-state": "postmigrate"}
         assert json.loads(output)["guest"] == {"kind": "qemu", "run-state": "running"}
         assert json.loads(sent.stdout)["freshness"] == "digest-audit"
+        assert sent.stderr.count("--freshness auto is digest-audit for a QEMU") == 1
 
 
 async def test_a_destination_that_dies_in_blackout_leaves_the_source_running(
@@ -105,7 +140,7 @@ async def test_a_destination_that_dies_in_blackout_leaves_the_source_running(
                     assert errors(other) == 0
 
 
-async def test_a_cancelled_move_leaves_the_source_running(tmp_path: Path) -> None:
+async def test_nobody_at_the_destination_leaves_the_source_running(tmp_path: Path) -> None:
     with qemu(tmp_path / "s") as here:
         async with QemuGuest.attach(here) as source:
             await goes_on(source)
@@ -138,6 +173,117 @@ async def test_another_machine_type_is_refused(tmp_path: Path) -> None:
                 await migrate(source, destination, 1, freshness="digest-audit")
             assert any("pc-i440fx-7.1" in str(aborted) for aborted in caught.value.exceptions)
             await goes_on(source)
+
+
+async def test_a_source_that_dies_after_the_start_token_stays_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    psk = tmp_path / "psk"
+    psk.write_text("0123456789abcdef" * 4)
+    psk.chmod(0o600)
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
+        async with QemuGuest.attach(there, incoming=True) as destination, trio.open_nursery() as nursery:
+            resume = destination.hypervisor.resume
+            attestor = pagexfer.PskAttestor.from_file(psk)
+
+            async def receive(task_status: trio.TaskStatus[int]) -> None:
+                await pagexfer.receive_guest(
+                    destination, "127.0.0.1", 0, attestor, on_listening=task_status.started
+                )
+
+            port: int = await nursery.start(receive)
+            arguments = ["--guest", "qemu", "--qmp", str(here), "--psk-file", str(psk)]
+            sender = subprocess.Popen(  # noqa: ASYNC220 - it is killed, not waited for
+                [sys.executable, "-m", "pagexfer", "send", "--to", f"127.0.0.1:{port}", *arguments],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+
+            async def kill_first() -> None:
+                sender.kill()
+                sender.wait()
+                await resume()
+
+            monkeypatch.setattr(destination.hypervisor, "resume", kill_first)
+            await until(lambda: destination.run_state == "running")
+            await goes_on(destination)
+            assert errors(destination) == 0
+            assert sender.returncode == -signal.SIGKILL
+            qmp = await QmpClient.connect(here)
+            nursery.start_soon(qmp.run)
+            assert record(await qmp.execute("query-status"))["status"] == "postmigrate"
+            nursery.cancel_scope.cancel()
+        qmp.close()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "why"),
+    [
+        ((24, 8), "differ in number or size"),
+        ((24, 16), "the destination's 40 MiB"),
+        ((8, 16), "the destination's 24 MiB"),
+    ],
+)
+async def test_other_ram_is_refused(tmp_path: Path, sizes: tuple[int, int], why: str) -> None:
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True, sizes=sizes) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+            with pytest.RaisesGroup(pagexfer.TransferAborted, pagexfer.TransferAborted) as caught:
+                await migrate(source, destination, 1, freshness="digest-audit")
+            assert any(why in str(aborted) for aborted in caught.value.exceptions), caught.value.exceptions
+            await goes_on(source)
+
+
+def test_other_pages_are_refused() -> None:
+    small, huge = Platform("pc", ((1 << 30, 4096),)), Platform("pc", ((1 << 30, 2 << 20),))
+    small.check_accepts(small)
+    with pytest.raises(GuestError, match="huge"):
+        small.check_accepts(huge)
+    with pytest.raises(GuestError, match="huge"):
+        huge.check_accepts(small)
+
+
+_DISKS = [
+    option
+    for name in ("n0", "n1")
+    for option in ("-blockdev", f"null-co,node-name={name},size=1073741824,read-zeroes=on")
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "why"),
+    [
+        (
+            "blockdev-backup",
+            {"job-id": "j0", "device": "n0", "target": "n1", "sync": "full", "speed": 1},
+            "block job j0",
+        ),
+        ("migrate", {"uri": "unix:LISTENER"}, "migration of its own already: active"),
+    ],
+)
+async def test_what_qemu_is_busy_with_is_let_be(
+    tmp_path: Path, command: str, arguments: dict[str, object], why: str
+) -> None:
+    with (
+        qemu(tmp_path / "s", *_DISKS) as monitor,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
+    ):
+        listener.bind(str(tmp_path / "nobody-reads"))
+        listener.listen()
+        if "uri" in arguments:
+            arguments = {"uri": f"unix:{tmp_path / 'nobody-reads'}"}
+        async with trio.open_nursery() as nursery:
+            qmp = await QmpClient.connect(monitor)
+            nursery.start_soon(qmp.run)
+            await qmp.execute(command, arguments)
+            # Nothing tells that a migration is past its set-up.
+            while record(await qmp.execute("query-migrate")).get("status") == "setup":  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        qmp.close()
+        with pytest.raises(GuestError, match=why):
+            async with QemuGuest.attach(monitor):
+                pass
 
 
 async def test_nobody_at_the_monitor(tmp_path: Path) -> None:

@@ -72,6 +72,15 @@ class Freshness(enum.IntEnum):
         """The name used in reports."""
         return self.name.lower().replace("_", "-")
 
+    @property
+    def meaning(self) -> str:
+        """What a user is to know about it, in one line."""
+        return {
+            Freshness.SVSM_TRACKED: "the SVSM saw every write",
+            Freshness.DIGEST_AUDIT: "all RAM was hashed in black-out against what was sent",
+            Freshness.HOST_REPORTED: "the host was believed: a write that it did not report is lost",
+        }[self]
+
 
 # Hello:
 #   offset  size  field

@@ -9,6 +9,7 @@ from pagexfer.attestation.snp.framing import pack_evidence
 from pagexfer.guests.kvm import hypervisor, ioctls
 from pagexfer.guests.kvm import state as kvm_state
 from pagexfer.guests.pattern import Layout
+from pagexfer.guests.qemu.device_state import Platform
 from pagexfer.guests.simulated.registers import Registers
 from pagexfer.wire.slot import COMMAND_OFFSET, STATUS_OFFSET
 
@@ -57,6 +58,16 @@ def seeds_of(target: Target) -> list[bytes]:
         "kvm-vcpu": [kvm_state.encode(_vcpu_state(xsave)) for xsave in (ioctls.XSAVE_BYTES, 2 * 4096)],
         "kvm-device": [
             hypervisor._DEVICE_STATE.pack(hypervisor._MAGIC, hypervisor._VERSION, 5_000_000, 1 << 20)
+        ],
+        "qemu-state": [
+            Platform(name, backends).pack() + b"QEVM"
+            for name, backends in (("", ()), ("pc-i440fx-7.2-machine", ((1 << 30, 4096), (1 << 20, 2 << 20))))
+        ],
+        "qmp-message": [
+            b'{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}}, "capabilities": ["oob"]}}',
+            b'{"return": {"status": "paused"}, "id": 7}',
+            b'{"error": {"class": "GenericError", "desc": "no"}, "id": 7}',
+            b'{"event": "STOP", "data": {}, "timestamp": {"seconds": 1, "microseconds": 2}}',
         ],
         "simulated-vcpu": [Registers.at_boot(Layout.plan(8 << 20, 2), vcpu).to_bytes() for vcpu in (0, 1)],
     }

@@ -19,6 +19,8 @@ from pagexfer.attestation.snp.table import parse_certificate_table_untrusted
 from pagexfer.errors import LedgerRefused, MalformedData
 from pagexfer.guests.kvm import state as kvm_state
 from pagexfer.guests.kvm.hypervisor import parse_device_state_untrusted
+from pagexfer.guests.qemu.device_state import split_state_untrusted
+from pagexfer.guests.qemu.messages import parse_message_untrusted
 from pagexfer.guests.simulated.registers import parse_registers_untrusted
 from pagexfer.svsm.ledger import read_terms_untrusted
 from pagexfer.wire.bundle import (
@@ -225,6 +227,15 @@ def _device_state(data: bytes) -> None:
     parse_device_state_untrusted(data)
 
 
+def _qemu_state(data: bytes) -> None:
+    platform, stream = split_state_untrusted(data)
+    assert platform.pack() + stream == data
+
+
+def _qmp_message(data: bytes) -> None:
+    parse_message_untrusted(data)
+
+
 def _registers(data: bytes) -> None:
     assert parse_registers_untrusted(data).to_bytes() == data
 
@@ -255,5 +266,7 @@ TARGETS: Final = (
     Target("snp-leaf", (parse_leaf_untrusted,), _leaf),
     Target("kvm-vcpu", (kvm_state.parse_untrusted,), _kvm_state),
     Target("kvm-device", (parse_device_state_untrusted,), _device_state),
+    Target("qemu-state", (split_state_untrusted,), _qemu_state),
+    Target("qmp-message", (parse_message_untrusted,), _qmp_message),
     Target("simulated-vcpu", (parse_registers_untrusted,), _registers),
 )
