@@ -27,7 +27,7 @@ HOST: Final = "127.0.0.1"
 ATTESTOR: Final = PskAttestor(b"a pre-shared key of 32 bytes ...")
 # Written while the first epoch is sent and until black-out, so that every epoch has pages; few enough to converge.
 WRITE_RATE_BYTES: Final = 30 << 20
-PATIENCE_S: Final = 20.0
+PATIENCE_S: Final = 40.0
 
 End = MigrationReport | TransferAborted
 

@@ -181,7 +181,7 @@ async def test_a_kvm_guest_migrates() -> None:
         assert source.gate.parked() == 2
 
 
-# Where in a slot: its status line, as an SVSM with a defect would, all registers, and its buffers, as a host may at any time.
+# Where in a slot: its status line, as an SVSM with a defect would; all registers, and buffers, as a host may at any time.
 @pytest.mark.parametrize(
     ("side", "first", "size"),
     [
