@@ -32,7 +32,6 @@ from .machines import (
     HOST,
     PATIENCE_S,
     RAM_BYTES,
-    VCPUS,
     Machines,
     Side,
     goes_on,
@@ -344,20 +343,3 @@ async def test_a_handler_that_dies_ends_the_session(pair: SimulatedPair, which: 
     assert pair.sent.end.outcome is Outcome.ENDED
     assert await goes_on(pair.source)
     assert never_ran(pair.destination)
-
-
-async def test_an_idle_mailbox_costs_next_to_nothing() -> None:
-    with SimulatedGuest.empty(RAM_BYTES, VCPUS) as guest:
-        async with trio.open_nursery() as nursery:
-            listening = trio.Event()
-            nursery.start_soon(_wait_for_ever, guest, listening)
-            await listening.wait()
-            began = os.times()
-            await trio.sleep(1)
-            spent = os.times()
-            nursery.cancel_scope.cancel()
-    assert spent.user + spent.system - began.user - began.system < 0.05
-
-
-async def _wait_for_ever(guest: SimulatedGuest, listening: trio.Event) -> None:
-    await receive_guest(guest, HOST, 0, ATTESTOR, isolated=True, on_listening=lambda _port: listening.set())
