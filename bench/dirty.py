@@ -1,36 +1,51 @@
-"""The dirty bitmap against the machine's memory: python -m bench.dirty [--json FILE] [--quick]
+"""Dirty bitmaps against the machine's memory, and dirty trackers side by side: python -m bench dirty
 
-Each operation runs in turn with a plain copy (np.copyto) of as many bytes as the bitmap's words and the operation's
-result have together; "x copy" is how many times longer than that copy it takes. `first` is one call as export makes
-it for a bundle, on a chunk of 4096 pages, and its copy is one of that chunk's words; there the time itself counts.
-`take` hands its words over and lets the system zero new ones, a cost that later writes bear; its time is mostly
-that of giving the memory of the last taken bitmap back.
+    python -m bench dirty [--guests 16GiB,1TiB] [--ram 1GiB] [--repeats 5] [--json FILE] [--quick]
+
+Each bitmap operation runs in turn with its limit: a plain copy (np.copyto) of as many bytes as the bitmap's words and the
+operation's result have together; "x copy" is how many times longer than that copy it takes. `first` is one call as export
+makes it for a bundle, on a chunk of 4096 pages, and its copy is one of that chunk's words; there the time itself counts.
+`take` hands its words over and lets the system zero new ones, a cost that later writes bear. `epoch` is all that an epoch
+does to bitmaps on both sides of the slots: unite what was written, count it by regions, plan chunks, and take out each
+bundle's pages. Its time at 1 TiB with 0.001 % is held against a target; with many pages it is all bundles, and left out.
+
+The trackers' part is in bench.trackers.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from pagexfer.dirty import DirtyBitmap
+from pagexfer.dirty import DirtyBitmap, as_run
+from pagexfer.engine.plan import plan_chunks
 
-from .measure import Case, Spread, alternate, write_json
+from .measure import Case, Spread, alternate
+from .options import finish, parse, parser, progress, size, sizes
+from .table import Table
+from .trackers import tracker_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-GUESTS_GIB: Final = (16, 256, 1024)
-DENSITIES: Final = (0.00001, 0.01, 1.0)
+GUESTS: Final = "16GiB,256GiB,1TiB,4TiB"
+QUICK_GUESTS: Final = "16GiB,1TiB"
+DENSITIES: Final = (0.00001, 0.001, 0.1, 1.0)
 PAGES_PER_GIB: Final = 1 << 18
 CHUNK_PAGES: Final = 4096
-BUNDLE_PAGES: Final = 128
+BUNDLE_PAGES: Final = 256
 FIRST_CALLS: Final = 1000
+CHANNELS: Final = 4
+# As many regions as a slot's buffer of 2 MiB has room for.
+REGIONS: Final = 1 << 19
+# `gfns` and `runs` of more are left out: nobody asks for so many at once, and three arrays of them have to fit in memory.
+MAX_GFNS: Final = 1 << 27
+MAX_EPOCH_PAGES: Final = 1 << 18
+TARGET: Final = (1024, 0.00001, 30.0)  # GiB of the guest, part marked, milliseconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,27 +69,36 @@ class Subject:
 
     def __init__(self, guest_gib: int, density: float, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        pages = guest_gib * PAGES_PER_GIB
+        self._pages = pages = guest_gib * PAGES_PER_GIB
         self.bitmap = DirtyBitmap.full(pages) if density == 1 else DirtyBitmap(pages)
         if density < 1:
             self.bitmap.set_gfns(rng.integers(0, pages, round(pages * density)))
         self._other = self.bitmap.copy()
         self._taken_from = self.bitmap
+        self._pending, self._quiet = DirtyBitmap(pages), DirtyBitmap(pages)
         self._starts = (rng.integers(0, pages // CHUNK_PAGES, FIRST_CALLS) * CHUNK_PAGES).tolist()
         self._next_start = 0
 
     def operations(self) -> dict[str, tuple[Case, int]]:
         """Each operation, and the bytes of the words it goes over and of its result."""
         whole = self.bitmap.words.nbytes
-        marked, runs = self.bitmap.count(), len(self.bitmap.runs()[0])
-        return {
+        marked = self.bitmap.count()
+        made = {
             "count": (Case(self.bitmap.count), whole),
             "union": (Case(lambda: self.bitmap.union(self._other)), whole),
             "take": (Case(lambda: self._taken_from.take(), self._refill), whole),
-            "gfns": (Case(self.bitmap.gfns), whole + marked * 8),
-            "runs": (Case(self.bitmap.runs), whole + runs * 16),
+            "regions": (Case(lambda: self.bitmap.region_counts(self._region_pages())), whole + REGIONS * 4),
             "first": (Case(self._first, calls=FIRST_CALLS), CHUNK_PAGES // 8),
         }
+        if marked <= MAX_GFNS:
+            made["gfns"] = (Case(self.bitmap.gfns), whole + marked * 8)
+            made["runs"] = (Case(self.bitmap.runs), whole + len(self.bitmap.runs()[0]) * 16)
+        if marked <= MAX_EPOCH_PAGES:
+            made["epoch"] = (Case(self._epoch), whole)
+        return made
+
+    def _region_pages(self) -> int:
+        return max(64, self._pages // REGIONS)
 
     def _refill(self) -> None:
         self._taken_from = self.bitmap.copy()
@@ -84,40 +108,79 @@ class Subject:
         self._next_start = (self._next_start + 1) % FIRST_CALLS
         return self.bitmap.first(start, start + CHUNK_PAGES, BUNDLE_PAGES)
 
+    def _epoch(self) -> None:
+        pending, region_pages = self._pending, self._region_pages()
+        pending.union(self._other)
+        for _ in range(4):  # state changes, hints, what the audit found, what a lost channel took along: none
+            pending.union(self._quiet.take())
+        for chunk in plan_chunks(pending.region_counts(region_pages), region_pages, self._pages, CHANNELS):
+            more = True
+            while more:
+                found = pending.first(chunk.start, chunk.start + chunk.pages, BUNDLE_PAGES)
+                if found.size:
+                    pending.clear_gfns(as_run(found))
+                more = len(found) == BUNDLE_PAGES
+        assert not pending.any()
 
-def figures(guests_gib: tuple[int, ...], repeats: int, seed: int) -> Iterator[Figure]:
+
+def figures(guests_bytes: list[int], repeats: int, seed: int) -> Iterator[Figure]:
     """Measure every operation on every guest."""
-    for guest_gib in guests_gib:
+    for guest_bytes in guests_bytes:
+        guest_gib = max(1, guest_bytes >> 30)
         for density in DENSITIES:
-            for operation, (case, size) in Subject(guest_gib, density, seed).operations().items():
-                source, target = np.ones(size, dtype=np.uint8), np.zeros(size, dtype=np.uint8)
+            progress(f"bitmap of {guest_gib} GiB, {density:.3%} marked")
+            for operation, (case, copied) in Subject(guest_gib, density, seed).operations().items():
+                source, target = np.ones(copied, dtype=np.uint8), np.zeros(copied, dtype=np.uint8)
                 copy = Case(lambda to=target, of=source: np.copyto(to, of), calls=case.calls)  # type: ignore[misc]
                 spreads = alternate({"operation": case, "copy": copy}, repeats)
-                yield Figure(guest_gib, density, operation, size, spreads["operation"], spreads["copy"])
+                yield Figure(guest_gib, density, operation, copied, spreads["operation"], spreads["copy"])
+
+
+def bitmap_table(rows: list[Figure]) -> Table:
+    """All operations, and whether the target is met where it was measured."""
+    gib, density, limit_ms = TARGET
+    epochs = [
+        row.seconds.median * 1e3
+        for row in rows
+        if (row.guest_gib, row.density, row.operation) == (gib, density, "epoch")
+    ]
+    note = f"An epoch of {gib} GiB with {density:.3%} marked is to take under {limit_ms:g} ms"
+    note += f": it took {epochs[0]:.1f} ms." if epochs else "; it was not measured."
+    return Table.of(
+        "Bitmap operations, each against a copy of as many bytes in turn",
+        ("", "marked", "operation", "median us", "min", "max", "x copy"),
+        [
+            (
+                f"{row.guest_gib} GiB",
+                f"{row.density:.3%}",
+                row.operation,
+                *(
+                    f"{part * 1e6:.1f}"
+                    for part in (row.seconds.median, row.seconds.minimum, row.seconds.maximum)
+                ),
+                f"{row.times_copy:.2f}",
+            )
+            for row in rows
+        ],
+        note,
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description="Measure the dirty bitmap against a plain copy of the same bytes."
+    made = parser("dirty", __doc__, repeats=5)
+    made.add_argument("--guests", type=sizes, metavar="SIZES", help=f"of the bitmaps (default: {GUESTS})")
+    made.add_argument("--ram", type=size, metavar="SIZE", help="that the trackers look at (default: 1GiB)")
+    options = parse(made, argv)
+    guests = options.guests or sizes(QUICK_GUESTS if options.quick else GUESTS)
+    ram_bytes = options.ram or size("128MiB" if options.quick else "1GiB")
+    rows = list(figures(guests, options.repeats, options.seed))
+    trackers, table = tracker_table(ram_bytes, options.repeats, options.seed)
+    bitmaps = [{**asdict(row), "times_copy": row.times_copy} for row in rows]
+    finish(
+        options,
+        {"figures": bitmaps, "ram_bytes": ram_bytes, "trackers": trackers},
+        [bitmap_table(rows), table],
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to FILE as well")
-    parser.add_argument("--quick", action="store_true", help="the smallest guest only, three repeats")
-    parser.add_argument("--seed", type=int, default=1, help="which pages are marked (default: %(default)s)")
-    arguments = parser.parse_args(argv)
-    repeats = 3 if arguments.quick else 7
-    print(f"{'guest':>9} {'marked':>8} {'operation':<9} {'median':>11} {'min':>11} {'max':>11} {'x copy':>8}")
-    rows = []
-    for figure in figures(GUESTS_GIB[:1] if arguments.quick else GUESTS_GIB, repeats, arguments.seed):
-        times = figure.seconds.scaled(1e6)
-        print(
-            f"{figure.guest_gib:>5} GiB {figure.density:>8.3%} {figure.operation:<9} {times.median:>8.1f} us "
-            f"{times.minimum:>8.1f} us {times.maximum:>8.1f} us {figure.times_copy:>8.2f}"
-        )
-        rows.append({**asdict(figure), "times_copy": figure.times_copy})
-    if arguments.json is not None:
-        write_json(
-            arguments.json, {"bench": "dirty", "seed": arguments.seed, "repeats": repeats, "figures": rows}
-        )
 
 
 if __name__ == "__main__":

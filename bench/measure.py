@@ -66,15 +66,8 @@ def alternate(cases: Mapping[str, Case], repeats: int) -> dict[str, Spread]:
 
 def environment() -> dict[str, str | int]:
     """What a figure depends on besides the code: stands at the head of every result file."""
-    revision = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return {
-        "revision": revision or "unknown",
+        "revision": _revision(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "cryptography": cryptography.__version__,
@@ -88,6 +81,15 @@ def environment() -> dict[str, str | int]:
 def write_json(path: Path, result: Mapping[str, object]) -> None:
     """Write one bench's result with its environment."""
     path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+
+
+def _revision() -> str:
+    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git here
+        return "unknown"
+    return done.stdout.strip() or "unknown"
 
 
 def _cpu_model() -> str:

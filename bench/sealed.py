@@ -9,7 +9,7 @@ import trio
 
 import pagexfer
 from pagexfer.guests.simulated import SimulatedGuest
-from pagexfer.svsm.source import BUNDLE_PAGES
+from pagexfer.svsm.export import BUNDLE_PAGES
 
 from .pair import DIRECT, Route, Side, Watch, run_pair
 

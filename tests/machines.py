@@ -63,7 +63,9 @@ class Machines:
         await self.source.hypervisor.resume()
         self.source.gate.release()
 
-    async def send(self, port: int, stall_timeout_s: float, journal: Path | None = None) -> Side:
+    async def send(
+        self, port: int, stall_timeout_s: float, journal: Path | None = None, *, isolated: bool = False
+    ) -> Side:
         """Migrate the source guest; returns how that ended."""
         side = Side()
         self.source_moved = True
@@ -77,6 +79,7 @@ class Machines:
                 downtime_limit_s=1.0,
                 stall_timeout_s=stall_timeout_s,
                 journal=journal,
+                isolated=isolated,
                 on_progress=side.progress.append,
             )
         except TransferAborted as aborted:
@@ -102,6 +105,7 @@ async def receive(
     side: Side,
     stall_timeout_s: float,
     journal: Path | None = None,
+    isolated: bool = False,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Receive into `guest` and note how it ended; reports the port."""
@@ -113,6 +117,7 @@ async def receive(
             ATTESTOR,
             stall_timeout_s=stall_timeout_s,
             journal=journal,
+            isolated=isolated,
             on_listening=task_status.started,
             on_progress=side.progress.append,
             on_stranger=side.strangers.append,

@@ -20,15 +20,17 @@ from cryptography.exceptions import InvalidTag
 from pagexfer.attestation import Claims, PskAttestor
 from pagexfer.dirty import DirtyBitmap
 from pagexfer.errors import IntegrityError, RemoteProtocolError
-from pagexfer.svsm import ledger, service
+from pagexfer.svsm import ledger, sealing, service
 from pagexfer.svsm.content import ContentTable
 from pagexfer.svsm.destination import DestinationSvsm
+from pagexfer.svsm.epoch import EpochBook, Replaced
+from pagexfer.svsm.keys import KeySchedule
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.svsm.sealing import Opener, Sealer, _Stream
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.svsm.states import SOURCE, Event
 from pagexfer.testing.hostile import HostileHost, Violation, make_schedule
-from pagexfer.wire.bundle import HEADER_BYTES, MAX_BUNDLE_BYTES, BundleKind, parse_entries_untrusted
+from pagexfer.wire.bundle import HEADER_BYTES, MAX_BUNDLE_BYTES, BundleKind, nonce, parse_entries_untrusted
 from pagexfer.wire.constants import FINAL_EPOCH
 from pagexfer.wire.handshake import AttestorKind
 from pagexfer.wire.slot import SessionStatus as State
@@ -37,10 +39,12 @@ from pagexfer.wire.token import EpochTotals
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pagexfer.attestation.secret import Secret
     from pagexfer.svsm.destination import Imported
     from pagexfer.svsm.export import Exported
     from pagexfer.svsm.staging import StagingPool
-    from pagexfer.wire.bundle import BundleHeader
+    from pagexfer.svsm.streams import Lost
+    from pagexfer.wire.bundle import BundleHeader, Direction
     from pagexfer.wire.slot import SlotMemory
     from pagexfer.wire.token import Manifest
 
@@ -334,6 +338,28 @@ def _counter_not_raised(stack: ExitStack) -> None:
     stack.enter_context(patch.object(Sealer, "seal", stuck))
 
 
+def _losses_forgotten(stack: ExitStack) -> None:
+    """What a lost connection did not bring counts as sent."""
+
+    def forgetful(self: EpochBook, lost: list[Lost], content: ContentTable) -> Replaced:
+        return Replaced(0, token=False, ledger=False)
+
+    stack.enter_context(patch.object(EpochBook, "account", forgetful))
+
+
+def _same_key_again(stack: ExitStack) -> None:
+    """A new connection goes on under the key of the first."""
+    traffic_key = KeySchedule.traffic_key
+
+    def stuck(self: KeySchedule, direction: Direction, channel: int, incarnation: int) -> Secret:
+        return traffic_key(self, direction, channel, 0)
+
+    stack.enter_context(patch.object(KeySchedule, "traffic_key", stuck))
+    stack.enter_context(
+        patch.object(sealing, "nonce", lambda channel, _incarnation, counter: nonce(channel, 0, counter))
+    )
+
+
 # R10
 
 
@@ -415,6 +441,8 @@ MUTATIONS: Final = (
     Mutation("R8", "keys are not wiped", _nothing_wiped),
     Mutation("R8", "a stranger ends the session", _stranger_ends_it),
     Mutation("R9", "the counter is not raised", _counter_not_raised),
+    Mutation("R9", "source: what a lost connection did not bring is forgotten", _losses_forgotten, "R3"),
+    Mutation("R9", "a new connection under the old key", _same_key_again),
     Mutation("R10", "packages used in shared memory", _used_in_place),
     Mutation("R10", "pages written before the tag held", _written_before_the_tag),
     Mutation("R10", "the tag is not looked at", _any_tag, "G2"),

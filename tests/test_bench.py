@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
 
-from bench import channels, limits, mailbox
+from bench import channels, dirty, limits, links, mailbox, report, scale, suite
 from bench.__main__ import main
 from bench.names import BENCHES
+from bench.namespace import shaped_link
+from bench.options import CannotRun
+from bench.pair import Route
+from bench.relay import paced_relay
 from bench.table import Table
+from bench.tcp import Plain, run_plain
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,9 +51,22 @@ def test_limits(tmp_path: Path) -> None:
     measured = json.loads(result.read_text())
     assert measured["tcp"].keys() == {"1", "2"}
     assert all(spread["median"] > 0 for spread in measured["seconds"].values())
+    assert 0 < measured["doorbell"]["p50_us"] <= measured["doorbell"]["p99_us"]
 
 
-def test_channels(tmp_path: Path) -> None:
+def test_dirty(tmp_path: Path) -> None:
+    result = tmp_path / "dirty.json"
+    dirty.main(["--guests", "1GiB", "--ram", "4MiB", "--repeats", "1", "--json", str(result)])
+    measured = json.loads(result.read_text())
+    assert {row["operation"] for row in measured["figures"]} >= {"union", "gfns", "first", "epoch"}
+    assert all(row["times_copy"] > 0 for row in measured["figures"])
+    found = {(row["tracker"], row["density"]): row["pages"] for row in measured["trackers"]}
+    assert found["byte map", 0.1] == found["content", 0.1] == 102
+    assert not any(pages for (_, density), pages in found.items() if density == 0)
+
+
+def test_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "CONTENTS", {"half zero": 0.5})
     result, plot = tmp_path / "channels.json", tmp_path / "channels.png"
     small = ["--ram", "8MiB", "--channels", "1,2", "--bundles", "16", "--repeats", "1"]
     channels.main([*small, "--json", str(result), "--plot", str(plot)])
@@ -75,3 +94,122 @@ def test_mailbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_uneven_row_is_no_table() -> None:
     with pytest.raises(ValueError, match="2 cells"):
         Table.of("title", ("a", "b"), [("1",)])
+
+
+def test_a_relay_holds_each_flow_to_its_rate() -> None:
+    sender, _ = run_plain(Plain(10_000_000, 2), Route(lead=partial(paced_relay, flow_bytes_per_s=20_000_000)))
+    assert sender.seconds > 0.8 * 5_000_000 / 20_000_000
+
+
+def test_links_more_channels_converge_where_one_does_not(tmp_path: Path) -> None:
+    result, plot = tmp_path / "links.json", tmp_path / "links.png"
+    # A guest that writes all of its RAM within the downtime limit: four flows carry that in as much time, one does not.
+    small = [
+        "--ram",
+        "8MiB",
+        "--channels",
+        "1,4",
+        "--flows",
+        "40",
+        "--rates",
+        "400",
+        "--downtime-limit",
+        "150",
+        "--repeats",
+        "1",
+    ]
+    links.main([*small, "--json", str(result), "--plot", str(plot)])
+    measured = json.loads(result.read_text())
+    one, four = measured["links"][0]["figures"]
+    assert (one["channels"], one["converged"], one["downtime_ms"]) == (1, 0, None)
+    assert (four["channels"], four["converged"]) == (4, 1)
+    assert "not at 400 MB/s" in measured["tables"][0]["note"]
+    assert len(measured["links"]) == 2 or measured["shared_link_skipped"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_shared_link_that_cannot_be_made_is_skipped_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(CannotRun, match=r"root|there is no ip"), shaped_link(1_000_000, 1_000_000):
+        pytest.fail("there is no link")
+
+
+def test_scale(tmp_path: Path) -> None:
+    result, plot = tmp_path / "scale.json", tmp_path / "scale.png"
+    small = ["--ram", "4MiB,8MiB,1GiB", "--memory", "64MiB", "--repeats", "1"]
+    scale.main([*small, "--json", str(result), "--plot", str(plot)])
+    measured = json.loads(result.read_text())
+    assert [size["ram_bytes"] for size in measured["sizes"]] == [4 << 20, 8 << 20]
+    assert measured["left_out_bytes"] == [1 << 30]
+    assert "1 GiB" in measured["tables"][0]["note"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_line_has_its_fixed_cost_and_its_cost_per_gib() -> None:
+    line = scale.Line.through([1.0, 2.0, 8.0], [2.5, 3.0, 6.0])
+    assert (line.fixed, line.per_gib, line.off) == pytest.approx((2.0, 0.5, 0.0))
+    assert line.off_by(8.0, 9.0) == pytest.approx(0.5)
+
+
+def test_without_memory_scale_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["scale", "--memory", "1MiB"]) == 3
+    assert capsys.readouterr().err.startswith("scale: skipped: there is no memory")
+
+
+def test_a_bench_that_is_not_there_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(BENCHES, "absent", "no module has this name")
+    assert main(["absent"]) == 3
+    assert capsys.readouterr().err == "absent: skipped: it is not part of this checkout\n"
+
+
+def test_all_keeps_results_reasons_and_failures(tmp_path: Path) -> None:
+    result = tmp_path / "one.json"
+    measured = suite.run_one("handshake", ["--quick", "--repeats", "1"], result)
+    assert measured["tables"]
+    assert "environment" not in measured
+    skipped = suite.run_one("scale", ["--memory", "1MiB"], result)
+    assert str(skipped["skipped"]).startswith("there is no memory")
+    failed = suite.run_one("scale", ["--repeats", "0"], result)
+    assert str(failed["failed"]).startswith("exit code 2")
+
+
+def test_all_then_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suite, "BENCHES", {"handshake": ""})
+    result, page = tmp_path / "all.json", tmp_path / "page.md"
+    suite.main(["--quick", "--json", str(result), "--plots", str(tmp_path / "page")])
+    page.write_text(report.PAGE.read_text())
+    (tmp_path / "page" / "links.png").touch()
+    report.main([str(result), "--page", str(page)])
+    written = page.read_text()
+    assert "| psk |" in written
+    assert "Not measured: not among the results." in written
+    assert "![links](page/links.png)" in written
+    assert "![scale]" not in written
+    report.main([str(result), "--page", str(page)])
+    assert page.read_text() == written
+
+
+@pytest.mark.parametrize(
+    ("results", "page", "said"),
+    [
+        ("no JSON", "", "is no JSON"),
+        ("[]", "", "not the result of python -m bench all"),
+        ('{"bench": "all"}', "", "no benches"),
+        ('{"bench": "all", "environment": {}, "benches": {"links": {}}}', "", "links has no tables"),
+        ('{"bench": "all", "environment": {}, "benches": {}}', "", "no place of its own for environment"),
+    ],
+)
+def test_what_is_no_result_or_no_page_is_one_line(
+    results: str, page: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text(results)
+    (tmp_path / "page.md").write_text(page)
+    with pytest.raises(SystemExit) as end:
+        report.main([str(tmp_path / "results.json"), "--page", str(tmp_path / "page.md")])
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "page.md").read_text() == page

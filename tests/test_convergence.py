@@ -30,6 +30,7 @@ from pagexfer.engine.convergence import (
     press,
     sending_s,
 )
+from pagexfer.engine.plan import chunk_pages
 from pagexfer.engine.steering import MigrationParameters
 from pagexfer.wire.constants import PAGE_SIZE
 
@@ -84,22 +85,22 @@ def test_the_audit_counts_as_downtime() -> None:
     pages = int(0.2 * _RATE / PAGE_SIZE)
     room_s = _LIMIT_S - 0.2 - FIXED_DOWNTIME_S
     samples = _epochs([100000], 1.0)
-    assert _decide(samples, pages, 1.0, Costs(room_s - 0.005)).decision is Decision.SWITCHOVER
-    verdict = _decide(samples, pages, 1.0, Costs(room_s + 0.005))
+    assert _decide(samples, pages, 1.0, Costs(audit_s=room_s - 0.005)).decision is Decision.SWITCHOVER
+    verdict = _decide(samples, pages, 1.0, Costs(audit_s=room_s + 0.005))
     assert verdict.decision is Decision.TRANSFER
     assert verdict.expected_downtime_s == pytest.approx(_LIMIT_S + 0.005, rel=1e-3)
 
 
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_an_audit_that_is_too_long_is_said_before_anything_is_sent(epochs: int) -> None:
-    verdict = _decide(_epochs([100000] * epochs, 1.0), 0, 1.0, Costs(_LIMIT_S))
+    verdict = _decide(_epochs([100000] * epochs, 1.0), 0, 1.0, Costs(audit_s=_LIMIT_S))
     assert verdict.decision is Decision.GIVE_UP
     assert "audit of all RAM in black-out takes about 300 ms" in verdict.reason
     assert "limit of 300 ms" in verdict.reason
 
 
 def test_an_audit_may_take_what_the_limit_may_be_raised_to() -> None:
-    assert decide([], 1, 0.0, _NO_PRESSURE, _RAMP, Costs(1.0)).decision is Decision.TRANSFER
+    assert decide([], 1, 0.0, _NO_PRESSURE, _RAMP, Costs(audit_s=1.0)).decision is Decision.TRANSFER
 
 
 @pytest.mark.parametrize("gain", [0.9, 0.98])
@@ -199,6 +200,17 @@ def test_epochs_of_different_sizes_tell_fixed_time_from_time_by_byte() -> None:
 def test_epochs_of_one_size_tell_a_rate_alone() -> None:
     samples = [_sample(100 << 20, seconds) for seconds in (0.9, 1.1)]
     assert sending_s(samples, 50 << 20, None) == pytest.approx(0.5)
+
+
+def test_a_small_epoch_over_many_channels_waits_for_the_last_chunk() -> None:
+    # In both, channels that are done wait for half of a chunk of another.
+    def stretched(sent_bytes: int) -> float:
+        return sent_bytes + 1.5 * chunk_pages(sent_bytes // PAGE_SIZE, 4) * PAGE_SIZE
+
+    large, small = 256 << 20, 2 << 20
+    samples = [_sample(large, stretched(large) / _RATE)]
+    assert sending_s(samples, small, None, 4) == pytest.approx(stretched(small) / _RATE)
+    assert sending_s(samples, small, None, 4) > 1.3 * small / _RATE
 
 
 def test_nothing_faster_than_the_limit_is_expected() -> None:

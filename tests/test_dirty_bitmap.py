@@ -168,6 +168,56 @@ def test_bad_runs_are_refused_and_change_nothing(start: int, length: int) -> Non
     assert marks(bitmap) == {5, 99}
 
 
+@given(bitmaps(), st.data())
+def test_a_part_of_a_log_is_united(case: tuple[DirtyBitmap, set[int]], data: st.DataObject) -> None:
+    bitmap, marked = case
+    first, stop = data.draw(ranges(len(bitmap.words)))
+    log = bitmap_of(set(data.draw(marked_pages(bitmap.pages))), bitmap.pages).words[first:stop].tobytes()
+    bitmap.union_part(first * 64, log)
+    number = int.from_bytes(log, "little")
+    assert marks(bitmap) == marked | {
+        first * 64 + bit for bit in range(number.bit_length()) if number >> bit & 1
+    }
+
+
+@pytest.mark.parametrize(
+    ("first_gfn", "log"),
+    [(32, bytes(8)), (0, bytes(7)), (-64, bytes(8)), (128, bytes(8)), (64, bytes(16)), (64, b"\xff" * 8)],
+)
+def test_a_part_that_does_not_fit_is_refused_and_changes_nothing(first_gfn: int, log: bytes) -> None:
+    bitmap = bitmap_of({5, 99}, 100)
+    with pytest.raises(LocalProtocolError):
+        bitmap.union_part(first_gfn, log)
+    assert marks(bitmap) == {5, 99}
+
+
+@pytest.mark.parametrize("density", [0, 0.00001, 0.0001, 0.01])
+def test_large_bitmaps_are_united_and_counted_at_any_density(density: float) -> None:
+    pages = BLOCK_WORDS * 64 * 2 + 777
+    rng = np.random.default_rng(3)
+    one, other = (np.unique(rng.integers(0, pages, round(pages * density))) for _ in range(2))
+    bitmap, added = DirtyBitmap(pages), DirtyBitmap(pages)
+    bitmap.set_gfns(one)
+    added.set_gfns(other)
+    bitmap.union(added)
+    union = np.union1d(one, other).astype(np.int64)
+    assert np.array_equal(bitmap.gfns(), union)
+    assert bitmap.any() == bool(union.size)
+    regions = -(-pages // 512)
+    assert bitmap.region_counts(512).tolist() == np.bincount(union >> 9, minlength=regions).tolist()
+
+
+def test_marks_that_a_caller_puts_into_the_words_count() -> None:
+    bitmap, target = DirtyBitmap(100), DirtyBitmap(100)
+    words = bitmap.words
+    bitmap.clear()
+    words[1] = 1
+    assert bitmap.any()
+    target.union(bitmap.take())
+    assert marks(target) == {64}
+    assert not bitmap.any()
+
+
 @given(bitmaps(), st.sampled_from([64, 128, 512, 4096, 65536]))
 def test_region_counts(case: tuple[DirtyBitmap, set[int]], region_pages: int) -> None:
     bitmap, marked = case

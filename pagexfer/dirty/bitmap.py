@@ -38,6 +38,9 @@ __all__ = ["WORD_BITS", "DirtyBitmap", "as_run"]
 # dirty words first; a chunk of this size is answered in one step.
 _SPREAD_PAGES: Final = 4096
 
+# Where not even one word in this many has a mark, going to each that has costs less than going over all of them.
+_SPARSE: Final = 64
+
 
 class DirtyBitmap:
     """A set of gfns of a guest with `pages` pages. Bits at and above `pages` are always zero.
@@ -45,14 +48,15 @@ class DirtyBitmap:
     Two bitmaps are equal where pages and marks are. Not safe for use by several threads at once.
     """
 
-    __slots__ = ("_octets", "_pages", "_view", "_words")
+    # Not touched: fresh from the system, so that all words are zero and none takes memory before it is read.
+    __slots__ = ("_octets", "_pages", "_touched", "_view", "_words")
 
     def __init__(self, pages: int) -> None:
         """No page marked. Raises LocalProtocolError where `pages` is not positive."""
         if pages <= 0:
             raise LocalProtocolError(f"a bitmap needs at least one page, not {pages}")
         self._pages = pages
-        self._adopt(np.zeros(-(-pages // WORD_BITS), dtype=np.uint64))
+        self._adopt(np.zeros(-(-pages // WORD_BITS), dtype=np.uint64), touched=False)
 
     @classmethod
     def full(cls, pages: int) -> Self:
@@ -76,6 +80,7 @@ class DirtyBitmap:
     @property
     def words(self) -> NDArray[np.uint64]:
         """The words themselves, uint64 of shape (ceil(pages / 64),). After `take` they are another array."""
+        self._touched = True  # whoever has them may write to them
         return self._words
 
     def __eq__(self, other: object) -> bool:
@@ -98,6 +103,7 @@ class DirtyBitmap:
         if contiguous:
             self._set(first, last + 1)
         else:
+            self._touched = True
             np.bitwise_or.at(self._words, gfns >> 6, BIT_OF[gfns & 63])
 
     def clear_gfns(self, gfns: NDArray[np.int64] | range) -> None:
@@ -149,6 +155,7 @@ class DirtyBitmap:
         stops = starts + lengths
         if starts.min() < 0 or lengths.min() <= 0 or stops.max() > self._pages:
             raise LocalProtocolError(f"one of these runs is none of a guest of {self._pages} pages")
+        self._touched = True
         fill_runs(self._words, starts, stops)
 
     # Whole bitmaps
@@ -157,16 +164,23 @@ class DirtyBitmap:
         """Mark what `other` marks. Raises LocalProtocolError where it has another number of pages."""
         if other._pages != self._pages:
             raise LocalProtocolError(f"a bitmap of {other._pages} pages does not fit one of {self._pages}")
-        np.bitwise_or(self._words, other._words, out=self._words)
+        if not other._touched:
+            return
+        for block in blocks(self._words):
+            target, added = self._words[block], other._words[block]
+            numbers = np.flatnonzero(added != 0)
+            if len(numbers) * _SPARSE > len(added):
+                np.bitwise_or(target, added, out=target)
+            else:
+                target[numbers] |= added[numbers]
+        self._touched = True
 
     def union_part(self, first_gfn: int, log: bytes) -> None:
         """Mark what a part of a raw log marks, from `first_gfn` (a multiple of 64) on. Raises as `union_words` does."""
-        whole = np.zeros_like(self._words)
         first_byte = first_gfn // 8
-        if first_gfn % WORD_BITS or len(log) % 8 or not 0 <= first_byte <= whole.nbytes - len(log):
+        if first_gfn % WORD_BITS or len(log) % 8 or not 0 <= first_byte <= self._octets.size - len(log):
             raise LocalProtocolError("a part of a dirty log that does not fit RAM")
-        whole.view(np.uint8)[first_byte : first_byte + len(log)] = np.frombuffer(log, dtype=np.uint8)
-        self.union_words(whole.data)
+        self._union(first_gfn // WORD_BITS, np.frombuffer(log, dtype=np.uint64))
 
     def union_words(self, words: NDArray[np.uint64] | bytes | bytearray | memoryview) -> None:
         """Mark what a raw log marks: little-endian words in contiguous memory, as many as `self.words`.
@@ -179,11 +193,15 @@ class DirtyBitmap:
             raise LocalProtocolError(
                 f"{self._pages} pages have a log of {self._octets.size} bytes, not {raw.size}"
             )
-        log = raw.view(np.uint64)
+        self._union(0, raw.view(np.uint64))
+
+    def _union(self, first_word: int, log: NDArray[np.uint64]) -> None:
+        target = self._words[first_word : first_word + len(log)]
         used_bits = (self._pages - 1) % WORD_BITS + 1
-        if int(log[-1]) >> used_bits:
+        if log.size and first_word + len(log) == len(self._words) and int(log[-1]) >> used_bits:
             raise LocalProtocolError(f"the log marks a page behind the last of {self._pages}")
-        np.bitwise_or(self._words, log, out=self._words)
+        np.bitwise_or(target, log, out=target)
+        self._touched = True
 
     def take(self) -> Self:
         """What is marked now, as a bitmap of its own; nothing stays marked here.
@@ -192,7 +210,7 @@ class DirtyBitmap:
         """
         taken = self._like(self._words)
         # zeros, not zeros_like: these come zeroed from the system and cost nothing until they are written.
-        self._adopt(np.zeros(self._words.shape, dtype=np.uint64))
+        self._adopt(np.zeros(self._words.shape, dtype=np.uint64), touched=False)
         return taken
 
     def copy(self) -> Self:
@@ -209,7 +227,7 @@ class DirtyBitmap:
 
     def any(self) -> bool:
         """Whether a page is marked; looks no further than the first step that finds one."""
-        return any(bool(self._words[block].any()) for block in blocks(self._words))
+        return self._touched and any(bool(self._words[block].any()) for block in blocks(self._words))
 
     # Where the marks are
 
@@ -296,8 +314,14 @@ class DirtyBitmap:
         """
         if region_pages < WORD_BITS or region_pages & (region_pages - 1):
             raise LocalProtocolError(f"a region has a power of two of at least 64 pages, not {region_pages}")
-        counts = np.bitwise_count(self._words)
-        return np.add.reduceat(counts, np.arange(0, len(counts), region_pages // WORD_BITS), dtype=np.uint32)
+        words = region_pages // WORD_BITS
+        numbers = dirty_words(self._words, 0, len(self._words))
+        if len(numbers) * _SPARSE > len(self._words):
+            counts = np.bitwise_count(self._words)
+            return np.add.reduceat(counts, np.arange(0, len(counts), words), dtype=np.uint32)
+        sums = np.zeros(-(-len(self._words) // words), dtype=np.uint32)
+        np.add.at(sums, numbers // words, np.bitwise_count(self._words[numbers]).astype(np.uint32))
+        return sums
 
     def chunks(self, chunk_pages: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of every chunk that has a marked page, in order; a chunk begins at a multiple of its size.
@@ -333,7 +357,8 @@ class DirtyBitmap:
 
     # Private
 
-    def _adopt(self, words: NDArray[np.uint64]) -> None:
+    def _adopt(self, words: NDArray[np.uint64], *, touched: bool) -> None:
+        self._touched = touched
         self._words = words
         self._octets = words.view(np.uint8)
         # Single words as Python's integers: a tenth of the cost of numpy's scalars.
@@ -342,7 +367,7 @@ class DirtyBitmap:
     def _like(self, words: NDArray[np.uint64]) -> Self:
         bitmap = object.__new__(type(self))
         bitmap._pages = self._pages
-        bitmap._adopt(words)
+        bitmap._adopt(words, touched=self._touched)
         return bitmap
 
     def _check_range(self, start: int, stop: int) -> None:
@@ -368,6 +393,7 @@ class DirtyBitmap:
 
     def _set(self, start: int, stop: int) -> None:
         first, last, head, tail = edges(start, stop)
+        self._touched = True
         self._view[first] |= head
         self._words[first + 1 : last] = ALL_ONES
         self._view[last] |= tail

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ..wire.constants import PAGE_SIZE
+from .plan import chunk_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,8 +75,12 @@ class EpochSample:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What black-out is expected to cost beside sending pages: hashing all of RAM, and a round trip."""
+    """What black-out is expected to cost beside sending pages: hashing all of RAM, and a round trip.
 
+    `channels` share the pages.
+    """
+
+    channels: int = 1
     audit_s: float = 0.0
     round_trip_s: float = 0.0
 
@@ -100,8 +105,10 @@ def bandwidth(samples: Sequence[EpochSample]) -> float:
     return sum(sample.sent_bytes for sample in recent) / seconds if seconds > 0 else 0.0
 
 
-def sending_s(samples: Sequence[EpochSample], pending_bytes: int, max_bandwidth_bytes: int | None) -> float:
-    """Seconds that one more epoch of `pending_bytes` is expected to take.
+def sending_s(
+    samples: Sequence[EpochSample], pending_bytes: int, max_bandwidth_bytes: int | None, channels: int = 1
+) -> float:
+    """Seconds that one more epoch of `pending_bytes` over `channels` is expected to take.
 
     An epoch takes a fixed time and a time by byte; where the last epochs differ enough in size, they tell both.
     """
@@ -110,10 +117,12 @@ def sending_s(samples: Sequence[EpochSample], pending_bytes: int, max_bandwidth_
     recent = [sample for sample in samples[-MEASURED_EPOCHS:] if sample.sent_bytes]
     if not recent:
         return math.inf
-    fixed_s, per_byte_s = _line(recent)
+    fixed_s, per_byte_s = _line(
+        [(_stretched(sample.sent_bytes, channels), sample.seconds) for sample in recent]
+    )
     if max_bandwidth_bytes is not None:
         per_byte_s = max(per_byte_s, 1 / max_bandwidth_bytes)
-    return fixed_s + pending_bytes * per_byte_s
+    return fixed_s + _stretched(pending_bytes, channels) * per_byte_s
 
 
 def press(
@@ -161,7 +170,9 @@ def decide(
         )
     if not samples:
         return Verdict(Decision.TRANSFER, math.inf, "the first epoch sends all of RAM")
-    expected = costs.fixed_s + sending_s(samples, pending_pages * PAGE_SIZE, parameters.max_bandwidth_bytes)
+    expected = costs.fixed_s + sending_s(
+        samples, pending_pages * PAGE_SIZE, parameters.max_bandwidth_bytes, costs.channels
+    )
     if expected <= limit_s:
         return Verdict(
             Decision.SWITCHOVER,
@@ -177,20 +188,27 @@ def decide(
     return Verdict(Decision.TRANSFER, expected, "another epoch makes pending pages fewer")
 
 
-def _line(samples: Sequence[EpochSample]) -> tuple[float, float]:
-    """Fixed seconds of an epoch and seconds by byte: least squares, where that says something sensible."""
-    total_bytes = sum(sample.sent_bytes for sample in samples)
-    total_s = sum(sample.seconds for sample in samples)
-    sizes = [sample.sent_bytes for sample in samples]
+def _stretched(sent_bytes: int, channels: int) -> float:
+    """The bytes that all channels could send while the slowest of them ends its part.
+
+    Channels that are done wait for the last chunk of another, on average for half of one. In a large epoch that does not
+    show; in the last one, which is small, it does.
+    """
+    return sent_bytes + (channels - 1) / 2 * chunk_pages(sent_bytes // PAGE_SIZE, channels) * PAGE_SIZE
+
+
+def _line(epochs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Fixed seconds of an epoch and seconds by byte, from bytes and seconds: least squares, where that makes sense."""
+    sizes = [size for size, _ in epochs]
+    mean_bytes = sum(sizes) / len(epochs)
+    mean_s = sum(seconds for _, seconds in epochs) / len(epochs)
     if max(sizes) >= _UNLIKE * min(sizes):
-        mean_bytes, mean_s = total_bytes / len(samples), total_s / len(samples)
         square = sum((size - mean_bytes) ** 2 for size in sizes)
-        product = sum((sample.sent_bytes - mean_bytes) * (sample.seconds - mean_s) for sample in samples)
-        slope = product / square
-        fixed_s = mean_s - slope * mean_bytes
-        if slope > 0 and fixed_s >= 0:
-            return fixed_s, slope
-    return 0.0, total_s / total_bytes
+        product = sum((size - mean_bytes) * (seconds - mean_s) for size, seconds in epochs)
+        fixed_s = mean_s - product / square * mean_bytes
+        if product > 0 and fixed_s >= 0:
+            return fixed_s, product / square
+    return 0.0, mean_s / mean_bytes
 
 
 def _ceiling_s(parameters: MigrationParameters) -> float:

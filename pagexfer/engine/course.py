@@ -35,8 +35,14 @@ class Course:
     """Decisions of one migration. `stall_timeout_s` is the patience with the destination."""
 
     def __init__(
-        self, steering: Steering, hypervisor: Hypervisor, progress: Progress, stall_timeout_s: float
+        self,
+        steering: Steering,
+        hypervisor: Hypervisor,
+        progress: Progress,
+        channels: int,
+        stall_timeout_s: float,
     ) -> None:
+        self._channels = channels
         self._steering = steering
         self._throttling = hypervisor if isinstance(hypervisor, ThrottlingHypervisor) else None
         self._progress = progress
@@ -90,7 +96,7 @@ class Course:
             trio.current_time(),
             self._pressure,
             parameters,
-            Costs(audit_s, self._round_trip_s if self._samples else 0.0),
+            Costs(self._channels, audit_s, self._round_trip_s if self._samples else 0.0),
             can_throttle=can_throttle,
         )
         self._progress.expected_downtime_s = verdict.expected_downtime_s if self._samples else 0.0

@@ -25,20 +25,25 @@ class Chunk(NamedTuple):
     pages: int
 
 
+def chunk_pages(pending_pages: int, channels: int) -> int:
+    """Pending pages that a chunk is to have: about a quarter of a channel's share, within the limits above."""
+    return min(MAX_CHUNK_PAGES, max(MIN_CHUNK_PAGES, pending_pages // (4 * channels)))
+
+
 def plan_chunks(
     counts: NDArray[np.uint32], region_pages: int, total_pages: int, channels: int
 ) -> list[Chunk]:
     """Chunks that cover all pending pages of an epoch, in order of gfns; each page is in at most one chunk.
 
-    `counts` has the pending pages of each region of `region_pages`. A chunk has about a quarter of a channel's share,
-    within the limits above, or one region where that has more.
+    `counts` has the pending pages of each region of `region_pages`. A chunk has about `chunk_pages`, or one
+    region where that has more.
     """
     dirty = np.flatnonzero(counts)
     if not dirty.size:
         return []
     before = np.cumsum(counts[dirty], dtype=np.int64) - counts[dirty]
     pending = int(before[-1] + counts[dirty[-1]])
-    target = min(MAX_CHUNK_PAGES, max(MIN_CHUNK_PAGES, pending // (4 * channels)))
+    target = chunk_pages(pending, channels)
     number = before // target
     first = np.flatnonzero(np.diff(number, prepend=-1))
     starts = dirty[first] * region_pages

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from ..dirty import as_run
-from ..wire.bundle import DATA, DROP, ZERO, pack_entries
-from ..wire.constants import MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE
+from ..wire.bundle import DATA, DROP, ENTRY_BYTES, HEADER_BYTES, ZERO, pack_entries
+from ..wire.constants import MAX_BUNDLE_ENTRIES, TAG_BYTES, WORDS_PER_PAGE
 from ..wire.page_state import SHARED, VALIDATED
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
     from .memory import GuestMemory
 
+# 1 MiB of payload. Half of it keeps plaintext and ciphertext in a core's L2 cache and costs as much again in calls; twice
+# of it gains nothing.
+BUNDLE_PAGES: Final = 256
+# What a bundle of the most entries has beside its payload.
+OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + TAG_BYTES
 
 _HAS_CONTENT: Final = np.uint32(VALIDATED | SHARED)
 

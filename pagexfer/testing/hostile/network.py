@@ -13,6 +13,7 @@ from ...wire.constants import FINAL_EPOCH, TAG_BYTES
 from ...wire.slot import Command
 from .alter import altered
 from .schedule import Act, pick
+from .world import CONTROL
 
 if TYPE_CHECKING:
     from collections import deque
@@ -223,6 +224,30 @@ def _stranger(world: World, step: Step) -> bool:
     return True
 
 
+def _lose(world: World, step: Step) -> bool:
+    """A channel's connection is lost with all that waits on it, and replaced; or that goes wrong half way."""
+    channel = step.x % world.schedule.channels
+    opening = world.command(world.source, channel + 1, Command.REPLACE)
+    if not opening.ok:
+        return False
+    world.queues[Direction.FORWARD, channel].clear()
+    if step.y % 8 == 0:
+        return True  # the opening is lost, too
+    package = _spoilt(opening.data, step) if step.y % 8 == 1 else opening.data
+    if world.command(world.destination, CONTROL, Command.REPLACE, channel, package=package).ok:
+        word = world.command(world.destination, CONTROL, Command.REPLACE, channel)
+        world.destination.opened.add(channel)
+        if step.y % 8 != 2:  # else the word is lost
+            package = _spoilt(word.data, step) if step.y % 8 == 3 else word.data
+            world.command(world.source, channel + 1, Command.REPLACE, package=package)
+    return True
+
+
+def _spoilt(data: bytes, step: Step) -> bytes:
+    offset = step.z % len(data) if data else 0
+    return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :] if data else data
+
+
 NETWORK: Final[Mapping[Act, Attack]] = {
     Act.DROP: _drop,
     Act.DUPLICATE: _duplicate,
@@ -239,4 +264,5 @@ NETWORK: Final[Mapping[Act, Attack]] = {
     Act.WITHHOLD: _withhold,
     Act.ALTER: _alter,
     Act.STRANGER: _stranger,
+    Act.LOSE: _lose,
 }

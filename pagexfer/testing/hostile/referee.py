@@ -31,10 +31,22 @@ if TYPE_CHECKING:
     from .ledger import CipherLedger, Stream
     from .world import Side
 
-_KEYED_COMMANDS = (Command.SETUP, Command.EPOCH, Command.EXPORT, Command.IMPORT, Command.STATE, Command.TOKEN)
+_KEYED_COMMANDS = (
+    Command.SETUP,
+    Command.REPLACE,
+    Command.EPOCH,
+    Command.EXPORT,
+    Command.IMPORT,
+    Command.STATE,
+    Command.TOKEN,
+)
 _LAST_WORD = (Command.TOKEN, BundleKind.ABORT_TOKEN)  # of a destination that was VERIFIED (R7)
 _NOTHING_CHANGED = (RefusalCode.COMMAND, RefusalCode.STATE, RefusalCode.NOT_READY)
 _PARKED = (State.PARKED, State.STARTED, State.FINISHED)
+
+
+_Channel = tuple[int, int]  # number, incarnation
+_Place = tuple[int, int, int]  # and counter
 
 
 class Before(NamedTuple):
@@ -66,15 +78,18 @@ class _Book:
     over: bool = False
     epoch: int = FIRST_EPOCH
     gfns: set[int] = field(default_factory=set)  # of this epoch
-    bundles: set[tuple[int, int]] = field(default_factory=set)  # (channel, counter) of this epoch's PAGES
-    sealed: Counter[int] = field(default_factory=Counter)  # bundles of each channel
-    taken: Counter[int] = field(default_factory=Counter)
+    bundles: set[_Place] = field(default_factory=set)  # this epoch's PAGES
+    sealed: Counter[_Channel] = field(default_factory=Counter)  # bundles of each channel
+    taken: Counter[_Channel] = field(default_factory=Counter)
+    incarnations: Counter[int] = field(default_factory=Counter)
     # A source's
     sent: dict[int, int] = field(default_factory=dict)  # version of each page as sent last
     due: set[int] = field(default_factory=set)
-    closed: dict[int, frozenset[tuple[int, int]]] = field(default_factory=dict)
+    carried: dict[_Place, set[int]] = field(default_factory=dict)
+    closed: dict[int, set[_Place]] = field(default_factory=dict)
+    token: tuple[_Place, set[int]] | None = None  # where this epoch's token is, and the epoch's pages
     vcpus: set[int] = field(default_factory=set)
-    at_manifest: Counter[int] = field(default_factory=Counter)
+    at_manifest: Counter[_Channel] = field(default_factory=Counter)
     ready: bool = False
     started: bool = False
     let_go: bool = False
@@ -98,7 +113,7 @@ class Referee:
 
     def before(self, side: Side, command: int) -> Before:
         """To be asked before each command."""
-        if side.is_source or command not in (Command.IMPORT, Command.SETUP):
+        if side.is_source or command not in (Command.IMPORT, Command.SETUP, Command.REPLACE):
             return Before(side.svsm.state, None, None)
         memory = side.machine.memory
         return Before(side.svsm.state, memory.words.copy(), memory.states.copy())
@@ -158,12 +173,12 @@ class Referee:
             _rule("R10", same, "a refused bundle changed guest memory")
         if code in _NOTHING_CHANGED:
             _rule("R8", after is before.state, f"refused with {code.name}, but the state changed")
-        elif answer.command == Command.IMPORT and side.is_source:
+        elif answer.command in (Command.IMPORT, Command.REPLACE) and side.is_source and answer.package:
             book.over = True
             _rule("R8", after in (State.ABORTED, State.STARTED, State.FINISHED), "goes on after a bad answer")
         elif answer.command == Command.IMPORT:
             _rule("R8", after in (State.FAILED, State.RUNNING), "goes on after a bad bundle")
-        elif answer.command == Command.SETUP and answer.slot:
+        elif answer.command == Command.REPLACE or (answer.command == Command.SETUP and answer.slot):
             _rule("R8", after is before.state, "a stranger disturbed the session")
 
     # A source
@@ -187,7 +202,12 @@ class Referee:
                     "an end that none gave to this proof",
                 )
             case Command.EPOCH:
+                book.token = None
                 book.due = self._unsent(book)
+            case Command.REPLACE if answer.package:
+                self._settled(book, answer)
+            case Command.REPLACE:
+                self._seal(book, answer.data)
             case Command.IMPORT:
                 self._answer_taken(book, answer)
             case Command.SETUP | Command.EXPORT | Command.STATE | Command.TOKEN if answer.data:
@@ -202,12 +222,14 @@ class Referee:
                 _rule("R1", not gfns & book.gfns, "a page was sealed twice in one epoch")
                 _rule("R2", header.epoch == book.epoch, "pages sealed for another epoch")
                 book.gfns |= gfns
-                book.bundles.add((header.channel, header.counter))
+                book.bundles.add(_place(header))
+                book.carried[_place(header)] = gfns
                 book.sent.update((gfn, guest.versions[gfn]) for gfn in gfns)
             case BundleKind.EPOCH_TOKEN:
                 _rule("R4", book.due <= book.gfns, "an epoch token while a page is pending")
                 _rule("R3", header.epoch == book.epoch, "a token of another epoch")
-                book.closed[book.epoch] = frozenset(book.bundles)
+                book.closed[book.epoch] = set(book.bundles)
+                book.token = _place(header), set(book.gfns)
                 book.epoch += 1
                 book.gfns.clear()
                 book.bundles.clear()
@@ -230,6 +252,36 @@ class Referee:
 
     def _unsent(self, book: _Book) -> set[int]:
         return {gfn for gfn, version in enumerate(self._guest.versions) if book.sent.get(gfn) != version}
+
+    def _settled(self, book: _Book, answer: Answered) -> None:
+        """A channel was replaced: of its incarnations before, what the destination did not take is not sent."""
+        header = parse_header_untrusted(answer.package, len(answer.package))
+        self._is_genuine(header, answer.package)
+        taken = next(
+            (
+                other.taken
+                for side, other in self._books.items()
+                if not side.is_source and other.session == header.session
+            ),
+            Counter[_Channel](),
+        )
+        lost: set[_Place] = set()
+        for channel in [
+            key for key in book.sealed if key[0] == header.channel and key[1] < header.incarnation
+        ]:
+            lost |= {(*channel, counter) for counter in range(taken[channel], book.sealed[channel])}
+            book.sealed[channel] = taken[channel]
+        book.sealed = +book.sealed
+        for place in lost & book.carried.keys():
+            for gfn in book.carried.pop(place):
+                book.sent.pop(gfn, None)
+        if book.token is not None:
+            book.closed[book.epoch - 1] -= lost
+            place, gfns = book.token
+            if place in lost:
+                book.epoch -= 1
+                book.gfns, book.bundles, book.token = gfns, book.closed.pop(book.epoch), None
+        book.bundles -= lost
 
     def _answer_taken(self, book: _Book, answer: Answered) -> None:
         header = parse_header_untrusted(answer.package, len(answer.package))
@@ -255,6 +307,18 @@ class Referee:
                 book.session, _ = parse_established_untrusted(answer.data)
             case Command.SETUP | Command.IMPORT:
                 self._accepted(book, before, answer)
+            case Command.REPLACE if answer.package:
+                header = parse_header_untrusted(answer.package, len(answer.package))
+                self._is_genuine(header, answer.package)
+                _rule(
+                    "R9",
+                    header.incarnation > book.incarnations[answer.argument],
+                    "an old connection came back",
+                )
+            case Command.REPLACE:
+                header = self._seal(book, answer.data)
+                book.incarnations[header.channel] = header.incarnation
+                book.taken[header.channel, header.incarnation] = 1
             case Command.TOKEN:
                 header = self._seal(book, answer.data)
                 if header.kind is BundleKind.ABORT_TOKEN:
@@ -268,9 +332,13 @@ class Referee:
         place = (header.session, header.channel)
         _rule("G6", place == (book.session, answer.slot - 1), "a bundle of another session or channel")
         epoch = FINAL_EPOCH if before.state is State.VERIFIED else book.epoch
+        if header.kind is BundleKind.CHANNEL_OPEN:
+            epoch = FIRST_EPOCH
         _rule("R2", header.epoch == epoch, f"a bundle of epoch {header.epoch} in epoch {epoch}")
-        _rule("R2", header.counter == book.taken[header.channel], "a bundle that is not the next one")
-        book.taken[header.channel] += 1
+        channel = header.channel, header.incarnation
+        _rule("R9", channel[1] == book.incarnations[channel[0]], "a bundle of a connection that was replaced")
+        _rule("R2", header.counter == book.taken[channel], "a bundle that is not the next one")
+        book.taken[channel] += 1
         book.altered |= altered
         source = self._source_of(header.session)
         match header.kind:
@@ -278,9 +346,9 @@ class Referee:
                 gfns = _gfns(header, answer.package, self._guest.memory.pages)
                 _rule("R1", not gfns & book.gfns, "a page came twice in one epoch")
                 book.gfns |= gfns
-                book.bundles.add((header.channel, header.counter))
+                book.bundles.add(_place(header))
             case BundleKind.EPOCH_TOKEN:
-                complete = source.closed.get(header.epoch) == frozenset(book.bundles)
+                complete = source.closed.get(header.epoch) == book.bundles
                 _rule("R3", complete and not altered, "an epoch was closed that is not complete")
                 book.epoch += 1
                 book.gfns.clear()
@@ -301,14 +369,19 @@ class Referee:
     def _seal(self, book: _Book, data: bytes) -> BundleHeader:
         header = parse_header_untrusted(data, len(data))
         book.session = header.session
-        _rule("R9", header.counter == book.sealed[header.channel], "a number that is not the next was sealed")
-        book.sealed[header.channel] += 1
+        channel = header.channel, header.incarnation
+        _rule("R9", header.counter == book.sealed[channel], "a number that is not the next was sealed")
+        book.sealed[channel] += 1
         self._sealed[stream_of(header), header.counter] = data
         return header
 
     def _is_genuine(self, header: BundleHeader, data: bytes) -> None:
         genuine = self._sealed.get((stream_of(header), header.counter)) == data
         _rule("G2", genuine, "a bundle was taken that no SVSM sealed")
+
+
+def _place(header: BundleHeader) -> _Place:
+    return header.channel, header.incarnation, header.counter
 
 
 def _rule(name: str, holds: bool, otherwise: str) -> None:

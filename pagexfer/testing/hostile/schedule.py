@@ -44,6 +44,7 @@ class Act(enum.Enum):
         "alter under its key"  # the one thing that the attacker cannot do: an authentic source that is wrong
     )
     STRANGER = "stranger opens a channel"
+    LOSE = "lose a connection and replace it"
     HANDSHAKE = "tamper with the handshake"
     # Commands to the SVSMs.
     COMMAND = "command out of order"
@@ -75,6 +76,7 @@ _WEIGHTS: Final = {
     Act.COMMAND: 2.0,
     Act.EARLY_TOKEN: 2.0,
     Act.LIE_PARKED: 2.0,
+    Act.LOSE: 3.0,
     Act.ABORT_SOURCE: 0.5,
     Act.ABORT_DESTINATION: 0.7,
     Act.CRASH_SOURCE: 0.4,
