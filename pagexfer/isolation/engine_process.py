@@ -22,7 +22,7 @@ from ..engine.slots import Slot
 from ..engine.source import SourceEngine
 from ..engine.steering import MigrationParameters, Steering
 from ..engine.streams import listen
-from ..errors import ChannelBroken, GuestError, MalformedData, TransferAborted, UsageError
+from ..errors import ChannelBroken, GuestError, MalformedData, Outcome, TransferAborted, UsageError
 from ..wire.monitor import Fields, as_fields, from_fields_untrusted
 from ..wire.slot import SlotMemory
 from .link import Link
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ..engine.progress import MigrationInfo
 
 ALIVE_PERIOD_S: Final = 0.5
+_LOST_GRACE_S: Final = 1.0
 
 
 class Engine:
@@ -119,6 +120,15 @@ class Engine:
             }
         except UsageError as error:
             return {"type": "unusable", "message": str(error)}
+        except (
+            MalformedData
+        ) as error:  # of slots as they were found; what comes over TCP is the engine's to judge
+            return {
+                "type": "aborted",
+                "outcome": int(Outcome.ENDED),
+                "reason": "svsm",
+                "message": f"the SVSM's mailbox makes no sense: {error}",
+            }
         if info is None:
             return {"type": "cancelled"}
         return {"type": "completed", "info": as_fields(info)}
@@ -206,6 +216,8 @@ class Engine:
                 doorbells.give_up()
             for waiting in self._calls.values():
                 waiting.close()
+            # Whoever gives a command now ends for that reason and tells the peer; who waits for the peer is cancelled.
+            await trio.sleep(_LOST_GRACE_S)
             self.work.cancel()
 
     async def _receive(self) -> tuple[Fields, bytes]:
