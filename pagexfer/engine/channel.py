@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from ..errors import ChannelClosed, MalformedData
+from ..errors import ChannelClosed, MalformedData, SvsmLost
 from ..wire.bundle import BundleKind
 from ..wire.constants import SESSION_ID_BYTES
 from ..wire.framing import ConnectionHello, FrameHeader, FrameType, Purpose, pack_barrier
@@ -91,7 +91,7 @@ class SourceChannel:
         """Receive the destination's next answer and have it opened. Raises SvsmRefused where it is forged."""
         header = await self.connection.receive_header()
         answer = await _import_frame(self.connection, self._slot, header)
-        return BundleKind(answer.result)
+        return _kind(answer)
 
     async def _introduce(self, connection: Connection, session: bytes, command: Command) -> None:
         if len(session) != SESSION_ID_BYTES:
@@ -153,7 +153,7 @@ class DestinationChannel:
     async def import_bundle(self, header: FrameHeader) -> BundleKind:
         """Receive one bundle straight into the slot and have it imported; returns what it was."""
         answer = await _import_frame(self.connection, self._slot, header)
-        kind = BundleKind(answer.result)
+        kind = _kind(answer)
         if kind is BundleKind.PAGES:
             self._tally.add(answer.result2 >> 32, answer.result2 & 0xFFFFFFFF, header.payload_bytes)
         return kind
@@ -161,6 +161,14 @@ class DestinationChannel:
     async def answer(self, kind: BundleKind) -> None:
         """Have an answer sealed and send it back."""
         await _send_bundle(self.connection, self._slot, await self._slot.command(Command.TOKEN, kind))
+
+
+def _kind(answer: StatusRegisters) -> BundleKind:
+    """What the SVSM says that a bundle was. Raises SvsmLost where that is no kind of bundle."""
+    try:
+        return BundleKind(answer.result)
+    except ValueError:
+        raise SvsmLost(f"the SVSM names a bundle of kind {answer.result}, which is none") from None
 
 
 async def _import_frame(
