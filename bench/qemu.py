@@ -58,6 +58,8 @@ CHANNELS: Final = (1, 2, 4, 8)
 QUICK_CHANNELS: Final = (1, 4)
 INCOMPRESSIBLE, BOOTED = "incompressible", "booted"
 CONTENTS: Final = (INCOMPRESSIBLE, BOOTED)
+# With the destination's RAM provided before, and without.
+PREALLOCATED: Final = (True, False)
 TLS: Final = "multifd TLS"
 TARGET_RATE: Final = 2.0
 TARGET_CPU: Final = 0.6
@@ -86,7 +88,7 @@ class Figure:
 
 def measure(content: str, ram_bytes: int, channels: list[int], repeats: int, seed: int) -> list[Figure]:
     """All ways in turn, `repeats` times. Raises GuestError where this machine has not what `content` needs."""
-    cases = list(product((True, False), channels, WAYS))
+    cases = list(product(PREALLOCATED, channels, WAYS))
     taken: dict[_Case, list[Taken]] = {case: [] for case in cases}
     with _source(content, ram_bytes, seed) as (folder, shape, source):
         for number in range(repeats):
@@ -201,7 +203,7 @@ def _note(figures: list[Figure]) -> str:
 def tables(figures: list[Figure], ram_bytes: int) -> list[Table]:
     """One table for each content with preallocation, and one without."""
     made = []
-    for content, prealloc in product(CONTENTS, (True, False)):
+    for content, prealloc in product(CONTENTS, PREALLOCATED):
         some = [figure for figure in figures if (figure.content, figure.prealloc) == (content, prealloc)]
         how = "destination preallocated" if prealloc else "destination not preallocated"
         if some:

@@ -1,6 +1,6 @@
 """Stock QEMUs that stand still, for bench.qemu: what is in their RAM, how they start, their monitor and their CPU time.
 
-A machine is emulated (TCG), with all RAM in one shared file. The one that is halted has instead of a BIOS a ROM that does it
+A machine is emulated (TCG), with all RAM in one shared file. One that is halted has a ROM in place of its BIOS that halts
 at once, so that nobody but the bench ever writes its RAM.
 """
 
