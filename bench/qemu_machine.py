@@ -42,6 +42,7 @@ _BOOTED: Final = b"as init process"
 _BOOT_TIMEOUT_S: Final = 120.0
 _START_TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.01
+_WATCHED_S: Final = 0.5
 # CPUCLOCK_SCHED in include/linux/posix-timers_types.h (Linux).
 _SCHEDULER_CLOCK: Final = 2
 
@@ -158,15 +159,17 @@ def start(folder: Path, shape: Shape, *, incoming: bool = False, prealloc: bool 
 def wait_booted(machine: Machine) -> None:
     """Until the Linux of `linux_options` sleeps. Raises QemuFailed where that takes too long."""
     deadline = time.monotonic() + _BOOT_TIMEOUT_S
-    while _BOOTED not in machine.serial.read_bytes():
+    while _BOOTED not in machine.serial.read_bytes() or _is_busy(machine):
         if time.monotonic() > deadline:
-            raise QemuFailed("the Linux does not boot")
+            raise QemuFailed("the Linux does not boot, or does not come to rest")
         time.sleep(_POLL_S)
-    while True:  # what is left of booting ends when the machine stands still
-        before = machine.cpu_seconds()
-        time.sleep(1)
-        if machine.cpu_seconds() - before < 0.2:
-            return
+
+
+def _is_busy(machine: Machine) -> bool:
+    """Whether it spends more than a fifth of a core, as it does until all of booting is done."""
+    before = machine.cpu_seconds()
+    time.sleep(_WATCHED_S)
+    return machine.cpu_seconds() - before > _WATCHED_S / 5
 
 
 @asynccontextmanager
