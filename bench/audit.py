@@ -24,8 +24,9 @@ from pagexfer.dirty import DirtyBitmap
 from pagexfer.svsm.audit import PageDigests
 from pagexfer.svsm.content import ContentTable
 from pagexfer.svsm.destination import DestinationSvsm
+from pagexfer.svsm.export import BUNDLE_PAGES
 from pagexfer.svsm.memory import GuestMemory
-from pagexfer.svsm.source import BUNDLE_PAGES, SourceSvsm
+from pagexfer.svsm.source import SourceSvsm
 from pagexfer.testing import BytesGate
 from pagexfer.wire.bundle import DATA, MAX_BUNDLE_BYTES, BundleKind
 from pagexfer.wire.constants import WORDS_PER_PAGE

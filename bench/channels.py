@@ -160,7 +160,7 @@ def draw(by_channels: dict[str, Figure], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    made = parser("channels", __doc__, repeats=5, plots=True)
+    made = parser("channels", __doc__, repeats=5, quick_repeats=2, plots=True)
     made.add_argument("--ram", type=size, help="of the guest (default: 1GiB, quick 256MiB)")
     made.add_argument(
         "--channels", type=numbers, metavar="N,N", help="numbers of channels (default: 1 to 64)"

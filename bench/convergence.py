@@ -1,33 +1,31 @@
-"""Guests that write more than the link carries: which policy makes them converge, at what price, and how well foreseen.
+"""Guests that write more than the link carries: python -m bench convergence [--guest auto] [--json FILE] [--plot FILE.png]
 
-The link is a bandwidth limit, so that the policies differ on any machine. Each write rate meets each policy in turn: plain
-pre-copy, throttled vCPUs, a downtime limit that is raised. Source and destination are two processes. Prints for each
-whether it converged, epochs, seconds, downtime and the guest's slowdown, and for all the error of the expected downtime.
-
-    python -m bench.convergence [--ram 64MiB] [--link 64MiB] [--rates 16MiB,48MiB,96MiB] [--guest auto] [--repeats 3]
-                                [--downtime-limit 100ms] [--json FILE] [--plot FILE.png] [--quick]
+Which policy makes them converge, at what price, and how well the downtime is foreseen. The link is a bandwidth limit, so
+that the policies differ on any machine. Each write rate meets each policy in turn: plain pre-copy, throttled vCPUs, and
+a downtime limit that is raised. Source and destination are two processes. A row has medians of the moves that
+completed; where none did, of those that ended.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 import pagexfer
-from pagexfer.cli.values import Seconds, Size
+from pagexfer.cli.values import Seconds
 from pagexfer.guests.checked import boot_guest, empty_guest, resolve_kind, start
 
-from .measure import write_json
+from .options import finish, parse, parser, progress, size, sizes
+from .pair import run_pair
+from .table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from multiprocessing.connection import Connection
+    from collections.abc import Callable, Iterable
+    from pathlib import Path
 
     from pagexfer.guests.checked import CheckedGuest, GuestKind
 
@@ -64,75 +62,72 @@ class Run:
         return self.expected_ms / self.downtime_ms - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One move: the guest, what it writes, and what its operator allows."""
+
+    kind: GuestKind
+    ram_bytes: int
+    rate_bytes: int
+    policy: str
+    parameters: pagexfer.MigrationParameters
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print, and write what was asked for."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ram", type=_size, default=64 * _MIB)
-    parser.add_argument("--link", type=_size, default=64 * _MIB, help="bytes a second of all channels")
-    parser.add_argument("--rates", type=_sizes, default=[rate * _MIB for rate in (16, 32, 48, 64, 96)])
-    parser.add_argument("--downtime-limit", type=_seconds, default=0.1)
-    parser.add_argument("--guest", choices=("auto", "kvm", "simulated"), default="auto")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", metavar="FILE", type=Path)
-    parser.add_argument("--plot", metavar="FILE", type=Path)
-    parser.add_argument("--quick", action="store_true", help="32 MiB, three rates, 2 repeats")
-    options = parser.parse_args(argv)
-    if options.quick:
-        options.ram, options.repeats = 32 * _MIB, 2
-        options.rates = [rate * _MIB for rate in (16, 48, 96)]
+    options = _parse(argv)
     kind = resolve_kind(options.guest)
-    most_ms = 1000 * _RAMP * options.downtime_limit
-    print(
-        f"{kind} guest of {options.ram >> 20} MiB, link {options.link >> 20} MiB/s, downtime limit "
-        f"{1000 * options.downtime_limit:.0f} ms (ramp: up to {most_ms:.0f}), medians of {options.repeats}"
-    )
-    print("MiB/s written  policy    converged  epochs  seconds  downtime  expected  slowdown")
     runs: list[Run] = []
     for rate in options.rates:
+        progress(f"convergence: {rate / _MIB:g} MiB/s written")
         for _ in range(options.repeats):
             for policy in _POLICIES:
                 parameters = _parameters(policy, options.link, options.downtime_limit)
-                runs.append(measure(kind, options.ram, rate, policy, parameters))
-        _print_rate(rate, runs)
+                run, _ = run_pair(_receive, _send, Job(kind, options.ram, rate, policy, parameters))
+                runs.append(run)
     foreseen = prediction(runs)
-    print(
-        f"expected downtime: within {100 * _GOOD_ERROR:.0f} % of the actual one in {foreseen['within']} of "
-        f"{foreseen['completed']} moves, median error {100 * foreseen['median_error']:.0f} %, "
-        f"largest {100 * foreseen['largest_error']:.0f} %"
+    limit_ms = 1000 * options.downtime_limit
+    table = Table.of(
+        f"A {kind} guest of {options.ram >> 20} MiB over a link of {options.link >> 20} MiB/s, downtime limit "
+        f"{limit_ms:.0f} ms (ramp: up to {_RAMP * limit_ms:.0f} ms)",
+        (
+            "MiB/s written",
+            "policy",
+            "converged",
+            "epochs",
+            "seconds",
+            "downtime ms",
+            "expected ms",
+            "slowdown %",
+        ),
+        [_row(rate, policy, runs) for rate in options.rates for policy in _POLICIES],
+        f"Expected downtime within {100 * _GOOD_ERROR:.0f} % of the actual one in {foreseen['within']} of "
+        f"{foreseen['completed']} moves; median error {100 * foreseen['median_error']:.0f} %, largest "
+        f"{100 * foreseen['largest_error']:.0f} %.",
     )
-    if options.json:
-        figures = {"guest": kind, "ram_bytes": options.ram, "link_bytes_per_s": options.link}
-        figures["downtime_limit_s"] = options.downtime_limit
-        write_json(options.json, {**figures, "runs": [asdict(run) for run in runs], "prediction": foreseen})
-    if options.plot:
-        _plot(runs, options.link, options.plot)
+    figures = {
+        "guest": kind,
+        "ram_bytes": options.ram,
+        "link_bytes_per_s": options.link,
+        "downtime_limit_s": options.downtime_limit,
+        "runs": [asdict(run) for run in runs],
+        "prediction": foreseen,
+    }
+    finish(options, figures, [table], lambda path: _plot(runs, options.link, path))
 
 
-def measure(
-    kind: GuestKind, ram_bytes: int, rate_bytes: int, policy: str, parameters: pagexfer.MigrationParameters
-) -> Run:
-    """One migration between this process and a fresh one."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    receiver = context.Process(target=_receive, args=(theirs, kind, ram_bytes))
-    receiver.start()
-    theirs.close()  # so that a receiver that dies ends the wait below
-    port = ours.recv()
-    with boot_guest(kind, ram_bytes, 1, rate_bytes) as guest:
-        info, reason = trio.run(_send, guest, port, parameters)
-    receiver.join()
-    return Run(
-        policy,
-        rate_bytes,
-        reason,
-        info.ram.dirty_sync_count,
-        (info.total_time - info.setup_time) / 1000,
-        info.downtime,
-        info.expected_downtime,
-        info.throttle.slowdown if info.throttle is not None else 0.0,
-    )
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    made = parser("convergence", __doc__, repeats=3, quick_repeats=1, plots=True)
+    made.add_argument("--ram", type=size, help="default: 64 MiB, quick: 32")
+    made.add_argument("--link", type=size, default=64 * _MIB, help="bytes a second of all channels")
+    made.add_argument("--rates", type=sizes, help="what the guest writes a second, with commas between")
+    made.add_argument("--downtime-limit", type=_seconds, default=0.1)
+    made.add_argument("--guest", choices=("auto", "kvm", "simulated"), default="auto")
+    options = parse(made, argv)
+    options.ram = options.ram or (32 if options.quick else 64) * _MIB
+    options.rates = options.rates or [
+        rate * _MIB for rate in ((16, 48, 96) if options.quick else (16, 32, 48, 64, 96))
+    ]
+    return options
 
 
 def _parameters(policy: str, link_bytes: int, limit_s: float) -> pagexfer.MigrationParameters:
@@ -156,15 +151,30 @@ def prediction(runs: Iterable[Run]) -> dict[str, float]:
     }
 
 
-async def _send(
-    guest: CheckedGuest, port: int, parameters: pagexfer.MigrationParameters
+def _send(job: Job, host: str, port: int) -> Run:
+    with boot_guest(job.kind, job.ram_bytes, 1, job.rate_bytes) as guest:
+        info, reason = trio.run(_migrate, guest, host, port, job.parameters)
+    return Run(
+        job.policy,
+        job.rate_bytes,
+        reason,
+        info.ram.dirty_sync_count,
+        (info.total_time - info.setup_time) / 1000,
+        info.downtime,
+        info.expected_downtime,
+        info.throttle.slowdown if info.throttle is not None else 0.0,
+    )
+
+
+async def _migrate(
+    guest: CheckedGuest, host: str, port: int, parameters: pagexfer.MigrationParameters
 ) -> tuple[pagexfer.MigrationInfo, str]:
     infos: list[pagexfer.MigrationInfo] = []
     await start(guest)
     try:
         report = await pagexfer.send_guest(
             guest,
-            "127.0.0.1",
+            host,
             port,
             pagexfer.PskAttestor(_PSK),
             channels=_CHANNELS,
@@ -176,46 +186,43 @@ async def _send(
     return report.info, ""
 
 
-def _receive(pipe: Connection, kind: GuestKind, ram_bytes: int) -> None:
+def _receive(job: Job, host: str, on_listening: Callable[[int], None]) -> None:
     async def serve(guest: CheckedGuest) -> None:
         try:
             await pagexfer.receive_guest(
-                guest, "127.0.0.1", 0, pagexfer.PskAttestor(_PSK), on_listening=pipe.send
+                guest, host, 0, pagexfer.PskAttestor(_PSK), on_listening=on_listening
             )
         except pagexfer.TransferAborted:
             return  # the source says why
 
-    with empty_guest(kind, ram_bytes, 1) as guest:
+    with empty_guest(job.kind, job.ram_bytes, 1) as guest:
         trio.run(serve, guest)
 
 
-def _print_rate(rate: int, runs: list[Run]) -> None:
-    for policy in _POLICIES:
-        same = [run for run in runs if (run.policy, run.rate_bytes) == (policy, rate)]
-        done = [run for run in same if run.completed]
-        shown = done or same
-        seconds, epochs, slowdown = (
-            statistics.median(getattr(run, name) for run in shown)
-            for name in ("seconds", "epochs", "slowdown_percent")
-        )
-        times = "       -         -"
-        if done:
-            downtime, expected = (
-                statistics.median(getattr(run, name) for run in done)
-                for name in ("downtime_ms", "expected_ms")
-            )
-            times = f"{downtime:6.0f}ms  {expected:6.0f}ms"
-        print(
-            f"{rate / _MIB:13.0f}  {policy:<8}  {len(done):4}/{len(same):<4}  {epochs:6.0f}  {seconds:7.1f}  {times}  "
-            f"{slowdown:6.0f} %",
-            flush=True,
-        )
+def _row(rate: int, policy: str, runs: list[Run]) -> tuple[str, ...]:
+    same = [run for run in runs if (run.policy, run.rate_bytes) == (policy, rate)]
+    done = [run for run in same if run.completed]
+
+    def median(name: str) -> float:
+        values: list[float] = [getattr(run, name) for run in done or same]
+        return statistics.median(values)
+
+    return (
+        f"{rate / _MIB:g}",
+        policy,
+        f"{len(done)} of {len(same)}",
+        f"{median('epochs'):.0f}",
+        f"{median('seconds'):.1f}",
+        f"{median('downtime_ms'):.0f}" if done else "-",
+        f"{median('expected_ms'):.0f}" if done else "-",
+        f"{median('slowdown_percent'):.0f}",
+    )
 
 
 def _plot(runs: list[Run], link_bytes: int, path: Path) -> None:
-    import matplotlib.pyplot as plt  # heavy, and for a picture alone
+    from .plots import new_figure, save
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4))
+    figure, axes = new_figure(2)
     for policy in _POLICIES:
         done = [run for run in runs if run.policy == policy and run.completed]
         rates = sorted({run.rate_bytes for run in done})
@@ -229,22 +236,16 @@ def _plot(runs: list[Run], link_bytes: int, path: Path) -> None:
         axis.axvline(link_bytes / _MIB, linestyle=":", color="grey")
         axis.set_xlabel("MiB/s written by the guest (dotted: the link)")
         axis.set_ylabel(label)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def _size(text: str) -> int:
-    return Size().convert(text, None, None)
+    save(figure, path)
 
 
 def _seconds(text: str) -> float:
-    return Seconds().convert(text, None, None)
+    import click
 
-
-def _sizes(text: str) -> list[int]:
-    return [_size(part) for part in text.split(",")]
+    try:
+        return Seconds().convert(text, None, None)
+    except click.UsageError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
 
 
 if __name__ == "__main__":

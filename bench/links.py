@@ -3,7 +3,9 @@
 A flow is limited by its window, by one core, by one path, or by the cloud's rule for a single flow. Here a relay paces each
 connection to the same rate (SO_MAX_PACING_RATE), while a guest writes. For each number of channels the write rate rises
 until a migration does not converge, that is until it is given up: the time is then the time until that. Time to switchover
-is from the first page on, up to black-out; "of capacity" is the write rate against what all channels carry together.
+is from the first page on, up to black-out; "of capacity" is the write rate against what all channels carry together. What a
+guest is told to write and what it comes to differ where it shares its core: "dirtied" are the different pages it wrote
+during the last epoch.
 
 As root it also makes two network namespaces with one link between them, shared by all flows, each of which has a class of
 its own (HTB): there more channels help until the link is full. Where that cannot be made, the reason is said.
@@ -15,6 +17,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
+
+from pagexfer.wire.constants import PAGE_SIZE
 
 from .measure import Spread
 from .namespace import RECEIVER, RECEIVER_ADDRESS, SENDER, shaped_link
@@ -79,6 +83,7 @@ class Figure:
     channels: int
     write_mb_per_s: int
     of_capacity: float
+    dirtied_mb_per_s: Spread
     runs: int
     converged: int
     epochs: Spread
@@ -125,6 +130,7 @@ def _figure(link: Link, ram_bytes: int, channels: int, rate_mb: int, moves: list
         channels,
         rate_mb,
         rate_mb / link.carries(channels),
+        Spread.of([moved.dirty_pages_per_s * PAGE_SIZE / MB for moved in moves]),
         len(moves),
         len(done),
         Spread.of([moved.epochs for moved in moves]),
@@ -140,6 +146,7 @@ def table(link: Link, usual: Move, figures: list[Figure]) -> Table:
         "channels",
         "written MB/s",
         "of capacity",
+        "dirtied MB/s",
         "converged",
         "epochs",
         "switchover s",
@@ -147,13 +154,14 @@ def table(link: Link, usual: Move, figures: list[Figure]) -> Table:
         "max",
         "sent / RAM",
         "downtime ms",
-        "max",
+        "at most",
     )
     rows = [
         (
             f.channels,
             f.write_mb_per_s,
             f"{f.of_capacity:.2f}",
+            f"{f.dirtied_mb_per_s.median:.0f}",
             f"{f.converged} of {f.runs}",
             f"{f.epochs.median:.0f}",
             f"{f.seconds.median:.2f}",

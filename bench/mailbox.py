@@ -243,7 +243,7 @@ def _sealed_table(title: str, first: str, found: dict[str, dict[int, Sealed]], n
 
 
 def main(argv: list[str] | None = None) -> None:
-    made = parser("mailbox", __doc__, repeats=5, plots=True)
+    made = parser("mailbox", __doc__, repeats=5, quick_repeats=1, plots=True)
     made.add_argument(
         "--ram", type=size, help="sealed through slots, and moved (default: 512MiB, quick 128MiB)"
     )

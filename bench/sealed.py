@@ -9,7 +9,7 @@ import trio
 
 import pagexfer
 from pagexfer.guests.simulated import SimulatedGuest
-from pagexfer.svsm.source import BUNDLE_PAGES
+from pagexfer.svsm.export import BUNDLE_PAGES
 
 from .pair import DIRECT, Route, Side, Watch, run_pair
 
@@ -38,7 +38,10 @@ class Move:
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """What the source says at the end. A migration that does not converge is given up after `moving_s`."""
+    """What the source says at the end. A migration that does not converge is given up after `moving_s`.
+
+    `dirty_pages_per_s` are the different pages that the guest wrote, in the last epoch.
+    """
 
     side: Side
     converged: bool
@@ -46,6 +49,7 @@ class Moved:
     downtime_s: float
     epochs: int
     sent_bytes: int
+    dirty_pages_per_s: float
 
 
 def run_move(move: Move, route: Route = DIRECT) -> tuple[Moved, Side | None]:
@@ -114,6 +118,7 @@ def send(move: Move, host: str, port: int) -> Moved:
             last.downtime / 1000,
             last.ram.dirty_sync_count,
             last.ram.transferred,
+            last.ram.dirty_pages_rate,
         )
 
     with SimulatedGuest.boot(

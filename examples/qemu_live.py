@@ -153,7 +153,7 @@ def _describe(
 ) -> dict[str, object]:
     complaints = complaints_of(before + after)
     if witness.different_pages:
-        complaints.append(f"{witness.different_pages} pages differed when the guest was to go on")
+        complaints.append(f"pages that differed when the guest was to go on: {witness.different_pages}")
     error = {"error": complaints[0]} if complaints else {}
     return {
         **report.info.as_dict(),

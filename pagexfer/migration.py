@@ -28,8 +28,9 @@ from .isolation.sides import BUFFER_BYTES, BUFFERS, receive_isolated, send_isola
 from .isolation.task import Task
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
 from .svsm.destination import DestinationSvsm
+from .svsm.export import BUNDLE_PAGES
 from .svsm.journal import FileJournal
-from .svsm.source import BUNDLE_PAGES, SourceSvsm
+from .svsm.source import SourceSvsm
 from .wire.constants import GUEST_ID_BYTES, MAX_BUNDLE_ENTRIES, MAX_CHANNELS
 from .wire.ledger import guest_id_of
 from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory

@@ -27,7 +27,7 @@ HOST: Final = "127.0.0.1"
 ATTESTOR: Final = PskAttestor(b"a pre-shared key of 32 bytes ...")
 # Written while the first epoch is sent and until black-out, so that every epoch has pages; few enough to converge.
 WRITE_RATE_BYTES: Final = 30 << 20
-PATIENCE_S: Final = 20.0
+PATIENCE_S: Final = 40.0
 
 End = MigrationReport | TransferAborted
 
@@ -44,8 +44,9 @@ class Side:
 class Machines:
     """A source guest, started anew for each migration, and a destination guest, replaced once it ran."""
 
-    def __init__(self) -> None:
-        self.source = SimulatedGuest.boot(RAM_BYTES, VCPUS, write_rate_bytes=WRITE_RATE_BYTES)
+    def __init__(self, write_rate_bytes: int = WRITE_RATE_BYTES) -> None:
+        self._rate = write_rate_bytes
+        self.source = SimulatedGuest.boot(RAM_BYTES, VCPUS, write_rate_bytes=write_rate_bytes)
         self.source_moved = False
         self.destination = SimulatedGuest.empty(RAM_BYTES, VCPUS)
 
@@ -53,7 +54,7 @@ class Machines:
         """Let the source guest run; whichever guest a migration has used up is a new one."""
         if self.source_moved:
             self.source.close()
-            self.source = SimulatedGuest.boot(RAM_BYTES, VCPUS, write_rate_bytes=WRITE_RATE_BYTES)
+            self.source = SimulatedGuest.boot(RAM_BYTES, VCPUS, write_rate_bytes=self._rate)
             self.source_moved = False
         if not never_ran(self.destination):
             self.destination.close()
@@ -63,7 +64,9 @@ class Machines:
         await self.source.hypervisor.resume()
         self.source.gate.release()
 
-    async def send(self, port: int, stall_timeout_s: float, journal: Path | None = None) -> Side:
+    async def send(
+        self, port: int, stall_timeout_s: float, journal: Path | None = None, *, isolated: bool = False
+    ) -> Side:
         """Migrate the source guest; returns how that ended."""
         side = Side()
         self.source_moved = True
@@ -77,6 +80,7 @@ class Machines:
                 downtime_limit_s=1.0,
                 stall_timeout_s=stall_timeout_s,
                 journal=journal,
+                isolated=isolated,
                 on_progress=side.progress.append,
             )
         except TransferAborted as aborted:
@@ -102,6 +106,7 @@ async def receive(
     side: Side,
     stall_timeout_s: float,
     journal: Path | None = None,
+    isolated: bool = False,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Receive into `guest` and note how it ended; reports the port."""
@@ -113,6 +118,7 @@ async def receive(
             ATTESTOR,
             stall_timeout_s=stall_timeout_s,
             journal=journal,
+            isolated=isolated,
             on_listening=task_status.started,
             on_progress=side.progress.append,
             on_stranger=side.strangers.append,

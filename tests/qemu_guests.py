@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +13,6 @@ import trio
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
     from pagexfer.guests.qemu import QemuGuest
 
@@ -52,12 +52,18 @@ def qemu(
     ]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        while not monitor.exists():
+        while not _listens(monitor):
             assert process.poll() is None, "QEMU ended at once"
         yield monitor
     finally:
         process.kill()
         process.wait()
+
+
+def _listens(path: Path) -> bool:
+    """Whether somebody listens at this UNIX socket, who takes one client only (flags of /proc/net/unix)."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return any(line.endswith(f" {path}") and line.split()[3] == "00010000" for line in lines)
 
 
 def rounds(guest: QemuGuest) -> int:

@@ -22,7 +22,9 @@ PSK = pagexfer.PskAttestor(bytes(range(32)))
 RAM = 16 << 20
 LINK = 64 << 20
 RATE = 130 << 20
-TIGHT = MigrationParameters(downtime_limit_s=0.06, max_bandwidth_bytes=LINK)
+# A guest that gets no processor for a moment on a busy machine writes nothing. So little fits under this limit that it
+# would have to stand still for most of an epoch.
+TIGHT = MigrationParameters(downtime_limit_s=0.03, max_bandwidth_bytes=LINK)
 
 
 async def _migrate(
@@ -60,8 +62,8 @@ async def _migrate(
 
 async def test_a_guest_that_outruns_the_link_does_not_converge_by_itself() -> None:
     with (
-        SimulatedGuest.boot(RAM, 1, write_rate_bytes=1 << 50) as source,
-        SimulatedGuest.empty(RAM, 1) as destination,
+        SimulatedGuest.boot(RAM, 2, write_rate_bytes=1 << 50) as source,
+        SimulatedGuest.empty(RAM, 2) as destination,
     ):
         with trio.fail_after(30):
             end = await _migrate(source, destination, Steering(TIGHT))
@@ -70,14 +72,21 @@ async def test_a_guest_that_outruns_the_link_does_not_converge_by_itself() -> No
         assert (await prove(source, 0.05)).consistent
 
 
-@pytest.mark.parametrize("isolated", [False, True], ids=["local", "isolated"])
 async def test_auto_converge_slows_it_down_until_it_does(
-    guest_type: type[KvmGuest] | type[SimulatedGuest], isolated: bool
+    guest_type: type[KvmGuest] | type[SimulatedGuest],
 ) -> None:
+    await _converges(guest_type, isolated=False)
+
+
+async def test_auto_converge_of_an_isolated_engine() -> None:
+    await _converges(SimulatedGuest, isolated=True)
+
+
+async def _converges(guest_type: type[KvmGuest] | type[SimulatedGuest], *, isolated: bool) -> None:
     infos: list[pagexfer.MigrationInfo] = []
     with (
-        guest_type.boot(RAM, 1, write_rate_bytes=RATE) as source,
-        guest_type.empty(RAM, 1) as destination,
+        guest_type.boot(RAM, 2, write_rate_bytes=RATE) as source,
+        guest_type.empty(RAM, 2) as destination,
     ):
         with trio.fail_after(30):
             steering = Steering(replace(TIGHT, auto_converge=True))
@@ -124,16 +133,16 @@ async def test_a_migration_that_ends_lets_the_guest_run_at_full_speed() -> None:
 
 async def test_a_longer_black_out_is_taken_where_the_operator_allows_it() -> None:
     with (
-        SimulatedGuest.boot(RAM, 1, write_rate_bytes=1 << 50) as source,
-        SimulatedGuest.empty(RAM, 1) as destination,
+        SimulatedGuest.boot(RAM, 2, write_rate_bytes=1 << 50) as source,
+        SimulatedGuest.empty(RAM, 2) as destination,
     ):
         with trio.fail_after(30):
             end = await _migrate(source, destination, Steering(replace(TIGHT, max_downtime_limit_s=2.0)))
         assert isinstance(end, pagexfer.MigrationReport), end
     limit = end.info.downtime_limit
     assert limit is not None
-    assert 60 < limit <= 2000
-    assert 60 < end.info.expected_downtime <= limit
+    assert 30 < limit <= 2000
+    assert 30 < end.info.expected_downtime <= limit
 
 
 @pytest.mark.parametrize("change", ["limit", "bandwidth"])

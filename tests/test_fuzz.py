@@ -21,6 +21,8 @@ _ELSEWHERE = {
     "open_untrusted",
     "accept_untrusted",
     "open_channel_untrusted",
+    "check_replacement_untrusted",
+    "open_answer_untrusted",
     "import_untrusted",
 }
 

@@ -19,7 +19,7 @@ from pagexfer.guests.qemu.backends import Backend, data_gfns, map_backends
 from pagexfer.svsm.audit import RUN_PAGES, PageDigests
 from pagexfer.svsm.export import Packager
 from pagexfer.svsm.memory import GuestMemory
-from pagexfer.wire.bundle import DATA, ZERO
+from pagexfer.wire.bundle import DATA, DROP, ZERO
 from pagexfer.wire.constants import PAGE_SIZE
 
 if TYPE_CHECKING:
@@ -98,6 +98,10 @@ def test_holes_are_zero_for_export_and_audit_and_stay_holes(
         digests = all_sent(ram)
         assert changed(digests) == []
         assert ram.allocated() == len(sent)
+        ram.memory.pvalidate(np.arange(RUN_PAGES), validated=False)
+        given_up = Packager(ram.memory).package(np.arange(RUN_PAGES), 512)
+        assert (given_up.operations == DROP).all()
+        ram.memory.pvalidate(np.arange(RUN_PAGES))
         for gfn in later:
             ram.touch(gfn, 9)
         assert changed(digests) == sorted(later)

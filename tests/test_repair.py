@@ -47,14 +47,16 @@ def machines() -> Iterator[Machines]:
         yield machines
 
 
-async def migrate(machines: Machines, breaks: Callable[[Frame], bool]) -> tuple[Side, Side, Breaker]:
+async def migrate(
+    machines: Machines, breaks: Callable[[Frame], bool], *, isolated: bool = False
+) -> tuple[Side, Side, Breaker]:
     await machines.start()
     destination = Side()
     with trio.fail_after(PATIENCE_S):
         async with trio.open_nursery() as network, trio.open_nursery() as sides:
-            port = await sides.start(receive, machines.destination, destination, _STALL_S)
+            port = await sides.start(receive, machines.destination, destination, _STALL_S, None, isolated)
             breaker = Breaker(port, breaks)
-            source = await machines.send(await network.start(breaker.serve), _STALL_S)
+            source = await machines.send(await network.start(breaker.serve), _STALL_S, isolated=isolated)
             if not isinstance(source.end, MigrationReport):
                 sides.cancel_scope.cancel()
             while destination.end is None and isinstance(source.end, MigrationReport):  # noqa: ASYNC110
@@ -88,9 +90,13 @@ _BREAKS: Final[dict[str, Callable[[], Callable[[Frame], bool]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", _BREAKS)
-async def test_r9_guest_arrives_over_connections_that_break(machines: Machines, name: str) -> None:
-    source, destination, breaker = await migrate(machines, _BREAKS[name]())
+@pytest.mark.parametrize(
+    ("name", "isolated"), [*((name, False) for name in _BREAKS), ("pages of every channel", True)]
+)
+async def test_r9_guest_arrives_over_connections_that_break(
+    machines: Machines, name: str, isolated: bool
+) -> None:
+    source, destination, breaker = await migrate(machines, _BREAKS[name](), isolated=isolated)
     assert sum(breaker.broken.values()) >= 1
     assert isinstance(source.end, MigrationReport), source.end
     assert isinstance(destination.end, MigrationReport), destination.end

@@ -6,7 +6,7 @@ import pytest
 import trio
 
 from pagexfer.engine.slots import Slot
-from pagexfer.errors import LocalProtocolError, MalformedData, RefusalCode, RemoteProtocolError, SvsmRefused
+from pagexfer.errors import LocalProtocolError, RefusalCode, SvsmLost, SvsmRefused
 from pagexfer.wire.slot import HEADROOM_BYTES, NO_BUFFER, BufferState, Command, SlotStatus
 
 from .fake_svsm import GEOMETRY, FakeSvsm, Reply
@@ -39,7 +39,7 @@ async def test_every_command_has_the_next_number() -> None:
 @pytest.mark.parametrize("error", [-1, 1, 1 << 31])
 async def test_an_answer_to_another_command_is_refused(error: int) -> None:
     slot = FakeSvsm(lambda _registers, _package: Reply(sequence_error=error)).slot()
-    with pytest.raises(RemoteProtocolError, match="another command than EPOCH"):
+    with pytest.raises(SvsmLost, match="another command than EPOCH"):
         await slot.command(Command.EPOCH)
 
 
@@ -47,7 +47,7 @@ async def test_an_svsm_that_does_not_answer_is_noticed() -> None:
     async def ring() -> None:
         return
 
-    with pytest.raises((RemoteProtocolError, MalformedData)):
+    with pytest.raises(SvsmLost):
         await Slot(FakeSvsm().memory, ring).command(Command.EPOCH)
 
 
@@ -61,7 +61,7 @@ async def test_a_refusal_has_its_code(code: RefusalCode) -> None:
 
 async def test_a_refusal_without_a_code_is_no_refusal() -> None:
     slot = FakeSvsm(lambda _registers, _package: Reply(status=SlotStatus.REFUSED)).slot()
-    with pytest.raises(RemoteProtocolError, match="without a code"):
+    with pytest.raises(SvsmLost, match="without a code"):
         await slot.command(Command.TOKEN)
 
 

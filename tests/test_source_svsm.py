@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from pagexfer.errors import GateError, KeyPoisoned, LocalProtocolError, NotReady
-from pagexfer.svsm.source import BUNDLE_PAGES, SourceSvsm
+from pagexfer.svsm.export import BUNDLE_PAGES
+from pagexfer.svsm.source import SourceSvsm
 from pagexfer.wire.bundle import MAX_BUNDLE_BYTES, BundleKind
 from pagexfer.wire.constants import FINAL_EPOCH, MAX_BUNDLE_ENTRIES
 from pagexfer.wire.handshake import Freshness

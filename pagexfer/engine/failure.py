@@ -15,6 +15,7 @@ from ..errors import (
     Outcome,
     PagexferError,
     RefusalCode,
+    SvsmLost,
     SvsmRefused,
     TransferAborted,
 )
@@ -84,6 +85,8 @@ def as_aborted(failure: PagexferError) -> TransferAborted:
             return TransferAborted(Outcome.ENDED, "protocol", f"the peer broke the protocol: {failure}")
         case GuestError():
             return TransferAborted(Outcome.ENDED, "guest", str(failure))
+        case SvsmLost():
+            return TransferAborted(Outcome.ENDED, "svsm", str(failure))
         case _:
             return TransferAborted(Outcome.ENDED, "internal", str(failure))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..errors import LocalProtocolError, RemoteProtocolError, SvsmRefused
+from ..errors import LocalProtocolError, MalformedData, SvsmLost, SvsmRefused
 from ..wire.slot import (
     HEADROOM_BYTES,
     HOST_DATA_OFFSET,
@@ -44,18 +44,24 @@ class Slot:
         buffer: int = NO_BUFFER,
         length: int = 0,
     ) -> StatusRegisters:
-        """Give a command and return the answer. Raises SvsmRefused with the coarse code of a refusal."""
+        """Give a command and return the answer.
+
+        Raises SvsmRefused with the coarse code of a refusal, and SvsmLost where the answer is none.
+        """
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         self._memory.write_command(
             CommandRegisters(self._sequence, command, buffer, argument, argument2, length)
         )
         await self._ring()
-        answer = self._memory.read_status_untrusted()
+        try:
+            answer = self._memory.read_status_untrusted()
+        except MalformedData as error:
+            raise SvsmLost(f"the SVSM's answer to {command.name} makes no sense: {error}") from None
         if answer.sequence != self._sequence:
-            raise RemoteProtocolError(f"the SVSM answered another command than {command.name}")
+            raise SvsmLost(f"the SVSM answered another command than {command.name}")
         if answer.status is SlotStatus.REFUSED:
             if answer.error is None:
-                raise RemoteProtocolError(f"the SVSM refused {command.name} without a code")
+                raise SvsmLost(f"the SVSM refused {command.name} without a code")
             raise SvsmRefused(answer.error, command.name)
         return answer
 

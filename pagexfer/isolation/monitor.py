@@ -50,6 +50,7 @@ class EngineProcess:
         self._on_stranger = on_stranger
         self._patience_s = START_TIMEOUT_S
         self._end: Fields | None = None
+        self._has_said_its_end = False
         self.latest: MigrationInfo | None = None
 
     async def run(self, task: Task) -> MigrationInfo:
@@ -72,8 +73,9 @@ class EngineProcess:
         finally:
             link.close()
             with trio.CancelScope(shield=True):
-                with trio.move_on_after(_LAST_WORDS_S if self._end else 0):
-                    await process.wait()
+                if self._has_said_its_end:
+                    with trio.move_on_after(_LAST_WORDS_S):
+                        await process.wait()
                 process.kill()
                 await process.wait()
         return self._result()
@@ -163,6 +165,7 @@ class EngineProcess:
                 await self._answer(link, number, name, payload)
             case {"type": "completed" | "aborted" | "cancelled" | "unusable"}:
                 self._end = fields
+                self._has_said_its_end = True
             case _:
                 raise MalformedData("a message of no known type")
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .source import SourceSvsm
 
 # Pages of the smallest region that EPOCH counts; doubled until the counts fit a buffer.
-_MIN_REGION_PAGES: Final = 512
+_MIN_REGION_PAGES: Final = 128
 
 
 def source_control(slot: SlotMemory, svsm: SourceSvsm, *, shared: bool = True) -> SlotService:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from ..dirty import as_run
-from ..wire.bundle import DATA, DROP, ZERO, pack_entries
-from ..wire.constants import MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE
+from ..wire.bundle import DATA, DROP, ENTRY_BYTES, HEADER_BYTES, ZERO, pack_entries
+from ..wire.constants import MAX_BUNDLE_ENTRIES, TAG_BYTES, WORDS_PER_PAGE
 from ..wire.page_state import SHARED, VALIDATED
 
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
     from .memory import GuestMemory
 
+# 1 MiB of payload. Half of it keeps plaintext and ciphertext in a core's L2 cache and costs as much again in calls; twice
+# of it gains nothing.
+BUNDLE_PAGES: Final = 256
+# What a bundle of the most entries has beside its payload.
+OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + TAG_BYTES
 
 _HAS_CONTENT: Final = np.uint32(VALIDATED | SHARED)
 
@@ -61,7 +66,11 @@ class Packager:
 
         RAM may be written meanwhile; every page is classified and read once, and a later write is the dirty tracker's.
         """
-        words, states = self._view(as_run(gfns))
+        run = as_run(gfns)
+        holes = self._memory.in_holes(run)
+        if holes is not None and holes.all():
+            return self._nothing_there(gfns)
+        words, states = self._view(run, holes)
         has_content = (states & _HAS_CONTENT) != 0
         # Most pages in use differ from zero in their first word: only the others are read whole.
         in_use = words[:, 0] != 0
@@ -80,8 +89,17 @@ class Packager:
             )
         return _package(gfns, operations, states, words, int(np.count_nonzero(operations == ZERO)))
 
-    def _view(self, gfns: NDArray[np.int64] | range) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
-        holes = self._memory.in_holes(gfns)
+    def _nothing_there(self, gfns: NDArray[np.int64]) -> Package:
+        """A package of pages without memory."""
+        states = self._memory.states[gfns]
+        operations = np.where((states & _HAS_CONTENT) != 0, np.uint8(ZERO), np.uint8(DROP))
+        return _package(
+            gfns, operations, states, self._gathered[:0], int(np.count_nonzero(operations == ZERO))
+        )
+
+    def _view(
+        self, gfns: NDArray[np.int64] | range, holes: NDArray[np.bool_] | None
+    ) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:
         if holes is not None:  # reading one would have the kernel provide memory for it
             numbers = np.arange(gfns.start, gfns.stop) if isinstance(gfns, range) else gfns
             words = self._gathered[: len(numbers)]

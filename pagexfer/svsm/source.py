@@ -19,13 +19,12 @@ from ..errors import (
     PagexferError,
     RemoteProtocolError,
 )
-from ..wire.bundle import ENTRY_BYTES, HEADER_BYTES, BundleKind
+from ..wire.bundle import BundleKind
 from ..wire.constants import (
     FINAL_EPOCH,
     MAX_BUNDLE_ENTRIES,
     MAX_CHANNELS,
     PAGE_SIZE,
-    TAG_BYTES,
 )
 from ..wire.handshake import Freshness, Role
 from ..wire.ledger import parse_ledger_untrusted
@@ -34,7 +33,7 @@ from ..wire.token import Manifest, pack_start
 from .audit import Audited, PageDigests
 from .content import ContentTable, vcpu_digest
 from .epoch import EpochBook
-from .export import Exported, Packager
+from .export import BUNDLE_PAGES, OVERHEAD_BYTES, Exported, Packager
 from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
 from .ledger import check_chain, next_body
@@ -51,11 +50,6 @@ if TYPE_CHECKING:
     from .memory import GuestMemory
     from .sealing import Sealer
 
-# 1 MiB of payload. Half of it keeps plaintext and ciphertext in a core's L2 cache and costs as much again in calls; twice
-# of it gains nothing.
-BUNDLE_PAGES: Final = 256
-
-_OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + TAG_BYTES
 _VCPU: Final = struct.Struct("<I")
 
 
@@ -255,7 +249,7 @@ class SourceSvsm:
 
     def export(self, channel: int, start: int, stop: int, out: memoryview) -> Exported:
         """Seal the next bundle of what is pending in gfns `start` to `stop` - 1 into `out`."""
-        capacity = min(self._bundle_pages, (len(out) - _OVERHEAD_BYTES) // PAGE_SIZE)
+        capacity = min(self._bundle_pages, (len(out) - OVERHEAD_BYTES) // PAGE_SIZE)
         with self.lock:
             self._require_epoch()
             sealer = self._sealer(channel)

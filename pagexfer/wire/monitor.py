@@ -14,7 +14,7 @@ import types
 import typing
 from typing import Final, TypeVar
 
-from ..errors import MalformedData
+from ..errors import MalformedData, UsageError
 
 RecordT = TypeVar("RecordT")
 Fields = dict[str, object]
@@ -84,7 +84,10 @@ def _build(kind: object, value: object) -> object:
         hints = typing.get_type_hints(kind)
         if not isinstance(value, dict) or value.keys() != hints.keys():
             raise MalformedData(f"monitor message with other fields than those of {kind.__name__}")
-        return kind(**{name: _build(hint, value[name]) for name, hint in hints.items()})
+        try:
+            return kind(**{name: _build(hint, value[name]) for name, hint in hints.items()})
+        except UsageError as error:
+            raise MalformedData(f"monitor message with a {kind.__name__} that cannot be: {error}") from None
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
         try:
             return kind(value)

@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Final
 
 from pagexfer.attestation.snp import Evidence
 from pagexfer.attestation.snp.framing import pack_evidence
+from pagexfer.engine.progress import Progress
+from pagexfer.engine.steering import MigrationParameters
 from pagexfer.guests.kvm import hypervisor, ioctls
 from pagexfer.guests.kvm import state as kvm_state
 from pagexfer.guests.pattern import Layout
 from pagexfer.guests.qemu.device_state import Platform
 from pagexfer.guests.simulated.registers import Registers
+from pagexfer.wire.monitor import as_fields, pack_message
 from pagexfer.wire.slot import COMMAND_OFFSET, STATUS_OFFSET
 
 from ..snp_data import DATA, NAMES, REAL, chain, leaf, report
@@ -51,7 +54,13 @@ def seeds_of(target: Target) -> list[bytes]:
         start = _LINES.get(target.name, 0)
         end = start + 64 if target.name in _LINES else None
         return [data_of(vector)[start:end] for name in lists for vector in vectors[name]]
+    info = Progress(1 << 20, 0.0).info(1.0)
     own = {
+        "channel-records": [b"", bytes(range(60)), bytes(range(120))],
+        "monitor-message": [
+            pack_message({"kind": "call", "parameters": as_fields(MigrationParameters())}),
+            pack_message({"kind": "info", "info": as_fields(info)}, b"payload"),
+        ],
         "start-token": [data_of(vector) + bytes(64) for vector in load("tokens")["manifests"]],
         "snp-evidence": [pack_evidence(Evidence(bytes(1184), table)) for table in (b"", bytes(24))],
         "snp-tcb": [bytes([layout]) + bytes(range(1, 9)) for layout in (0, 1)] + [bytes(9), b"\1" + bytes(8)],

@@ -16,6 +16,8 @@ from pagexfer.attestation.snp.leaf import parse_leaf_untrusted
 from pagexfer.attestation.snp.product import parse_tcb_untrusted
 from pagexfer.attestation.snp.report import parse_report_untrusted
 from pagexfer.attestation.snp.table import parse_certificate_table_untrusted
+from pagexfer.engine.progress import MigrationInfo
+from pagexfer.engine.steering import MigrationParameters
 from pagexfer.errors import LedgerRefused, MalformedData
 from pagexfer.guests.kvm import state as kvm_state
 from pagexfer.guests.kvm.hypervisor import parse_device_state_untrusted
@@ -46,6 +48,13 @@ from pagexfer.wire.handshake import (
 )
 from pagexfer.wire.journal import parse_journal_untrusted
 from pagexfer.wire.ledger import pack_ledger, parse_body_untrusted, parse_ledger_untrusted
+from pagexfer.wire.monitor import (
+    HEAD_BYTES,
+    as_fields,
+    from_fields_untrusted,
+    parse_fields_untrusted,
+    parse_head_untrusted,
+)
 from pagexfer.wire.slot import (
     COMMAND_OFFSET,
     IDENTITY_OFFSET,
@@ -56,9 +65,11 @@ from pagexfer.wire.slot import (
     parse_identity_untrusted,
 )
 from pagexfer.wire.token import (
+    pack_records,
     pack_start,
     parse_epoch_totals_untrusted,
     parse_manifest_untrusted,
+    parse_records_untrusted,
     split_start_untrusted,
 )
 
@@ -134,6 +145,19 @@ def _epoch_totals(data: bytes) -> None:
 
 def _manifest(data: bytes) -> None:
     assert parse_manifest_untrusted(data).pack() == data
+
+
+def _records(data: bytes) -> None:
+    assert pack_records(parse_records_untrusted(data)) == data
+
+
+def _monitor(data: bytes) -> None:
+    text_bytes, _ = parse_head_untrusted(data[:HEAD_BYTES])
+    fields = parse_fields_untrusted(data[HEAD_BYTES : HEAD_BYTES + text_bytes])
+    for name, kind in (("info", MigrationInfo), ("parameters", MigrationParameters)):
+        if name in fields:
+            record = from_fields_untrusted(kind, fields[name])
+            assert from_fields_untrusted(kind, as_fields(record)) == record or data.count(b"NaN")
 
 
 def _start(data: bytes) -> None:
@@ -252,6 +276,10 @@ TARGETS: Final = (
     Target("bundle", (parse_header_untrusted, parse_entries_untrusted), _bundle),
     Target("epoch-totals", (parse_epoch_totals_untrusted,), _epoch_totals),
     Target("manifest", (parse_manifest_untrusted,), _manifest),
+    Target("channel-records", (parse_records_untrusted,), _records),
+    Target(
+        "monitor-message", (parse_head_untrusted, parse_fields_untrusted, from_fields_untrusted), _monitor
+    ),
     Target("start-token", (split_start_untrusted,), _start),
     Target("journal", (parse_journal_untrusted,), _journal),
     Target("ledger", (parse_ledger_untrusted, parse_body_untrusted, read_terms_untrusted), _ledger),

@@ -6,6 +6,7 @@ the flag is down and the hypervisor is to run them. One task sends `stop` and `c
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -21,9 +22,14 @@ _RETRY_S: Final = 0.1
 
 
 class QemuMachine:
-    """Run state of the QEMU behind `qmp`; `run` must go on in a nursery."""
+    """Run state of the QEMU behind `qmp`; `run` must go on in a nursery.
+
+    The gate's part, `flag_up`, `stopped` and `wake`, may be used by any thread: an SVSM's slots can have threads of their
+    own.
+    """
 
     def __init__(self) -> None:
+        self._trio = trio.lowlevel.current_trio_token()
         self.flag_up = False
         self.wanted = True
         self.status = ""
@@ -49,12 +55,12 @@ class QemuMachine:
     def on_reconnect(self) -> None:
         """Events may have been missed: ask."""
         self.status = ""
-        self.wake()
+        self._begin()
 
     def wake(self) -> None:
         """Somebody's wish has changed."""
-        self.fault = None
-        self._work.set()
+        with suppress(trio.RunFinishedError):  # then nobody is left who could tell QEMU
+            self._trio.run_sync_soon(self._begin, idempotent=True)
 
     async def refresh(self, qmp: QmpClient) -> str:
         """Ask for the run state."""
@@ -76,12 +82,16 @@ class QemuMachine:
 
     async def wait_settled(self) -> None:
         """Until QEMU is as it is wanted. Raises GuestError where that fails."""
-        self.wake()
+        self._begin()
         while not self._settled():
             if self.fault is not None:
                 raise self.fault
             await self._news.wait()
         await trio.lowlevel.checkpoint()
+
+    def _begin(self) -> None:
+        self.fault = None
+        self._work.set()
 
     async def _settle(self, qmp: QmpClient) -> None:
         if not self.status:
