@@ -21,4 +21,4 @@ COMMANDS: Final = {
     "report": "the tables of docs/performance.md from a result file",
 }
 # Those of them that draw.
-PLOTTED: Final = ("channels", "links", "scale", "convergence", "mailbox")
+PLOTTED: Final = ("channels", "links", "scale", "convergence", "mailbox", "qemu")

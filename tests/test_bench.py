@@ -8,15 +8,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bench import channels, convergence, dirty, limits, links, mailbox, report, scale, suite
+from bench import channels, convergence, dirty, limits, links, mailbox, qemu, report, scale, suite
 from bench.__main__ import main
 from bench.names import BENCHES
 from bench.namespace import shaped_link
 from bench.options import CannotRun
 from bench.pair import Route
+from bench.qemu_machine import QemuFailed
+from bench.qemu_moves import Taken
 from bench.relay import paced_relay
 from bench.table import Table
 from bench.tcp import Plain, run_plain
+
+from .qemu_guests import needs_qemu
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,6 +94,52 @@ def test_mailbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert measured["migrations"].keys() == {"4"}
     assert [Table.load(table).rows for table in measured["tables"]]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_qemu
+def test_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qemu, "PREALLOCATED", (True,))
+    result, plot = tmp_path / "qemu.json", tmp_path / "qemu.png"
+    small = ["--ram", "64MiB", "--channels", "1", "--content", "incompressible", "--repeats", "1"]
+    qemu.main([*small, "--json", str(result), "--plot", str(plot)])
+    measured = json.loads(result.read_text())
+    figures = {figure["way"]: figure for figure in measured["figures"]}
+    assert figures.keys() == {"multifd", "multifd TLS", "pagexfer", "pagexfer audit"}
+    assert all(
+        figure["seconds"]["median"] > 0 < figure["downtime_ms"]["median"] for figure in figures.values()
+    )
+    # Encryption costs several times what moving does: were it left out, this would show.
+    plain = figures["multifd"]["both_cpu_s_per_gib"]["median"]
+    sealed = [figure for way, figure in figures.items() if way != "multifd"]
+    assert all(figure["both_cpu_s_per_gib"]["median"] > 1.5 * plain for figure in sealed)
+    assert figures["multifd TLS"]["rate_of_tls"]["median"] == 1
+    assert "the targets are 2 and 0.6" in measured["tables"][0]["note"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@needs_qemu
+def test_a_way_that_leaves_ram_behind_is_no_migration(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qemu, "WAYS", {"multifd TLS": lambda *_: Taken(1.0, 0.1, 1.0, 1.0)})
+    with pytest.raises(QemuFailed, match="RAM of both sides differs"):
+        qemu.measure("incompressible", 4 << 20, [1], 1, 1)
+
+
+def test_without_qemu_its_bench_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert main(["qemu"]) == 3
+    assert capsys.readouterr().err == "qemu: skipped: qemu-system-x86_64 is not installed\n"
+
+
+@pytest.mark.parametrize(("option", "value"), [("--content", "full"), ("--ram", "4097KiB")])
+def test_qemu_takes_whole_mib_and_contents_that_it_knows(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["qemu", option, value])
+    assert end.value.code == 2
+    assert value in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_uneven_row_is_no_table() -> None:

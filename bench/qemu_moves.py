@@ -1,0 +1,167 @@
+"""The ways from one QEMU to another that bench.qemu compares, and what a migration took in each.
+
+After every one the source goes on as well, so that the next one has it as it was.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+import pagexfer
+from pagexfer.guests.qemu import QemuGuest
+from pagexfer.guests.qemu.values import record, records, text, whole
+
+from .pair import Watch, run_pair
+from .qemu_machine import CREDENTIALS, QemuFailed, monitor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pagexfer.guests.qemu.qmp import QmpClient
+
+    from .qemu_machine import Machine
+
+_PSK: Final = bytes(range(32))
+_UNLIMITED: Final = 1 << 40
+_POLL_S: Final = 0.02
+_TIMEOUT_S: Final = 300.0
+DOWNTIME_LIMIT_MS: Final = 300
+# An audit hashes all of RAM in black-out, which QEMU has no counterpart for: it takes what it takes.
+_AUDIT_LIMIT_S: Final = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One migration: from the order to its end, the guest's downtime as the source has it, CPU seconds of each side."""
+
+    seconds: float
+    downtime_s: float
+    source_cpu_s: float
+    destination_cpu_s: float
+
+    @property
+    def cpu_s(self) -> float:
+        return self.source_cpu_s + self.destination_cpu_s
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A migration by pagexfer, for both of its processes."""
+
+    source: Machine
+    destination: Machine
+    channels: int
+    audit: bool
+
+
+def by_multifd(source: Machine, destination: Machine, channels: int, *, tls: bool) -> Taken:
+    """QEMU's own multifd. Raises QemuFailed where it fails."""
+    return trio.run(_multifd, source, destination, channels, CREDENTIALS if tls else "")
+
+
+def by_pagexfer(source: Machine, destination: Machine, channels: int, *, audit: bool) -> Taken:
+    """pagexfer with a process of its own at each side, whose CPU seconds count as well as those of the QEMUs."""
+    machines = (source, destination)
+    began = [machine.cpu_seconds() for machine in machines]
+    sent, received_cpu_s = run_pair(_receive, _send, Job(source, destination, channels, audit))
+    spent = [machine.cpu_seconds() - before for machine, before in zip(machines, began, strict=True)]
+    trio.run(_go_on, source)
+    return Taken(sent.seconds, sent.downtime_s, spent[0] + sent.source_cpu_s, spent[1] + received_cpu_s)
+
+
+WAYS: Final[dict[str, Callable[[Machine, Machine, int], Taken]]] = {
+    "multifd": partial(by_multifd, tls=False),
+    "multifd TLS": partial(by_multifd, tls=True),
+    "pagexfer": partial(by_pagexfer, audit=False),
+    "pagexfer audit": partial(by_pagexfer, audit=True),
+}
+
+
+async def _multifd(source: Machine, destination: Machine, channels: int, credentials: str) -> Taken:
+    machines = (source, destination)
+    async with monitor(source) as here, monitor(destination) as there:
+        for qmp in (here, there):
+            await _set(qmp, multifd=True, channels=channels, credentials=credentials)
+        began = [machine.cpu_seconds() for machine in machines]
+        await there.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
+        listening = records(record(await there.execute("query-migrate")).get("socket-address"))
+        await here.execute("migrate", {"uri": f"tcp:127.0.0.1:{text(listening[0].get('port'))}"})
+        with trio.fail_after(_TIMEOUT_S):
+            info = await _completed(here)
+            while record(await there.execute("query-status")).get("status") != "running":  # noqa: ASYNC110 - polled, as the rest
+                await trio.sleep(_POLL_S)
+        spent = [machine.cpu_seconds() - before for machine, before in zip(machines, began, strict=True)]
+        await _set(here, multifd=False, channels=channels, credentials="")
+        await here.execute("cont")
+    return Taken(whole(info.get("total-time")) / 1000, whole(info.get("downtime")) / 1000, *spent)
+
+
+async def _set(qmp: QmpClient, *, multifd: bool, channels: int, credentials: str) -> None:
+    await qmp.execute(
+        "migrate-set-capabilities", {"capabilities": [{"capability": "multifd", "state": multifd}]}
+    )
+    await qmp.execute(
+        "migrate-set-parameters",
+        {
+            "multifd-channels": channels,
+            "max-bandwidth": _UNLIMITED,
+            "downtime-limit": DOWNTIME_LIMIT_MS,
+            "tls-creds": credentials,
+        },
+    )
+
+
+async def _completed(qmp: QmpClient) -> dict[str, object]:
+    while True:
+        info = record(await qmp.execute("query-migrate"))
+        match info.get("status"):
+            case "completed":
+                return info
+            case "failed" | "cancelled":
+                raise QemuFailed(f"QEMU's migration failed: {info.get('error-desc', 'its output says why')}")
+        await trio.sleep(_POLL_S)
+
+
+async def _go_on(machine: Machine) -> None:
+    async with monitor(machine) as qmp:
+        await qmp.execute("cont")
+
+
+def _receive(job: Job, host: str, on_listening: Callable[[int], None]) -> float:
+    """The destination, in a process of its own; its CPU seconds."""
+
+    async def main() -> float:
+        watch = Watch()
+        async with QemuGuest.attach(job.destination.monitor, incoming=True) as guest:
+            await pagexfer.receive_guest(
+                guest, host, 0, pagexfer.PskAttestor(_PSK), on_listening=on_listening
+            )
+        return watch.side(0).cpu_seconds
+
+    return trio.run(main)
+
+
+def _send(job: Job, host: str, port: int) -> Taken:
+    """The source, in a process of its own; knows its own CPU seconds only."""
+
+    async def main() -> Taken:
+        watch = Watch()
+        async with QemuGuest.attach(job.source.monitor) as guest:
+            report = await pagexfer.send_guest(
+                guest,
+                host,
+                port,
+                pagexfer.PskAttestor(_PSK),
+                channels=job.channels,
+                freshness="digest-audit" if job.audit else "auto",
+                downtime_limit_s=_AUDIT_LIMIT_S if job.audit else DOWNTIME_LIMIT_MS / 1000,
+            )
+        return Taken(
+            report.info.total_time / 1000, report.info.downtime / 1000, watch.side(0).cpu_seconds, 0.0
+        )
+
+    return trio.run(main)
