@@ -114,8 +114,8 @@ async def test_r9_channel_that_cannot_be_replaced_ends_the_migration(
 
     def no_second_connection(frame: Frame) -> bool:
         opened[frame.channel] += frame.kind is BundleKind.CHANNEL_OPEN
-        second = frame.kind is BundleKind.CHANNEL_OPEN and opened[frame.channel] > 1
-        return second or (frame.channel == 1 and frame.type is FrameType.BARRIER)
+        again = frame.kind is BundleKind.CHANNEL_OPEN and opened[1] > 1
+        return frame.channel == 1 and (again or frame.type is FrameType.BARRIER)
 
     source, _, _ = await migrate(machines, no_second_connection)
     end = source.end
