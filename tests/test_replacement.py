@@ -370,7 +370,7 @@ def test_a_channel_that_breaks_again_and_again_ends(move: Move) -> None:
         opening(pair, 1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_r9_any_losses_at_any_time(data: st.DataObject) -> None:
     """Epochs in which channels break anywhere, tokens among what is lost; at the end both guests are the same."""

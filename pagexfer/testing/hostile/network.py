@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from ...wire.bundle import HEADER_BYTES, BundleKind, Direction, parse_entries_untrusted
 from ...wire.constants import FINAL_EPOCH, TAG_BYTES
 from ...wire.slot import Command
+from ...wire.slot import SessionStatus as State
 from .alter import altered
 from .schedule import Act, pick
 from .world import CONTROL
@@ -32,7 +33,7 @@ _ALTERABLE: Final = (
     BundleKind.MANIFEST,
     BundleKind.START_TOKEN,
 )
-
+_REPLACEABLE: Final = (State.KEYED, State.PRECOPY, State.PARKED)
 
 # The network: what waits for its delivery
 
@@ -226,6 +227,8 @@ def _stranger(world: World, step: Step) -> bool:
 
 def _lose(world: World, step: Step) -> bool:
     """A channel's connection is lost with all that waits on it, and replaced; or that goes wrong half way."""
+    if world.source.svsm.state not in _REPLACEABLE:  # as the status register says
+        return False
     channel = step.x % world.schedule.channels
     opening = world.command(world.source, channel + 1, Command.REPLACE)
     if not opening.ok:
