@@ -12,7 +12,7 @@ import pytest
 from pagexfer.engine.channel import DestinationChannel, SourceChannel
 from pagexfer.engine.plan import Chunk
 from pagexfer.engine.progress import ChannelTally
-from pagexfer.errors import ChannelBroken, MalformedData, RefusalCode, SvsmRefused
+from pagexfer.errors import ChannelBroken, MalformedData, RefusalCode, SvsmLost, SvsmRefused
 from pagexfer.wire.bundle import BundleKind
 from pagexfer.wire.framing import (
     FRAME_HEADER_BYTES,
@@ -147,6 +147,15 @@ async def test_an_answer_comes_back_and_is_opened() -> None:
         assert await ends.source.receive_answer() is BundleKind.READY
         assert ends.source_svsm.seen[0][1] == b"sealed answer"
         assert ends.source_svsm.seen[0][0].command == Command.IMPORT
+
+
+async def test_a_bundle_of_no_kind_is_nonsense_of_the_svsm() -> None:
+    async with _ends() as ends:
+        ends.source_svsm.reply = lambda _registers, _package: Reply(b"sealed")
+        await ends.source.token(BundleKind.MANIFEST)
+        ends.destination_svsm.reply = lambda _registers, _package: Reply(result=99)
+        with pytest.raises(SvsmLost, match="99"):
+            await ends.destination.import_bundle(await ends.receiver.receive_header())
 
 
 async def test_a_refused_bundle_is_the_svsms_word() -> None:
