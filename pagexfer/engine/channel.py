@@ -94,12 +94,12 @@ class SourceChannel:
 
     async def device_state(self, state: bytes) -> None:
         """Have the hypervisor's device state sealed and send it, in as many parts as it takes; none where it is empty."""
-        start = 0
+        whole, start = memoryview(state), 0
         while start < len(state):
             index = self._slot.begin_fill()
             package = self._slot.package(index)
             most = min(MAX_DEVICE_STATE_PART_BYTES, len(package) - _PART_OVERHEAD_BYTES)
-            part = state[start : start + most]
+            part = whole[start : start + most]
             length = PART_HEADER_BYTES + len(part)
             package[:PART_HEADER_BYTES] = DevicePart(len(state), start, len(part)).pack_header()
             package[PART_HEADER_BYTES:length] = part

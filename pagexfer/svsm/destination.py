@@ -306,7 +306,9 @@ class DestinationSvsm:
         # What the manifest must say counts everything before the manifest's own bundle.
         expected = self._own_manifest() if header.kind is BundleKind.MANIFEST else None
         opener.open_untrusted(header, aad, sealed, plaintext)
-        payload, given_out = bytes(plaintext), b""
+        if header.kind is BundleKind.DEVICE_STATE:
+            return Imported(header.kind, device_state=self._carry(plaintext))
+        payload = bytes(plaintext)
         match header.kind:
             case BundleKind.VCPU_STATE:
                 self._import_vcpu(payload)
@@ -314,8 +316,6 @@ class DestinationSvsm:
                 self._close_epoch(parse_epoch_totals_untrusted(payload))
             case BundleKind.LEDGER:
                 self._import_ledger(payload)
-            case BundleKind.DEVICE_STATE:
-                given_out = self._carry(payload)
             case BundleKind.MANIFEST:
                 self._verify(parse_manifest_untrusted(payload), expected)
                 self._manifest = payload
@@ -323,7 +323,7 @@ class DestinationSvsm:
                 self._start(payload)
             case _:
                 raise IntegrityError(f"{header.kind.name} bundle does not belong here")
-        return Imported(header.kind, device_state=given_out)
+        return Imported(header.kind)
 
     def _import_pages(
         self, opener: Opener, header: BundleHeader, aad: bytes, sealed: memoryview, plaintext: memoryview
@@ -386,10 +386,10 @@ class DestinationSvsm:
             raise ReplayError("state of an unknown vCPU, or a second one")
         self._vcpu_states[vcpu] = payload[_VCPU.size :]
 
-    def _carry(self, payload: bytes) -> bytes:
+    def _carry(self, payload: memoryview) -> bytes:
         self._machine.advance(Event.IMPORT)
         self._device_state = self._device_state.after_untrusted(payload)
-        return payload[PART_HEADER_BYTES:]
+        return bytes(payload[PART_HEADER_BYTES:])
 
     def _import_ledger(self, payload: bytes) -> None:
         self._machine.advance(Event.IMPORT)
