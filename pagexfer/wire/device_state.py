@@ -9,12 +9,14 @@ import struct
 from typing import Final, NamedTuple
 
 from ..errors import MalformedData
+from .slot import Field
 
-# Header of a part:
-#   offset  size  field
-#        0     4  total bytes of the device state
-#        4     4  offset of this part's first byte
-_PART: Final = struct.Struct("<II")
+# Header of a part, which a host writes: `slot_header` has it for C
+PART_FIELDS: Final = (
+    Field("total_bytes", "I", "of the whole device state"),
+    Field("offset", "I", "of this part's first byte in it"),
+)
+_PART: Final = struct.Struct("<" + "".join(field.code for field in PART_FIELDS))
 PART_HEADER_BYTES: Final = 8
 assert _PART.size == PART_HEADER_BYTES
 
