@@ -26,6 +26,7 @@ from pagexfer.svsm.destination import DestinationSvsm
 from pagexfer.svsm.epoch import EpochBook, Replaced
 from pagexfer.svsm.keys import KeySchedule
 from pagexfer.svsm.memory import GuestMemory
+from pagexfer.svsm.pending import PendingPages
 from pagexfer.svsm.sealing import Opener, Sealer, _Stream
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.svsm.states import SOURCE, Event
@@ -125,9 +126,9 @@ def _pages_stay_pending(stack: ExitStack) -> None:
     export = SourceSvsm.export
 
     def forgetful(self: SourceSvsm, channel: int, start: int, stop: int, out: memoryview) -> Exported:
-        before = self._pending.gfns()
+        before = self._pending.pages.gfns()
         exported = export(self, channel, start, stop, out)
-        self._pending.set_gfns(before)
+        self._pending.pages.set_gfns(before)
         return exported
 
     stack.enter_context(patch.object(SourceSvsm, "export", forgetful))
@@ -164,11 +165,12 @@ def _nothing_pending(stack: ExitStack) -> None:
     token = SourceSvsm.epoch_token
 
     def careless(self: SourceSvsm, out: memoryview) -> int:
-        pending, self._pending = self._pending, DirtyBitmap(self._memory.pages)
+        pending = self._pending.pages
+        self._pending.pages = DirtyBitmap(self._memory.pages)
         try:
             return token(self, out)
         finally:
-            self._pending = pending
+            self._pending.pages = pending
 
     stack.enter_context(patch.object(SourceSvsm, "epoch_token", careless))
 
@@ -176,13 +178,13 @@ def _nothing_pending(stack: ExitStack) -> None:
 def _hint_believed(stack: ExitStack) -> None:
     """What the hypervisor's dirty log does not name is taken for clean, whatever the SVSM's own tracker saw."""
 
-    def gullible(self: SourceSvsm) -> None:
+    def gullible(self: PendingPages, _lost: DirtyBitmap) -> None:
         if self._tracker is not None:
             self._tracker.collect()
-        self._pending.union(self._memory.state_changes.take())
-        self._pending.union(self._hinted.take())
+        self.pages.union(self._memory.state_changes.take())
+        self.pages.union(self._hinted.take())
 
-    stack.enter_context(patch.object(SourceSvsm, "_collect", gullible))
+    stack.enter_context(patch.object(PendingPages, "collect_reports", gullible))
 
 
 # R5
@@ -230,13 +232,14 @@ def _unsent_is_fine(stack: ExitStack) -> None:
     manifest = SourceSvsm.manifest
 
     def careless(self: SourceSvsm, out: memoryview) -> int:
-        pending, self._pending = self._pending, DirtyBitmap(self._memory.pages)
+        pending = self._pending.pages
+        self._pending.pages = DirtyBitmap(self._memory.pages)
         bundles, self._epoch.bundles = self._epoch.bundles, 0
         try:
-            with patch.object(SourceSvsm, "_collect", lambda _self: None):
+            with patch.object(PendingPages, "collect_reports", lambda _self, _lost: None):
                 return manifest(self, out)
         finally:
-            self._pending, self._epoch.bundles = pending, bundles
+            self._pending.pages, self._epoch.bundles = pending, bundles
 
     stack.enter_context(patch.object(SourceSvsm, "manifest", careless))
     stack.enter_context(patch.object(ContentTable, "complete", lambda _self: True))

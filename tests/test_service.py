@@ -234,7 +234,7 @@ def snapshot(move: Move) -> tuple[object, ...]:
         (
             source._epoch.number,
             source._epoch.totals,
-            source._pending.gfns().tolist(),
+            source._pending.pages.gfns().tolist(),
             len(source._vcpu_states),
         ),
         (destination._epoch, destination._epoch_bundles, destination._seen.count()),

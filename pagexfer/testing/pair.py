@@ -14,7 +14,6 @@ from ..svsm.destination import DestinationSvsm
 from ..svsm.source import SourceSvsm
 from ..wire.bundle import MAX_BUNDLE_BYTES, BundleKind, Direction, parse_header_untrusted
 from ..wire.constants import GUEST_ID_BYTES
-from ..wire.handshake import Freshness
 from ..wire.ledger import guest_id_of
 
 if TYPE_CHECKING:
@@ -95,6 +94,7 @@ class SvsmPair:
             destination_attestor or attestor,
             journal=destination_journal,
         )
+        self._audit = audit
         self.channels = channels
         self.intercept = intercept
         self.sent: list[Message] = []
@@ -178,7 +178,7 @@ class SvsmPair:
         """All before the manifest: parked, audited, the last epoch closed, vCPU states sent."""
         self.until_precopy()
         self.park()
-        if self.source.freshness is Freshness.DIGEST_AUDIT:
+        if self._audit:
             self.audit()
         self.epoch()
         self.vcpus()
