@@ -127,15 +127,15 @@ class ContentTracker:
     def sent(self, gfns: NDArray[np.int64], copies: PageCopies, in_use: NDArray[np.bool_]) -> None:
         """See `ComparingTracker`. Raises LocalProtocolError where the tracker is not started."""
         self._require_started()
-        digests = np.repeat(self._zero_page, len(gfns), axis=0)
-        each = copies.each
-        if in_use.all():
-            digests[:] = self._digest(each[: len(gfns)])
-        elif in_use.any():
-            digests[in_use] = self._digest([each[page] for page in np.flatnonzero(in_use).tolist()])
+        used = np.flatnonzero(in_use)
+        if len(used) == len(gfns):
+            digests = self._digest(copies.each[: len(gfns)])
+        else:
+            digests = np.repeat(self._zero_page, len(gfns), axis=0)
+            digests[used] = self._digest([copies.each[page] for page in used.tolist()])
         run = as_run(gfns)
         place = slice(run.start, run.stop) if isinstance(run, range) else run
-        others = (self._kept[place] != digests).any(axis=1)
+        others = np.flatnonzero(self._kept[place] != digests) // 2
         self._kept[place] = digests
         self._stale[gfns[others] // _RUN_PAGES] = True
         if isinstance(run, range):

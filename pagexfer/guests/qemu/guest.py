@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ...dirty import DirtyBitmap
-    from .backends import Backend
 
 _IDLE_MIGRATION: Final = (None, "none", "completed", "cancelled", "failed")
 
@@ -92,7 +91,7 @@ class QemuGuest:
         cleanup.callback(close_backends, backends)
         memory = GuestMemory.over(map_backends(backends), lambda: data_gfns(backends))
         memory.launch()  # a stock guest has no RMP: every page counts as private, at both ends
-        tracker = _HoleTracker(memory, backends)
+        tracker = _HoleTracker(memory)
         if incoming:
             machine.flag_up = True
             machine.wanted = False
@@ -105,10 +104,14 @@ class QemuGuest:
 
 
 class _HoleTracker(ContentTracker):
-    """Changed pages by content. What a scan has seen is sent as it is: RAM's holes are those after it."""
+    """Changed pages by content, of RAM whose holes are looked for once for each scan and for what is sent after it.
 
-    def __init__(self, memory: GuestMemory, backends: tuple[Backend, ...]) -> None:
-        super().__init__(memory.words, data=lambda: data_gfns(backends), workers=len(os.sched_getaffinity(0)))
+    A page that is written later is sent as the hole that it was, and is told as zero, so the next scan finds it.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        workers = len(os.sched_getaffinity(0))
+        super().__init__(memory.words, data=lambda: memory.data_ranges, workers=workers)
         self._memory = memory
 
     def start(self) -> None:
@@ -118,10 +121,8 @@ class _HoleTracker(ContentTracker):
 
     def collect(self) -> DirtyBitmap:
         """As a content tracker does."""
-        found = super().collect()
-        # Were it the other way round, a page could be seen with content, and be sent as the hole that it was before.
         self._memory.find_holes()
-        return found
+        return super().collect()
 
 
 async def _check_idle(qmp: QmpClient, machine: QemuMachine, *, incoming: bool) -> None:
