@@ -8,6 +8,7 @@ import numpy as np
 
 from pagexfer.attestation import PskAttestor
 from pagexfer.dirty.byte_map import ByteMapTracker
+from pagexfer.dirty.content import ContentTracker
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.testing import BytesGate, SvsmPair
 from pagexfer.wire.constants import PAGE_SIZE, WORDS_PER_PAGE
@@ -52,17 +53,20 @@ class Move:
         channels: int = 2,
         tracked: bool = True,
         audit: bool = False,
+        compared: bool = False,
     ) -> None:
+        """With `compared`, what changed is found by comparing RAM with what was sent, and no mark of the guest counts."""
         self.guest = SmallGuest(pages, vcpus)
         self.memory = GuestMemory.allocate(pages * PAGE_SIZE)
         self.gate = BytesGate.waiting(vcpus)
+        tracker = ContentTracker(self.guest.memory.words) if compared else self.guest.tracker
         self.pair = SvsmPair(
             self.guest.memory,
             self.guest.gate,
             self.memory,
             self.gate,
             ATTESTOR,
-            tracker=self.guest.tracker if tracked else None,
+            tracker=tracker if tracked else None,
             audit=audit,
             channels=channels,
         )

@@ -42,7 +42,7 @@ from __future__ import annotations
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 from xxhash import xxh3_128_digest
@@ -52,7 +52,7 @@ from .bitmap import DirtyBitmap, as_run
 from .ram import PAGE_SIZE, PageCopies, check_form
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
 
@@ -63,6 +63,14 @@ _SEED_BITS: Final = 64
 _RUN_PAGES: Final = 128
 # Runs that one thread takes at a time: 32 MiB, a few milliseconds.
 _TASK_RUNS: Final = 64
+
+
+class _Data(NamedTuple):
+    """Pages that may be other than zero, runs with some of them, and runs of nothing else."""
+
+    held: DirtyBitmap
+    some: NDArray[np.bool_]
+    whole: NDArray[np.bool_]
 
 
 class ContentTracker:
@@ -116,11 +124,13 @@ class ContentTracker:
         """
         self._require_started()
         bitmap = DirtyBitmap(self._pages)
-        runs = self._runs_to_read()
+        data = self._where_data_is()
+        # A hole that was none before has become zero.
+        runs = np.flatnonzero(data.some | self._stale | (self._kept_runs != self._zero_runs).any(axis=1))
         tasks = [runs[first : first + _TASK_RUNS] for first in range(0, len(runs), _TASK_RUNS)]
         # Hashing a run and copying it both work without the interpreter's lock, so threads are enough.
         with ThreadPoolExecutor(self._workers) as pool:
-            for gfns in pool.map(self._look, tasks):
+            for gfns in pool.map(self._look, repeat(data), tasks):
                 bitmap.set_gfns(gfns)
         return bitmap
 
@@ -163,43 +173,59 @@ class ContentTracker:
         if not self._started:
             raise LocalProtocolError("the content tracker is not started: call start first")
 
-    def _runs_to_read(self) -> NDArray[np.int64]:
-        """Numbers of the runs that may be other than what is kept of them."""
-        if self._data is None:
-            return np.arange(len(self._kept_runs))
-        # A hole that was none before has become zero.
-        wanted = self._stale | (self._kept_runs != self._zero_runs).any(axis=1)
-        for start, stop in self._data():
-            if start < stop:
-                wanted[start // _RUN_PAGES : (stop - 1) // _RUN_PAGES + 1] = True
-        return np.flatnonzero(wanted)
+    def _where_data_is(self) -> _Data:
+        held = DirtyBitmap.full(self._pages)
+        if self._data is not None:
+            held.clear()
+            for start, stop in self._data():
+                held.set_range(start, stop)
+        counts = held.region_counts(_RUN_PAGES)
+        run_pages = np.full(len(counts), _RUN_PAGES)
+        run_pages[-1] = self._pages - (len(counts) - 1) * _RUN_PAGES
+        return _Data(held, counts != 0, counts == run_pages)
 
-    def _look(self, runs: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _look(self, data: _Data, runs: NDArray[np.int64]) -> NDArray[np.int64]:
         """gfns of these runs that changed, sorted."""
-        actual = self._digest([self._run(run) for run in runs.tolist()])
-        differ = self._stale[runs] | (actual != self._kept_runs[runs]).any(axis=1)
-        if not differ.any():
-            return np.zeros(0, dtype=np.int64)
         copies = PageCopies(_RUN_PAGES)
-        return np.concatenate([self._look_closer(run, copies) for run in runs[differ].tolist()])
+        # Each is hashed before the next one is made. Reading a hole would have the kernel provide memory for it.
+        parts = (
+            self._run(run) if whole else self._copy(data, run, copies)
+            for run, whole in zip(runs.tolist(), data.whole[runs].tolist(), strict=True)
+        )
+        differ = (self._digest(parts) != self._kept_runs[runs]).any(axis=1) | self._stale[runs]
+        found = [self._look_closer(data, run, copies) for run in runs[differ].tolist()]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *found])
 
-    def _look_closer(self, run: int, copies: PageCopies) -> NDArray[np.int64]:
+    def _look_closer(self, data: _Data, run: int, copies: PageCopies) -> NDArray[np.int64]:
         """gfns of this run that changed, sorted."""
+        octets = self._copy(data, run, copies)
         first = run * _RUN_PAGES
         kept = self._kept[first : first + _RUN_PAGES]
-        copies.words[: len(kept)] = self._words[first : first + _RUN_PAGES]
         actual = self._digest(copies.each[: len(kept)])
         changed: NDArray[np.int64] = np.flatnonzero((actual != kept).any(axis=1))
         kept[:] = actual
-        self._kept_runs[run] = self._digest([copies.octets[: len(kept) * PAGE_SIZE]])
+        self._kept_runs[run] = self._digest([octets])
         self._stale[run] = False
         changed += first
         return changed
 
+    def _copy(self, data: _Data, run: int, copies: PageCopies) -> memoryview:
+        """Copy a run, with zeros for what is a hole of it."""
+        first = run * _RUN_PAGES
+        words = self._words[first : first + _RUN_PAGES]
+        copy = copies.words[: len(words)]
+        if data.whole[run]:
+            copy[:] = words
+        else:
+            there = data.held.test(np.arange(first, first + len(words)))
+            copy.fill(0)
+            copy[there] = words[there]
+        return copies.octets[: len(words) * PAGE_SIZE]
+
     def _run(self, run: int) -> memoryview:
         return self._octets[run * _RUN_PAGES * PAGE_SIZE : (run + 1) * _RUN_PAGES * PAGE_SIZE]
 
-    def _digest(self, parts: Sequence[memoryview | bytes]) -> NDArray[np.uint64]:
+    def _digest(self, parts: Iterable[memoryview]) -> NDArray[np.uint64]:
         """Digests of these parts, uint64 of shape (n, 2)."""
         digests = b"".join(map(xxh3_128_digest, parts, repeat(self._seed)))
         return np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)

@@ -97,12 +97,13 @@ class GuestMemory:
         return memory
 
     def find_holes(self) -> None:
-        """Ask again where memory is, if there is somebody to ask.
+        """Ask again where memory is, if there is somebody to ask and was a hole at the last look.
 
         A page that is written after this is none the less a hole here: whoever looks for changed pages has to have looked
-        before, or must look again.
+        before, or must look again. RAM without a hole is not asked for again, as the answer takes the kernel milliseconds
+        for each GiB: a hole that comes into being there is read, which is right, and has memory again.
         """
-        if self._data is not None:
+        if self._data is not None and (self._holes is None or self._holes.any()):
             holes = DirtyBitmap.full(self.pages)
             self.data_ranges = list(self._data())
             for start, stop in self.data_ranges:
@@ -137,7 +138,7 @@ class GuestMemory:
         if self._holes is not None and self._holes.any_of(pages):
             return True
         address = self.words.ctypes.data + start
-        advice = _MADV_POPULATE_WRITE if self._holes is None else _MADV_POPULATE_READ
+        advice = _MADV_POPULATE_WRITE if self._data is None else _MADV_POPULATE_READ
         failed: int = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice)
         return failed == 0
 
