@@ -183,11 +183,19 @@ class SourceEngine:
         if log is not None:
             await trio.to_thread.run_sync(log.start)
         audit_s: float | None = None
+        look_s = 0.0
         while True:
+            began = trio.current_time()
             pending, chunks = await self._begin_epoch()
             if audit_s is None:
-                audit_s = await self._predict_audit()
-            if await self._course.decide(pending, audit_s) is Decision.SWITCHOVER:
+                audit_s = (
+                    await self._predict_audit()
+                )  # the first epoch looks for nothing: all of RAM is to be sent
+            else:
+                # An SVSM that compares RAM with what was sent does so in black-out too.
+                took_s = trio.current_time() - began
+                look_s = min(look_s or took_s, took_s)
+            if await self._course.decide(pending, audit_s, look_s) is Decision.SWITCHOVER:
                 return
             await self._transfer(control, repair, pending, chunks)
 
