@@ -190,6 +190,38 @@ def test_ram_of_another_form_is_refused(ram: NDArray[np.uint64], reason: str) ->
         ContentTracker(ram)
 
 
+def test_runs_that_were_sent_whole_are_hashed_once_and_zero_pages_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hashed = 0
+
+    def counted(octets: memoryview, seed: int) -> bytes:
+        nonlocal hashed
+        hashed += 1
+        made: bytes = xxh3_128_digest(octets, seed)
+        return made
+
+    ram = np.random.default_rng(1).integers(1, 1 << 63, (PAGES, WORDS), dtype=np.uint64)
+    ram[128:256] = 0
+    tracker = ContentTracker(ram)
+    tracker.start()
+    monkeypatch.setattr(content, "xxh3_128_digest", counted)
+    for first in (0, 128, 256):
+        gfns = np.arange(first, min(first + 128, PAGES))
+        tell(tracker, gfns, ram[gfns])
+        hashed -= len(gfns) + 1 if first != 128 else 0
+    assert hashed == 0
+    assert not tracker.collect().any()
+    assert hashed == 3
+    # A run of which a page was sent alone is looked at closely, once.
+    ram[7, 0] ^= np.uint64(1)
+    tell(tracker, np.array([7]), ram[7:8])
+    assert not tracker.collect().any()
+    hashed = 0
+    assert not tracker.collect().any()
+    assert hashed == 3
+
+
 def aba(*, told: bool) -> bool:
     """A page that goes A, B, A around its sending; returns whether the destination has A at the end."""
     ram, target = zeros(), zeros()

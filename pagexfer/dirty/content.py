@@ -137,29 +137,46 @@ class ContentTracker:
     def sent(self, gfns: NDArray[np.int64], copies: PageCopies, in_use: NDArray[np.bool_]) -> None:
         """See `ComparingTracker`. Raises LocalProtocolError where the tracker is not started."""
         self._require_started()
-        used = np.flatnonzero(in_use)
-        if len(used) == len(gfns):
-            digests = self._digest(copies.each[: len(gfns)])
+        # Counted, as numpy's own all() and any() cost several times as much for so few.
+        used = np.count_nonzero(in_use)
+        if used == len(gfns):
+            digests = self._digest(copies.each[:used])
         else:
             digests = np.repeat(self._zero_page, len(gfns), axis=0)
-            digests[used] = self._digest([copies.each[page] for page in used.tolist()])
+            if used:
+                digests[in_use] = self._digest(
+                    [copies.each[page] for page in np.flatnonzero(in_use).tolist()]
+                )
         run = as_run(gfns)
-        place = slice(run.start, run.stop) if isinstance(run, range) else run
-        others = np.flatnonzero(self._kept[place] != digests) // 2
-        self._kept[place] = digests
-        self._stale[gfns[others] // _RUN_PAGES] = True
         if isinstance(run, range):
-            self._keep_runs(run, copies, in_use)
+            self._keep_range(run, digests, copies, in_use)
+        else:
+            self._keep(run, digests)
 
-    def _keep_runs(self, gfns: range, copies: PageCopies, in_use: NDArray[np.bool_]) -> None:
-        """Whole runs among pages that were sent: without their digests, the next scan would look at every run closely."""
+    def _keep(self, gfns: NDArray[np.int64], digests: NDArray[np.uint64]) -> None:
+        """Pages whose runs were not sent whole."""
+        others = (self._kept[gfns] != digests).any(axis=1)
+        self._kept[gfns] = digests
+        self._stale[gfns[others] // _RUN_PAGES] = True
+
+    def _keep_range(
+        self, gfns: range, digests: NDArray[np.uint64], copies: PageCopies, in_use: NDArray[np.bool_]
+    ) -> None:
+        """Consecutive pages. Of whole runs the digest is kept too, or the next scan would look at every run closely."""
         first, end = -(-gfns.start // _RUN_PAGES), gfns.stop // _RUN_PAGES
         if gfns.stop == self._pages:
             end = len(self._kept_runs)
+        first = min(first, end)
+        # Where the first whole run begins, and the last one ends.
+        head, tail = (min(max(run * _RUN_PAGES - gfns.start, 0), len(gfns)) for run in (first, end))
+        for outer in (slice(0, head), slice(tail, len(gfns))):
+            if outer.start < outer.stop:
+                self._keep(np.arange(gfns.start + outer.start, gfns.start + outer.stop), digests[outer])
+        self._kept[gfns.start + head : gfns.start + tail] = digests[head:tail]
         for run in range(first, end):
             start = run * _RUN_PAGES - gfns.start
             stop = min(start + _RUN_PAGES, len(gfns))
-            if in_use[start:stop].any():
+            if np.count_nonzero(in_use[start:stop]):
                 self._kept_runs[run] = self._digest([copies.octets[start * PAGE_SIZE : stop * PAGE_SIZE]])
             else:
                 self._kept_runs[run] = self._zero_runs[run]
