@@ -29,6 +29,7 @@ from pagexfer.svsm.memory import GuestMemory
 from pagexfer.svsm.sealing import Opener, Sealer, _Stream
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.svsm.states import SOURCE, Event
+from pagexfer.svsm.sweep import Sweep
 from pagexfer.testing.hostile import HostileHost, Violation, make_schedule
 from pagexfer.wire.bundle import HEADER_BYTES, MAX_BUNDLE_BYTES, BundleKind, nonce, parse_entries_untrusted
 from pagexfer.wire.constants import FINAL_EPOCH
@@ -426,6 +427,12 @@ MUTATIONS: Final = (
     ),
     Mutation("R3", "totals of the epoch token ignored", _any_totals),
     Mutation("R4", "epoch token while pages are pending", _nothing_pending),
+    Mutation(
+        "R4",
+        "bundles while an epoch is being begun",
+        _replaced(Sweep, "require_closed", lambda _self: None),
+        "R1",
+    ),
     Mutation("R4", "the host's dirty log believed", _hint_believed, "R6"),
     Mutation("R5", "parked at the first word", _park_believed),
     Mutation("R5", "vCPUs saved without parking", _parked_enough),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PAGES = 24
 CHANNELS = 2
+STEP_PAGES = 10
 _TOKENS = [BundleKind.LEDGER, BundleKind.EPOCH_TOKEN, BundleKind.MANIFEST, BundleKind.START_TOKEN]
 _ANSWERS = [BundleKind.READY, BundleKind.RUNNING, BundleKind.ABORT_TOKEN]
 
@@ -42,7 +43,9 @@ class AnyHost(RuleBasedStateMachine):
         With an audit nobody tells the SVSM what the guest writes.
         """
         self.hostile = hostile
-        self.move = Move(pages=PAGES, channels=CHANNELS, tracked=not audit, audit=audit)
+        self.move = Move(
+            pages=PAGES, channels=CHANNELS, tracked=not audit, audit=audit, step_pages=STEP_PAGES
+        )
         self.pair = self.move.pair
         self.queue: list[Message] = []
         self.at_black_out: tuple[bytes, bytes, list[bytes]] | None = None
@@ -92,6 +95,10 @@ class AnyHost(RuleBasedStateMachine):
     @rule()
     def begin_epoch(self) -> None:
         self.attempt(self.pair.source.begin_epoch)
+
+    @rule()
+    def collect_part(self) -> None:
+        self.attempt(self.pair.source.collect_part)
 
     @rule()
     def audit(self) -> None:

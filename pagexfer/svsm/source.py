@@ -12,20 +12,9 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from ..dirty import DirtyBitmap, as_run
-from ..errors import (
-    IntegrityError,
-    LocalProtocolError,
-    NotReady,
-    PagexferError,
-    RemoteProtocolError,
-)
+from ..errors import IntegrityError, LocalProtocolError, NotReady, PagexferError, RemoteProtocolError
 from ..wire.bundle import BundleKind
-from ..wire.constants import (
-    FINAL_EPOCH,
-    MAX_BUNDLE_ENTRIES,
-    MAX_CHANNELS,
-    PAGE_SIZE,
-)
+from ..wire.constants import FINAL_EPOCH, MAX_BUNDLE_ENTRIES, MAX_CHANNELS, PAGE_SIZE
 from ..wire.handshake import Freshness, Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
@@ -40,6 +29,7 @@ from .ledger import check_chain, next_body
 from .staging import StagingPool
 from .states import SOURCE, Event, StateMachine
 from .streams import SourceStreams, open_answer_untrusted
+from .sweep import Looked, Sweep
 
 if TYPE_CHECKING:
     from ..attestation import Attestor, Claims
@@ -108,6 +98,7 @@ class SourceSvsm:
         self._pending = DirtyBitmap.full(memory.pages)
         self._hinted = DirtyBitmap(memory.pages)
         self._found = DirtyBitmap(memory.pages)
+        self._sweep = Sweep(tracker, memory.pages)
         self._content = ContentTable(memory.states)
         self._epoch = EpochBook(memory.pages)
         self._vcpu_states: dict[int, bytes] = {}
@@ -231,20 +222,28 @@ class SourceSvsm:
         """
         self._hinted.union_part(first_gfn, log)
 
-    def begin_epoch(self) -> DirtyBitmap:
-        """Take in what was written since the last epoch; returns what is pending now (not to be changed).
+    def collect_part(self) -> Looked:
+        """The next step of taking in what was written since the last epoch; `begin_epoch` takes all that are left.
 
         Raises LocalProtocolError once a bundle of the current epoch was sealed: a page goes at most once an epoch (R1).
         """
         self._machine.require(Event.EPOCH)
-        self._require_no_manifest()
-        self._commit_epoch()
-        if self._epoch.bundles or self._sealing:
-            raise LocalProtocolError("the epoch is under way: close it with its token first")
-        if self._machine.state is State.KEYED and self._tracker is not None:
-            self._tracker.start()
-        self._machine.advance(Event.EPOCH)
-        self._collect()
+        if not self._sweep.is_open:
+            self._require_no_manifest()
+            self._commit_epoch()
+            if self._epoch.bundles or self._sealing:
+                raise LocalProtocolError("the epoch is under way: close it with its token first")
+            if self._machine.state is State.KEYED and self._tracker is not None:
+                self._tracker.start()
+            self._machine.advance(Event.EPOCH)
+        return self._sweep.step(self._pending)
+
+    def begin_epoch(self) -> DirtyBitmap:
+        """Take in what was written since the last epoch; returns what is pending now (not to be changed)."""
+        while self.collect_part().more:
+            pass
+        self._sweep.close()
+        self._collect_reports()
         return self._pending
 
     def export(self, channel: int, start: int, stop: int, out: memoryview) -> Exported:
@@ -303,6 +302,7 @@ class SourceSvsm:
     def park(self) -> tuple[int, int]:
         """Raise the global flag; returns parked and all vCPUs. The guest is parked when they are equal (R5)."""
         self._machine.require(Event.PARK)
+        self._sweep.require_closed()  # an epoch that begins after the park has looked at all pages since
         self._gate.raise_flag()
         parked = self._gate.parked()
         if parked == self._gate.vcpus:
@@ -429,10 +429,11 @@ class SourceSvsm:
     def _collect(self) -> None:
         if self._tracker is not None:
             self._pending.union(self._tracker.collect())
-        self._pending.union(self._memory.state_changes.take())
-        self._pending.union(self._hinted.take())
-        self._pending.union(self._found.take())
-        self._pending.union(self._epoch.lost.take())
+        self._collect_reports()
+
+    def _collect_reports(self) -> None:
+        for bitmap in (self._memory.state_changes, self._hinted, self._found, self._epoch.lost):
+            self._pending.union(bitmap.take())
 
     def _audit_done(self) -> bool:
         return self._audited_pages == self._memory.pages
@@ -456,6 +457,7 @@ class SourceSvsm:
     def _require_epoch(self) -> None:
         if self._machine.state not in (State.PRECOPY, State.PARKED):
             raise LocalProtocolError(f"no epoch is open in a session that is {self._machine.state.name}")
+        self._sweep.require_closed()
         self._require_no_manifest()
 
     def _require_replaceable(self) -> None:
@@ -471,6 +473,7 @@ class SourceSvsm:
     def _require_parked(self) -> None:
         if self._machine.state is not State.PARKED:
             raise LocalProtocolError(f"the vCPUs are not parked: {self._machine.state.name}")
+        self._sweep.require_closed()
 
     def _fail(self) -> None:
         # After the start token the guest stays parked: without an authentic answer nobody here may let it go.
