@@ -30,7 +30,7 @@ class Slot:
     def __init__(self, memory: SlotMemory, ring: Callable[[], Awaitable[None]]) -> None:
         self._memory = memory
         self._ring = ring
-        self._sequence = 0
+        self._sequence = memory.command_sequence  # which is not 0 where another engine had this slot before
         self._exchanging = trio.Lock()
 
     async def command(
