@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pagexfer.dirty import DirtyTracker
+
 PAGES: Final = 200  # no whole number of bitmap words
 VCPUS: Final = 2
 ATTESTOR: Final = PskAttestor(b"a pre-shared key of 32 bytes ...")

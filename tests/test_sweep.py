@@ -10,7 +10,8 @@ import pytest
 import trio
 
 from pagexfer import Outcome, Steering, TransferAborted
-from pagexfer.dirty import SteppedTracker
+from pagexfer.dirty import SteppedTracker, content
+from pagexfer.dirty.content import ContentTracker
 from pagexfer.errors import RefusalCode
 from pagexfer.migration import receive_guest, send_guest
 from pagexfer.testing.tracker import SteppedMarks
@@ -192,3 +193,11 @@ async def test_an_engine_is_cancelled_between_two_steps() -> None:
     assert (aborted.outcome, aborted.reason) == (Outcome.ENDED, "cancelled")
     assert machine.stayed()
     assert steps[-1] < PAGES // 8
+
+
+async def test_a_content_tracker_is_asked_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content, "_STEP_RUNS", 1)
+    machine = SmallMachine()
+    machine.source.tracker = ContentTracker(machine.source.memory.words)
+    assert await _send(machine, Steering()) is None
+    assert machine.moved()

@@ -56,6 +56,7 @@ _SEED_BITS: Final = 64
 _RUN_PAGES: Final = 128
 # Runs that one thread takes at a time: 32 MiB, a few milliseconds.
 _TASK_RUNS: Final = 64
+_STEP_RUNS: Final = 1024
 
 
 class ContentTracker:
@@ -136,6 +137,22 @@ class ContentTracker:
     def stop(self) -> None:
         """Stop tracking. Calling it again changes nothing."""
         self._started = False
+
+    # Part by part (`SteppedTracker`)
+
+    @property
+    def step_pages(self) -> int:
+        """512 MiB: some 30 ms for one thread. A multiple of a run."""
+        return _STEP_RUNS * _RUN_PAGES
+
+    def collect_part(self, start: int, stop: int) -> NDArray[np.int64]:
+        """As `collect`, of the pages `start` to `stop` - 1, whole runs but for the last one of all."""
+        self._require_started()
+        runs = self._runs_to_read()
+        first, end = np.searchsorted(runs, (start // _RUN_PAGES, -(-stop // _RUN_PAGES)))
+        tasks = [runs[task : min(task + _TASK_RUNS, end)] for task in range(first, end, _TASK_RUNS)]
+        with ThreadPoolExecutor(self._workers) as pool:
+            return np.concatenate([np.zeros(0, dtype=np.int64), *pool.map(self._look, tasks)])
 
     def _require_started(self) -> None:
         if not self._started:
