@@ -36,7 +36,9 @@ class SmallGuest:
         self.memory.launch()
         self.gate = BytesGate([b"state of vCPU %d" % vcpu for vcpu in range(vcpus)], running=True)
         self._marks: NDArray[np.uint8] = np.zeros(pages, dtype=np.uint8)
-        self.tracker = SteppedMarks(self._marks, step_pages) if step_pages else ByteMapTracker(self._marks)
+        self.tracker: DirtyTracker = (
+            SteppedMarks(self._marks, step_pages) if step_pages else ByteMapTracker(self._marks)
+        )
         rng = np.random.default_rng(1)
         self.memory.words[: pages // 2] = rng.integers(
             1, 2**63, (pages // 2, WORDS_PER_PAGE), dtype=np.uint64
