@@ -30,6 +30,7 @@ from pagexfer.svsm.pending import PendingPages
 from pagexfer.svsm.sealing import Opener, Sealer, _Stream
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.svsm.states import SOURCE, Event
+from pagexfer.svsm.sweep import Looked, Sweep
 from pagexfer.testing.hostile import HostileHost, Violation, make_schedule
 from pagexfer.wire.bundle import HEADER_BYTES, MAX_BUNDLE_BYTES, BundleKind, nonce, parse_entries_untrusted
 from pagexfer.wire.constants import FINAL_EPOCH
@@ -178,12 +179,15 @@ def _nothing_pending(stack: ExitStack) -> None:
 def _hint_believed(stack: ExitStack) -> None:
     """What the hypervisor's dirty log does not name is taken for clean, whatever the SVSM's own tracker saw."""
 
-    def gullible(self: PendingPages, _lost: DirtyBitmap) -> None:
-        if self._tracker is not None:
-            self._tracker.collect()
-        self.pages.union(self._memory.state_changes.take())
-        self.pages.union(self._hinted.take())
+    step = Sweep.step
 
+    def blind(self: Sweep, _pending: DirtyBitmap) -> Looked:
+        return step(self, DirtyBitmap(self._pages))
+
+    def gullible(self: PendingPages, lost: DirtyBitmap) -> None:
+        self._take_reports(lost)
+
+    stack.enter_context(patch.object(Sweep, "step", blind))
     stack.enter_context(patch.object(PendingPages, "collect_reports", gullible))
 
 
@@ -429,6 +433,12 @@ MUTATIONS: Final = (
     ),
     Mutation("R3", "totals of the epoch token ignored", _any_totals),
     Mutation("R4", "epoch token while pages are pending", _nothing_pending),
+    Mutation(
+        "R4",
+        "bundles while an epoch is being begun",
+        _replaced(Sweep, "require_closed", lambda _self: None),
+        "R1",
+    ),
     Mutation("R4", "the host's dirty log believed", _hint_believed, "R6"),
     Mutation("R5", "parked at the first word", _park_believed),
     Mutation("R5", "vCPUs saved without parking", _parked_enough),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from xxhash import xxh3_128_digest
 
-from pagexfer.dirty import PageCopies, content
+from pagexfer.dirty import PageCopies, SteppedTracker, content
 from pagexfer.dirty.content import ContentTracker
 from pagexfer.errors import LocalProtocolError
 
@@ -64,6 +64,30 @@ def send(tracker: ContentTracker, ram: NDArray[np.uint64], target: NDArray[np.ui
     if gfns.size:
         tell(tracker, gfns, copy)
     return len(gfns)
+
+
+@given(st.sets(GFNS | EDGES), st.integers(0, 2), st.sampled_from([1, 2]))
+def test_parts_find_together_what_changed(changed: set[int], hole: int, workers: int) -> None:
+    ram = zeros()
+    data = [(run * 128, min((run + 1) * 128, PAGES)) for run in range(3) if run != hole]
+    tracker = ContentTracker(ram, data=lambda: data, workers=workers)
+    assert isinstance(tracker, SteppedTracker)
+    tracker.start()
+    ram[sorted(changed), 7] = 5
+    found = [tracker.collect_part(start, min(start + 128, PAGES)).tolist() for start in range(0, PAGES, 128)]
+    seen = [gfn for gfn in sorted(changed) if gfn // 128 != hole]
+    assert found == [[gfn for gfn in seen if gfn // 128 == run] for run in range(3)]
+    assert tracker.collect_part(0, PAGES).size == 0
+    assert not tracker.collect().any()
+
+
+def test_a_step_is_whole_runs() -> None:
+    assert started(zeros()).step_pages % 128 == 0
+
+
+def test_a_part_needs_a_tracker_that_is_started() -> None:
+    with pytest.raises(LocalProtocolError):
+        ContentTracker(zeros()).collect_part(0, PAGES)
 
 
 @given(st.sets(GFNS | EDGES), st.sets(GFNS | EDGES), st.integers(0, WORDS - 1), st.sampled_from([1, 2]))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PAGES = 24
 CHANNELS = 2
+STEP_PAGES = 10
 _TOKENS = [BundleKind.LEDGER, BundleKind.EPOCH_TOKEN, BundleKind.MANIFEST, BundleKind.START_TOKEN]
 _ANSWERS = [BundleKind.READY, BundleKind.RUNNING, BundleKind.ABORT_TOKEN]
 
@@ -47,7 +48,14 @@ class AnyHost(RuleBasedStateMachine):
         """
         self.hostile = hostile
         audit, compared = how == "audited", how == "compared"
-        self.move = Move(pages=PAGES, channels=CHANNELS, tracked=not audit, audit=audit, compared=compared)
+        self.move = Move(
+            pages=PAGES,
+            channels=CHANNELS,
+            tracked=not audit,
+            audit=audit,
+            compared=compared,
+            step_pages=STEP_PAGES,
+        )
         self.pair = self.move.pair
         self.queue: list[Message] = []
         self.at_black_out: tuple[bytes, bytes, list[bytes]] | None = None
@@ -97,6 +105,10 @@ class AnyHost(RuleBasedStateMachine):
     @rule()
     def begin_epoch(self) -> None:
         self.attempt(self.pair.source.begin_epoch)
+
+    @rule()
+    def collect_part(self) -> None:
+        self.attempt(self.pair.source.collect_part)
 
     @rule()
     def audit(self) -> None:

@@ -2,6 +2,13 @@
 
 from .bitmap import DirtyBitmap, as_run
 from .ram import PageCopies
-from .tracker import ComparingTracker, DirtyTracker
+from .tracker import ComparingTracker, DirtyTracker, SteppedTracker
 
-__all__ = ["ComparingTracker", "DirtyBitmap", "DirtyTracker", "PageCopies", "as_run"]
+__all__ = [
+    "ComparingTracker",
+    "DirtyBitmap",
+    "DirtyTracker",
+    "PageCopies",
+    "SteppedTracker",
+    "as_run",
+]

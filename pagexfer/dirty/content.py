@@ -63,6 +63,7 @@ _SEED_BITS: Final = 64
 _RUN_PAGES: Final = 128
 # Runs that one thread takes at a time: 32 MiB, a few milliseconds.
 _TASK_RUNS: Final = 64
+_STEP_RUNS: Final = 1024
 
 
 class _Data(NamedTuple):
@@ -106,6 +107,7 @@ class ContentTracker:
         self._kept: NDArray[np.uint64] = np.empty((self._pages, 2), dtype=np.uint64)
         self._kept_runs = np.empty_like(self._zero_runs)
         self._stale: NDArray[np.bool_] = np.empty(runs, dtype=np.bool_)
+        self._where = _Data(DirtyBitmap(self._pages), self._stale, self._stale)
         self._started = False
 
     def start(self) -> None:
@@ -122,17 +124,31 @@ class ContentTracker:
 
         Read them after this returned, never before. Raises LocalProtocolError where the tracker is not started.
         """
-        self._require_started()
         bitmap = DirtyBitmap(self._pages)
-        data = self._where_data_is()
+        bitmap.set_gfns(self.collect_part(0, self._pages))
+        return bitmap
+
+    @property
+    def step_pages(self) -> int:
+        """512 MiB: some 30 ms for one thread. A multiple of a run."""
+        return _STEP_RUNS * _RUN_PAGES
+
+    def collect_part(self, start: int, stop: int) -> NDArray[np.int64]:
+        """As `collect`, of the pages `start` to `stop` - 1, whole runs but for the last one of all.
+
+        Where data is, is asked with the first part.
+        """
+        self._require_started()
+        if start == 0:
+            self._where = self._where_data_is()
+        data, part = self._where, slice(start // _RUN_PAGES, -(-stop // _RUN_PAGES))
         # A hole that was none before has become zero.
-        runs = np.flatnonzero(data.some | self._stale | (self._kept_runs != self._zero_runs).any(axis=1))
-        tasks = [runs[first : first + _TASK_RUNS] for first in range(0, len(runs), _TASK_RUNS)]
+        were_data = (self._kept_runs[part] != self._zero_runs[part]).any(axis=1)
+        runs = part.start + np.flatnonzero(data.some[part] | self._stale[part] | were_data)
+        tasks = [runs[task : task + _TASK_RUNS] for task in range(0, len(runs), _TASK_RUNS)]
         # Hashing a run and copying it both work without the interpreter's lock, so threads are enough.
         with ThreadPoolExecutor(self._workers) as pool:
-            for gfns in pool.map(self._look, repeat(data), tasks):
-                bitmap.set_gfns(gfns)
-        return bitmap
+            return np.concatenate([np.zeros(0, dtype=np.int64), *pool.map(self._look, repeat(data), tasks)])
 
     def sent(self, gfns: NDArray[np.int64], copies: PageCopies, in_use: NDArray[np.bool_]) -> None:
         """See `ComparingTracker`. Raises LocalProtocolError where the tracker is not started."""

@@ -29,7 +29,21 @@ class DirtyTracker(Protocol):
 
 
 @runtime_checkable
-class ComparingTracker(DirtyTracker, Protocol):
+class SteppedTracker(DirtyTracker, Protocol):
+    """A tracker that has to read RAM to say what was written, and so can be asked for a part of it at a time."""
+
+    @property
+    def step_pages(self) -> int:
+        """Pages that one call of `collect_part` should get: some tens of milliseconds of work."""
+        ...
+
+    def collect_part(self, start: int, stop: int) -> NDArray[np.int64]:
+        """As `collect`, of the pages `start` to `stop` - 1 alone, sorted; asked from 0 on, part by part, until the last."""
+        ...
+
+
+@runtime_checkable
+class ComparingTracker(SteppedTracker, Protocol):
     """Reports pages that are not as they were sent: it sees no write, and needs none reported to it.
 
     After `start` nothing was sent, and every page counts as zero. A page that `collect` reports counts as it was then until

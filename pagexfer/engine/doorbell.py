@@ -42,17 +42,9 @@ class Doorbells:
         A cancel waits for the answer: a slot has one command at a time, and the next one may be ABORT.
         """
         if not self._lost:
-            with suppress(BlockingIOError):  # a full counter has rung often enough
-                os.eventfd_write(self._to_svsm, 1)
-            began = time.perf_counter()
-            while self._is_quick and not self._answered():
-                os.sched_yield()  # on a busy machine the other side waits for this very core
-                self._is_quick = time.perf_counter() - began < POLL_S
-            end = trio.current_time() + self._timeout_s
-            while not self._lost and not self._answered():
-                await self._sleep()
-                self._lost = self._lost or (trio.current_time() >= end and not self._answered())
-                self._is_quick = time.perf_counter() - began < SLEEP_S
+            self._signal()
+            if not self._look():
+                await self._wait()
         if self._lost:
             raise SvsmLost(f"the SVSM did not answer within {self._timeout_s:g} s, or is gone")
 
@@ -60,6 +52,32 @@ class Doorbells:
         """The SVSM is known to be gone: whoever waits for it hears that at once."""
         self._lost = True
         trio.lowlevel.notify_closing(self._to_host)
+
+    def _signal(self) -> None:
+        try:
+            os.eventfd_write(self._to_svsm, 1)
+        except BlockingIOError:  # a full counter has rung often enough
+            return
+
+    def _look(self) -> bool:
+        """Look for the answer awake, if that paid last time; True where it came."""
+        if self._is_quick:
+            end = time.perf_counter() + POLL_S
+            while not self._slot.is_answered:
+                os.sched_yield()  # on a busy machine the other side waits for this very core
+                if time.perf_counter() >= end:
+                    self._is_quick = False
+                    break
+        return self._slot.is_answered
+
+    async def _wait(self) -> None:
+        """Sleep until the answer is there, or does not come in time."""
+        began = trio.current_time()
+        while not self._lost and not self._slot.is_answered:
+            await self._sleep()
+            took = trio.current_time() - began
+            self._is_quick = took < SLEEP_S
+            self._lost = self._lost or (took >= self._timeout_s and not self._slot.is_answered)
 
     async def _sleep(self) -> None:
         """Until the bell rings, or for as long as a lost one may cost."""
@@ -69,6 +87,3 @@ class Doorbells:
         ):
             await trio.lowlevel.wait_readable(self._to_host)
             os.eventfd_read(self._to_host)
-
-    def _answered(self) -> bool:
-        return self._slot.status_sequence == self._slot.command_sequence

@@ -252,7 +252,11 @@ class SourceEngine:
                 await self._control_slot.exchange(
                     Command.HINT, start * 8, bytes(words[start : start + _HINT_BYTES])
                 )
-        answer, counts = await self._control_slot.exchange(Command.EPOCH)
+        while True:
+            answer, counts = await self._control_slot.exchange(Command.EPOCH)
+            if answer.status is not SlotStatus.INCOMPLETE:
+                break
+            await trio.lowlevel.checkpoint()  # where the SVSM reads all RAM, this takes as long
         chunks = plan_chunks(
             np.frombuffer(counts, dtype="<u4"), answer.result2, self._ram_pages, self._options.channels
         )
@@ -275,7 +279,7 @@ class SourceEngine:
         while True:
             answer = await self._control_slot.command(Command.AUDIT)
             found += answer.result2
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await trio.lowlevel.checkpoint()
             if answer.status is not SlotStatus.INCOMPLETE:
                 break
         self._progress.audit = AuditInfo(1000 * (trio.current_time() - began), found)

@@ -12,11 +12,13 @@ from ..dirty import ComparingTracker, DirtyBitmap
 from ..errors import LocalProtocolError
 from ..wire.handshake import Freshness
 from .audit import Audited, PageDigests
+from .sweep import Sweep
 
 if TYPE_CHECKING:
     from ..dirty import DirtyTracker
     from .export import Package
     from .memory import GuestMemory
+    from .sweep import Looked
 
 
 class PendingPages:
@@ -35,6 +37,7 @@ class PendingPages:
         self._found = DirtyBitmap(memory.pages)
         self._audited_pages = 0
         self._compared = self._comparing is None
+        self._sweep = Sweep(tracker, memory.pages)
 
     @property
     def freshness(self) -> Freshness:
@@ -53,10 +56,21 @@ class PendingPages:
         """Whether all of RAM was compared with what was sent since the park, as far as freshness rests on that."""
         return self._compared and (self._digests is None or self._audit_done())
 
+    @property
+    def is_collecting(self) -> bool:
+        """Whether what was written is known in part only, so that nothing can be sent."""
+        return self._sweep.is_open
+
+    def require_collected(self) -> None:
+        """Raise LocalProtocolError where what was written is known in part only."""
+        self._sweep.require_closed()
+
     def start(self) -> None:
         """Begin to track. Raises GuestError where this machine cannot."""
         if self._tracker is not None:
             self._tracker.start()
+        if self._comparing is not None:
+            self._sweep.skip()  # all pages are pending: there is nothing to compare
 
     def stop(self) -> None:
         """Stop tracking."""
@@ -67,19 +81,22 @@ class PendingPages:
         """Part of the hypervisor's dirty log; it counts from the next epoch on."""
         self._hinted.union_part(first_gfn, log)
 
-    def collect(self, lost: DirtyBitmap, *, parked: bool) -> None:
-        """Take in all that was written, hinted, found or `lost` since the last time, for an epoch to begin with."""
-        if self._comparing is not None:
-            self.pages.union(self._comparing.collect())
-            self._compared |= parked
-        self.collect_reports(lost)
+    def collect_part(self) -> Looked:
+        """The next step of taking in what was written since the last epoch began."""
+        return self._sweep.step(self.pages)
+
+    def close(self, lost: DirtyBitmap, *, parked: bool) -> None:
+        """All steps are done; take in what was hinted, found or `lost`, for an epoch to begin with."""
+        self._sweep.close()
+        # While it is open nobody is parked, so it began after the park as well.
+        self._compared |= parked
+        self._take_reports(lost)
 
     def collect_reports(self, lost: DirtyBitmap) -> None:
-        """As `collect`, without reading RAM: what a comparing tracker finds, it has found after the park."""
+        """What came in since the epoch began, without reading RAM: a comparing tracker has done that after the park."""
         if self._tracker is not None and self._comparing is None:
             self.pages.union(self._tracker.collect())
-        for bitmap in (self._memory.state_changes, self._hinted, self._found, lost):
-            self.pages.union(bitmap.take())
+        self._take_reports(lost)
 
     def record(self, package: Package) -> None:
         """A package is about to be sealed. Where it does not leave after all, its pages are pending again."""
@@ -110,3 +127,7 @@ class PendingPages:
 
     def _audit_done(self) -> bool:
         return self._audited_pages == self._memory.pages
+
+    def _take_reports(self, lost: DirtyBitmap) -> None:
+        for bitmap in (self._memory.state_changes, self._hinted, self._found, lost):
+            self.pages.union(bitmap.take())

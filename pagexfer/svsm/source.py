@@ -12,20 +12,9 @@ import threading
 from typing import TYPE_CHECKING, Final
 
 from ..dirty import as_run
-from ..errors import (
-    IntegrityError,
-    LocalProtocolError,
-    NotReady,
-    PagexferError,
-    RemoteProtocolError,
-)
+from ..errors import IntegrityError, LocalProtocolError, NotReady, PagexferError, RemoteProtocolError
 from ..wire.bundle import BundleKind
-from ..wire.constants import (
-    FINAL_EPOCH,
-    MAX_BUNDLE_ENTRIES,
-    MAX_CHANNELS,
-    PAGE_SIZE,
-)
+from ..wire.constants import FINAL_EPOCH, MAX_BUNDLE_ENTRIES, MAX_CHANNELS, PAGE_SIZE
 from ..wire.handshake import Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
@@ -51,6 +40,7 @@ if TYPE_CHECKING:
     from .journal import Journal
     from .memory import GuestMemory
     from .sealing import Sealer
+    from .sweep import Looked
 
 _VCPU: Final = struct.Struct("<I")
 
@@ -227,26 +217,27 @@ class SourceSvsm:
         """
         self._pending.hint(first_gfn, log)
 
-    def begin_epoch(self) -> DirtyBitmap:
-        """Take in what was written since the last epoch; returns what is pending now (not to be changed).
+    def collect_part(self) -> Looked:
+        """The next step of taking in what was written since the last epoch; `begin_epoch` takes all that are left.
 
         Raises LocalProtocolError once a bundle of the current epoch was sealed: a page goes at most once an epoch (R1).
         """
         self._machine.require(Event.EPOCH)
-        self._require_no_manifest()
-        self._commit_epoch()
-        if self._epoch.bundles or self._sealing:
-            raise LocalProtocolError("the epoch is under way: close it with its token first")
-        first = self._machine.state is State.KEYED
-        if first:
-            self._pending.start()
-        self._machine.advance(Event.EPOCH)
-        if first:
-            self._pending.collect_reports(
-                self._epoch.lost
-            )  # all pages are pending: there is nothing to compare
-        else:
-            self._pending.collect(self._epoch.lost, parked=self._machine.state is State.PARKED)
+        if not self._pending.is_collecting:
+            self._require_no_manifest()
+            self._commit_epoch()
+            if self._epoch.bundles or self._sealing:
+                raise LocalProtocolError("the epoch is under way: close it with its token first")
+            if self._machine.state is State.KEYED:
+                self._pending.start()
+            self._machine.advance(Event.EPOCH)
+        return self._pending.collect_part()
+
+    def begin_epoch(self) -> DirtyBitmap:
+        """Take in what was written since the last epoch; returns what is pending now (not to be changed)."""
+        while self.collect_part().more:
+            pass
+        self._pending.close(self._epoch.lost, parked=self._machine.state is State.PARKED)
         return self._pending.pages
 
     def export(self, channel: int, start: int, stop: int, out: memoryview) -> Exported:
@@ -310,6 +301,7 @@ class SourceSvsm:
     def park(self) -> tuple[int, int]:
         """Raise the global flag; returns parked and all vCPUs. The guest is parked when they are equal (R5)."""
         self._machine.require(Event.PARK)
+        self._pending.require_collected()  # an epoch that begins after the park has looked at all pages since
         self._gate.raise_flag()
         parked = self._gate.parked()
         if parked == self._gate.vcpus:
@@ -441,6 +433,7 @@ class SourceSvsm:
     def _require_epoch(self) -> None:
         if self._machine.state not in (State.PRECOPY, State.PARKED):
             raise LocalProtocolError(f"no epoch is open in a session that is {self._machine.state.name}")
+        self._pending.require_collected()
         self._require_no_manifest()
 
     def _require_replaceable(self) -> None:
@@ -456,6 +449,7 @@ class SourceSvsm:
     def _require_parked(self) -> None:
         if self._machine.state is not State.PARKED:
             raise LocalProtocolError(f"the vCPUs are not parked: {self._machine.state.name}")
+        self._pending.require_collected()
 
     def _fail(self) -> None:
         # After the start token the guest stays parked: without an authentic answer nobody here may let it go.

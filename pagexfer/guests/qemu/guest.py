@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from ...dirty import DirtyBitmap
+    import numpy as np
+    from numpy.typing import NDArray
+
 
 _IDLE_MIGRATION: Final = (None, "none", "completed", "cancelled", "failed")
 
@@ -119,10 +121,11 @@ class _HoleTracker(ContentTracker):
         super().start()
         self._memory.find_holes()
 
-    def collect(self) -> DirtyBitmap:
+    def collect_part(self, start: int, stop: int) -> NDArray[np.int64]:
         """As a content tracker does."""
-        self._memory.find_holes()
-        return super().collect()
+        if start == 0:
+            self._memory.find_holes()
+        return super().collect_part(start, stop)
 
 
 async def _check_idle(qmp: QmpClient, machine: QemuMachine, *, incoming: bool) -> None:
