@@ -244,6 +244,13 @@ def test_runs_that_were_sent_whole_are_hashed_once_and_zero_pages_not_at_all(
     hashed = 0
     assert not tracker.collect().any()
     assert hashed == 3
+    # Not so where the whole run was sent after it.
+    ram[7, 0] ^= np.uint64(1)
+    tell(tracker, np.array([7]), ram[7:8])
+    tell(tracker, np.arange(128), ram[:128])
+    hashed = 0
+    assert not tracker.collect().any()
+    assert hashed == 3
 
 
 def aba(*, told: bool) -> bool:

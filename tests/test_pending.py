@@ -17,7 +17,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from pagexfer.dirty import PageCopies
+from pagexfer.dirty import PageCopies, content
 from pagexfer.dirty.content import ContentTracker
 from pagexfer.errors import KeyExhausted, LocalProtocolError, NotReady
 from pagexfer.svsm.export import Packager
@@ -171,10 +171,12 @@ def test_threads_may_tell_of_their_pages_at_once(part: int) -> None:
 
 
 class WritingGuest(RuleBasedStateMachine):
-    """The guest writes between and within the host's steps, bundles fail to be sealed, and then it is parked."""
+    """The guest writes between and within the host's steps, also of one pass; bundles fail; and then it is parked."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.steps = patch.object(content, "_STEP_RUNS", 1)
+        self.steps.start()
         self.move = Move(PAGES, compared=True)
         self.open = False
         pair = self.move.pair
@@ -192,6 +194,11 @@ class WritingGuest(RuleBasedStateMachine):
     @rule(writes=writes)
     def write(self, writes: dict[int, int]) -> None:
         self.store(writes)
+
+    @precondition(lambda self: not self.open)
+    @rule()
+    def look_at_a_part(self) -> None:
+        self.move.pair.source.collect_part()
 
     @precondition(lambda self: not self.open)
     @rule()
@@ -242,6 +249,7 @@ class WritingGuest(RuleBasedStateMachine):
         hand_over(self.move)
         assert self.move.arrived()
         self.move.close()
+        self.steps.stop()
 
 
 TestWritingGuest = WritingGuest.TestCase
