@@ -53,6 +53,7 @@ class Job:
     source: Machine
     destination: Machine
     channels: int
+    shards: int
 
 
 def by_multifd(source: Machine, destination: Machine, channels: int, *, tls: bool) -> Taken:
@@ -60,11 +61,11 @@ def by_multifd(source: Machine, destination: Machine, channels: int, *, tls: boo
     return trio.run(_multifd, source, destination, channels, CREDENTIALS if tls else "")
 
 
-def by_pagexfer(source: Machine, destination: Machine, channels: int) -> Taken:
+def by_pagexfer(source: Machine, destination: Machine, channels: int, *, shards: int) -> Taken:
     """pagexfer with a process of its own at each side, whose CPU seconds count as well as those of the QEMUs."""
     machines = (source, destination)
     began = [machine.cpu_seconds() for machine in machines]
-    sent, received_cpu_s = run_pair(_receive, _send, Job(source, destination, channels))
+    sent, received_cpu_s = run_pair(_receive, _send, Job(source, destination, channels, shards))
     spent = [machine.cpu_seconds() - before for machine, before in zip(machines, began, strict=True)]
     trio.run(_go_on, source)
     return Taken(sent.seconds, sent.downtime_s, spent[0] + sent.source_cpu_s, spent[1] + received_cpu_s)
@@ -73,7 +74,8 @@ def by_pagexfer(source: Machine, destination: Machine, channels: int) -> Taken:
 WAYS: Final[dict[str, Callable[[Machine, Machine, int], Taken]]] = {
     "multifd": partial(by_multifd, tls=False),
     "multifd TLS": partial(by_multifd, tls=True),
-    "pagexfer": by_pagexfer,
+    "pagexfer": partial(by_pagexfer, shards=1),
+    "pagexfer 2 shards": partial(by_pagexfer, shards=2),
 }
 
 
@@ -134,7 +136,7 @@ def _receive(job: Job, host: str, on_listening: Callable[[int], None]) -> float:
         watch = Watch()
         async with QemuGuest.attach(job.destination.monitor, incoming=True) as guest:
             await pagexfer.receive_guest(
-                guest, host, 0, pagexfer.PskAttestor(_PSK), on_listening=on_listening
+                guest, host, 0, pagexfer.PskAttestor(_PSK), on_listening=on_listening, shards=job.shards
             )
         return watch.side(0).cpu_seconds
 
@@ -153,6 +155,7 @@ def _send(job: Job, host: str, port: int) -> Taken:
                 port,
                 pagexfer.PskAttestor(_PSK),
                 channels=job.channels,
+                shards=job.shards,
                 downtime_limit_s=DOWNTIME_LIMIT_MS / 1000,
             )
         return Taken(

@@ -104,7 +104,7 @@ def test_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qemu.main([*small, "--json", str(result), "--plot", str(plot)])
     measured = json.loads(result.read_text())
     figures = {figure["way"]: figure for figure in measured["figures"]}
-    assert figures.keys() == {"multifd", "multifd TLS", "pagexfer"}
+    assert figures.keys() == {"multifd", "multifd TLS", "pagexfer", "pagexfer 2 shards"}
     assert all(
         figure["seconds"]["median"] > 0 < figure["downtime_ms"]["median"] for figure in figures.values()
     )
