@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 import pytest
 import trio
 
-from pagexfer.errors import Outcome, TransferAborted
+from pagexfer.errors import Outcome, TransferAborted, UsageError
 from pagexfer.guests.kvm import KvmGuest
 from pagexfer.guests.simulated import SimulatedGuest
 from pagexfer.migration import MigrationReport, receive_guest, send_guest
@@ -59,6 +59,7 @@ class Pair(Generic[GuestT]):
         self.destination: GuestT = destination
         self.sent, self.received = Side(), Side()
         self.stall_s = _STALL_S
+        self.cpus: tuple[int, ...] = ()
 
     async def migrate(
         self, point: Callable[[Frame], bool] | None, act: Callable[[], None], channels: int = 2
@@ -87,6 +88,7 @@ class Pair(Generic[GuestT]):
                 downtime_limit_s=1.0,
                 stall_timeout_s=self.stall_s,
                 isolated=True,
+                cpus=self.cpus,
             )
         except TransferAborted as aborted:
             self.sent.end = aborted
@@ -100,6 +102,7 @@ class Pair(Generic[GuestT]):
                 ATTESTOR,
                 stall_timeout_s=self.stall_s,
                 isolated=True,
+                cpus=self.cpus,
                 on_listening=task_status.started,
             )
         except TransferAborted as aborted:
@@ -161,6 +164,30 @@ async def test_a_migration_completes(pair: SimulatedPair, channels: int) -> None
     assert len(pair.sent.end.info.channels) == channels
     assert await goes_on(pair.destination)
     assert is_parked(pair.source)
+
+
+async def test_engines_and_handlers_keep_to_their_cpus(pair: SimulatedPair) -> None:
+    """Pinned to one processor, they leave those of pinned vCPUs alone; what else the SVSM's process does is not pinned."""
+    allowed = os.sched_getaffinity(0)
+    pair.cpus = (max(allowed),)
+    seen: list[set[int]] = []
+
+    def look() -> None:
+        handlers = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("handler")]
+        seen.extend(os.sched_getaffinity(task) for task in (*_engines(), *handlers) if task)
+
+    await pair.migrate(at_bundle(BundleKind.MANIFEST), look)
+    assert isinstance(pair.sent.end, MigrationReport), pair.sent.end
+    assert seen == [set(pair.cpus)] * (
+        2 + 2 * 3
+    )  # engines, and at each side handlers of two channels and of the session
+    assert os.sched_getaffinity(0) == allowed
+
+
+@pytest.mark.parametrize(("cpus", "isolated"), [((0,), False), ((4095,), True)])
+async def test_cpus_that_cannot_be_used(machines: Machines, cpus: tuple[int, ...], isolated: bool) -> None:
+    with pytest.raises(UsageError, match=r"4095|isolated"):
+        await send_guest(machines.source, HOST, 1, ATTESTOR, cpus=cpus, isolated=isolated)
 
 
 @needs_kvm
