@@ -2,8 +2,7 @@
 
 Five questions, each in alternating repeats:
 
-- A doorbell round trip: an empty command through registers, doorbells, handler and trio, beside two bare eventfds between
-  two processes, and the same command as a direct call, in the same run.
+- A doorbell round trip, beside two bare eventfds between two processes in the same run (`bench.mailbox_rings`).
 - What is sealed for one ring: handshakes per GiB and GB/s with 2 KiB (the halves of a page in the prototype's first
   mailbox), 4 KiB (a page, its second), 64 and 256 pages, over 1 to 8 slots. The SVSM seals from RAM and copies out to the
   slot; the host takes the package and gives the buffer back without reading it. CPU is both processes'.
@@ -20,13 +19,12 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
-import numpy as np
 import trio
 
 from pagexfer.wire.slot import Command
 
-from .doorbell import RoundTrips, ping_pong
-from .mailbox_svsm import local_slot, svsm
+from .mailbox_rings import EVENTFDS, round_trips
+from .mailbox_svsm import svsm
 from .measure import Spread
 from .options import finish, numbers, parse, parser, progress, size
 from .sealed import Move, run_move
@@ -57,37 +55,6 @@ class Sealed:
     handshakes_per_gib: int
     gb_per_s: Spread
     cpu_s_per_gib: Spread
-
-
-def round_trips(ram_fd: int, calls: int, repeats: int) -> dict[str, RoundTrips]:
-    """Medians over alternating repeats, bare eventfds first."""
-    found: dict[str, list[RoundTrips]] = {"two eventfds": [], "direct call": [], "slot": []}
-    local = local_slot()
-    with svsm(ram_fd, 1) as (slot,):
-        for number in range(repeats):
-            progress(f"mailbox: round trips, round {number + 1} of {repeats}")
-            found["two eventfds"].append(ping_pong(calls))
-            found["direct call"].append(trio.run(_ring, local, calls))
-            found["slot"].append(trio.run(_ring, slot, calls))
-    return {name: _median(trips) for name, trips in found.items()}
-
-
-async def _ring(slot: Slot, calls: int) -> RoundTrips:
-    await slot.command(Command.EPOCH)
-    taken = np.empty(calls)
-    for call in range(calls):
-        began = time.perf_counter()
-        await slot.command(Command.EPOCH)
-        taken[call] = time.perf_counter() - began
-    half, most = np.percentile(taken * 1e6, [50, 99])
-    return RoundTrips(calls, float(half), float(most))
-
-
-def _median(found: Sequence[RoundTrips]) -> RoundTrips:
-    half, most = (
-        float(np.median([getattr(trips, name) for trips in found])) for name in ("p50_us", "p99_us")
-    )
-    return RoundTrips(found[0].calls, half, most)
 
 
 def sealing(
@@ -286,11 +253,11 @@ def main(argv: list[str] | None = None) -> None:
                         name,
                         f"{trips.p50_us:.1f}",
                         f"{trips.p99_us:.1f}",
-                        f"{trips.p50_us / rung['two eventfds'].p50_us:.2f}",
+                        f"{trips.p50_us / rung[EVENTFDS].p50_us:.2f}",
                     )
                     for name, trips in rung.items()
                 ],
-                "The target for a slot is at most twice the bare eventfds.",
+                "The target for the doorbells is at most twice the bare eventfds.",
             ),
             _sealed_table("Sealed through slots, by what a ring is for and by slots", "a ring", by_unit),
             _sealed_table("Handlers, 256 pages for a ring, by slots", "handlers are", by_kind),

@@ -3,7 +3,8 @@
 python -m bench.mailbox_svsm LINK RAM SLOTS    the SVSM: hands mailbox and doorbells over LINK, serves until LINK ends
 
 Its slots, handlers, registers and doorbells are the real ones. A handler is a thread of it; handlers as processes are
-several such SVSMs with one slot each, over the same RAM.
+several such SVSMs with one slot each, over the same RAM. Without RAM (-1) it does nothing but answer: what is left is the
+doorbells and those who wait for them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, Final
 
@@ -25,10 +27,10 @@ from pagexfer.engine.slots import Slot
 from pagexfer.isolation.mailbox import Mailbox
 from pagexfer.svsm.service import Answer, SlotService
 from pagexfer.svsm.staging import StagingPool
-from pagexfer.wire.slot import Command, SessionStatus, SlotGeometry, SlotMemory
+from pagexfer.wire.slot import NO_BUFFER, Command, SessionStatus, SlotGeometry, SlotMemory, SlotStatus
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from pagexfer.svsm.service import Call
 
@@ -36,6 +38,7 @@ BUFFERS: Final = 2
 BUFFER_BYTES: Final = 1 << 21
 _TIMEOUT_S: Final = 30.0
 _TAG_BYTES: Final = 16
+_NO_RAM: Final = -1
 
 
 class Sealing:
@@ -80,12 +83,39 @@ def local_slot() -> Slot:
     return Slot(memory, ring)
 
 
+class Echo(SlotService):
+    """Answers every command by its number alone: reads no register but that, checks nothing, does nothing."""
+
+    def __init__(self, slot: SlotMemory, sealing: Sealing) -> None:
+        super().__init__(slot, sealing, {}, shared=True)
+        self._memory = slot
+
+    def service(self) -> int:
+        number = self._memory.command_sequence
+        self._memory.write_status(number, SlotStatus.OK, None, SessionStatus.PRECOPY, NO_BUFFER, 0, 0, 0)
+        return number
+
+
 @contextmanager
 def svsm(ram_fd: int, slots: int) -> Iterator[list[Slot]]:
     """The host's slots of an SVSM that is started for them, over the RAM in the file `ram_fd`."""
+    with _mailbox(ram_fd, slots) as ends:
+        yield [Slot(memory, doorbells.ring) for memory, doorbells in ends]
+
+
+@contextmanager
+def echo() -> Iterator[tuple[SlotMemory, Doorbells]]:
+    """The host's end of one slot whose SVSM does nothing but answer."""
+    with _mailbox(_NO_RAM, 1) as (end,):
+        yield end
+
+
+@contextmanager
+def _mailbox(ram_fd: int, slots: int) -> Iterator[list[tuple[SlotMemory, Doorbells]]]:
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", "bench.mailbox_svsm", str(theirs.fileno()), str(ram_fd), str(slots)]
-    with ours, subprocess.Popen(command, pass_fds=(theirs.fileno(), ram_fd)) as process:
+    kept = (theirs.fileno(), *([] if ram_fd == _NO_RAM else [ram_fd]))
+    with ours, subprocess.Popen(command, pass_fds=kept) as process:
         try:
             theirs.close()
             ours.settimeout(_TIMEOUT_S)
@@ -96,8 +126,7 @@ def svsm(ram_fd: int, slots: int) -> Iterator[list[Slot]]:
             made = []
             for index in range(slots):
                 memory = SlotMemory(shared[index * slot_bytes : (index + 1) * slot_bytes])
-                doorbells = Doorbells(memory, bells[2 * index], bells[2 * index + 1], _TIMEOUT_S)
-                made.append(Slot(memory, doorbells.ring))
+                made.append((memory, Doorbells(memory, bells[2 * index], bells[2 * index + 1], _TIMEOUT_S)))
             yield made
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -106,12 +135,17 @@ def svsm(ram_fd: int, slots: int) -> Iterator[list[Slot]]:
 
 
 def _serve(link: socket.socket, ram_fd: int, slots: int) -> None:
-    ram = memoryview(mmap.mmap(ram_fd, os.fstat(ram_fd).st_size))
     sealing = Sealing()
+    serve: Callable[[SlotMemory], SlotService]
+    if ram_fd == _NO_RAM:
+        serve = partial(Echo, sealing=sealing)
+    else:
+        ram = memoryview(mmap.mmap(ram_fd, os.fstat(ram_fd).st_size))
+        serve = partial(sealing_slot, sealing=sealing, ram=ram)
     with Mailbox(slots, BUFFERS, BUFFER_BYTES, link.close) as mailbox:
         descriptors = [mailbox.memory_fd]
         for index in range(slots):
-            descriptors += mailbox.open(index, lambda memory: sealing_slot(memory, sealing, ram))
+            descriptors += mailbox.open(index, serve)
         socket.send_fds(link, [b"!"], descriptors)
         link.recv(1)
 

@@ -109,7 +109,7 @@ async def send_guest(
 
     `freshness` "auto" believes the guest's own tracker, or the hypervisor's dirty log where it has none; "digest-audit"
     believes nobody: the SVSM hashes all of RAM in black-out and sends what is not as it was sent. What that cost is in the
-    report (`info.audit`).
+    report (`info.audit`). A tracker that compares RAM with what was sent makes "auto" a digest audit as well.
 
     When it returns, the guest runs at the destination and stays parked here for good. Raises UsageError for bad arguments
     and TransferAborted otherwise: its `outcome` says whether the guest goes on here (ENDED, REFUSED) or nobody may know

@@ -14,7 +14,6 @@ from pagexfer.wire.slot import (
     SlotGeometry,
     SlotMemory,
     SlotStatus,
-    StatusRegisters,
 )
 
 if TYPE_CHECKING:
@@ -66,16 +65,14 @@ class FakeSvsm:
         if reply.package:
             buffer = self._fill(reply.package)
         self.memory.write_status(
-            StatusRegisters(
-                (registers.sequence + reply.sequence_error) & 0xFFFFFFFF,
-                reply.status,
-                reply.error,
-                SessionStatus.PRECOPY,
-                buffer,
-                len(reply.package),
-                reply.result,
-                reply.result2,
-            )
+            (registers.sequence + reply.sequence_error) & 0xFFFFFFFF,
+            reply.status,
+            reply.error,
+            SessionStatus.PRECOPY,
+            buffer,
+            len(reply.package),
+            reply.result,
+            reply.result2,
         )
 
     def _fill(self, package: bytes) -> int:

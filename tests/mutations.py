@@ -27,9 +27,11 @@ from pagexfer.svsm.device_state import Carried
 from pagexfer.svsm.epoch import EpochBook, Replaced
 from pagexfer.svsm.keys import KeySchedule
 from pagexfer.svsm.memory import GuestMemory
+from pagexfer.svsm.pending import PendingPages
 from pagexfer.svsm.sealing import Opener, Sealer, _Stream
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.svsm.states import SOURCE, Event
+from pagexfer.svsm.sweep import Looked, Sweep
 from pagexfer.testing.hostile import HostileHost, Violation, make_schedule
 from pagexfer.wire.bundle import HEADER_BYTES, MAX_BUNDLE_BYTES, BundleKind, nonce, parse_entries_untrusted
 from pagexfer.wire.constants import FINAL_EPOCH
@@ -127,9 +129,9 @@ def _pages_stay_pending(stack: ExitStack) -> None:
     export = SourceSvsm.export
 
     def forgetful(self: SourceSvsm, channel: int, start: int, stop: int, out: memoryview) -> Exported:
-        before = self._pending.gfns()
+        before = self._pending.pages.gfns()
         exported = export(self, channel, start, stop, out)
-        self._pending.set_gfns(before)
+        self._pending.pages.set_gfns(before)
         return exported
 
     stack.enter_context(patch.object(SourceSvsm, "export", forgetful))
@@ -166,11 +168,12 @@ def _nothing_pending(stack: ExitStack) -> None:
     token = SourceSvsm.epoch_token
 
     def careless(self: SourceSvsm, out: memoryview) -> int:
-        pending, self._pending = self._pending, DirtyBitmap(self._memory.pages)
+        pending = self._pending.pages
+        self._pending.pages = DirtyBitmap(self._memory.pages)
         try:
             return token(self, out)
         finally:
-            self._pending = pending
+            self._pending.pages = pending
 
     stack.enter_context(patch.object(SourceSvsm, "epoch_token", careless))
 
@@ -178,13 +181,16 @@ def _nothing_pending(stack: ExitStack) -> None:
 def _hint_believed(stack: ExitStack) -> None:
     """What the hypervisor's dirty log does not name is taken for clean, whatever the SVSM's own tracker saw."""
 
-    def gullible(self: SourceSvsm) -> None:
-        if self._tracker is not None:
-            self._tracker.collect()
-        self._pending.union(self._memory.state_changes.take())
-        self._pending.union(self._hinted.take())
+    step = Sweep.step
 
-    stack.enter_context(patch.object(SourceSvsm, "_collect", gullible))
+    def blind(self: Sweep, _pending: DirtyBitmap) -> Looked:
+        return step(self, DirtyBitmap(self._pages))
+
+    def gullible(self: PendingPages, lost: DirtyBitmap) -> None:
+        self._take_reports(lost)
+
+    stack.enter_context(patch.object(Sweep, "step", blind))
+    stack.enter_context(patch.object(PendingPages, "collect_reports", gullible))
 
 
 # R5
@@ -232,13 +238,14 @@ def _unsent_is_fine(stack: ExitStack) -> None:
     manifest = SourceSvsm.manifest
 
     def careless(self: SourceSvsm, out: memoryview) -> int:
-        pending, self._pending = self._pending, DirtyBitmap(self._memory.pages)
+        pending = self._pending.pages
+        self._pending.pages = DirtyBitmap(self._memory.pages)
         bundles, self._epoch.bundles = self._epoch.bundles, 0
         try:
-            with patch.object(SourceSvsm, "_collect", lambda _self: None):
+            with patch.object(PendingPages, "collect_reports", lambda _self, _lost: None):
                 return manifest(self, out)
         finally:
-            self._pending, self._epoch.bundles = pending, bundles
+            self._pending.pages, self._epoch.bundles = pending, bundles
 
     stack.enter_context(patch.object(SourceSvsm, "manifest", careless))
     stack.enter_context(patch.object(ContentTable, "complete", lambda _self: True))
@@ -443,6 +450,12 @@ MUTATIONS: Final = (
     ),
     Mutation("R3", "totals of the epoch token ignored", _any_totals),
     Mutation("R4", "epoch token while pages are pending", _nothing_pending),
+    Mutation(
+        "R4",
+        "bundles while an epoch is being begun",
+        _replaced(Sweep, "require_closed", lambda _self: None),
+        "R1",
+    ),
     Mutation("R4", "the host's dirty log believed", _hint_believed, "R6"),
     Mutation("R5", "parked at the first word", _park_believed),
     Mutation("R5", "vCPUs saved without parking", _parked_enough),

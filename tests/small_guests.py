@@ -8,8 +8,10 @@ import numpy as np
 
 from pagexfer.attestation import PskAttestor
 from pagexfer.dirty.byte_map import ByteMapTracker
+from pagexfer.dirty.content import ContentTracker
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.testing import BytesGate, SvsmPair
+from pagexfer.testing.tracker import SteppedMarks
 from pagexfer.wire.constants import PAGE_SIZE, WORDS_PER_PAGE
 
 if TYPE_CHECKING:
@@ -17,20 +19,27 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pagexfer.dirty import DirtyTracker
+
 PAGES: Final = 200  # no whole number of bitmap words
 VCPUS: Final = 2
 ATTESTOR: Final = PskAttestor(b"a pre-shared key of 32 bytes ...")
 
 
 class SmallGuest:
-    """A running guest whose vCPUs are the test itself: `write` stores a page, then marks it."""
+    """A running guest whose vCPUs are the test itself: `write` stores a page, then marks it.
 
-    def __init__(self, pages: int = PAGES, vcpus: int = VCPUS) -> None:
+    With `step_pages` its tracker is asked for as many pages at a time.
+    """
+
+    def __init__(self, pages: int = PAGES, vcpus: int = VCPUS, step_pages: int = 0) -> None:
         self.memory = GuestMemory.allocate(pages * PAGE_SIZE)
         self.memory.launch()
         self.gate = BytesGate([b"state of vCPU %d" % vcpu for vcpu in range(vcpus)], running=True)
         self._marks: NDArray[np.uint8] = np.zeros(pages, dtype=np.uint8)
-        self.tracker = ByteMapTracker(self._marks)
+        self.tracker: DirtyTracker = (
+            SteppedMarks(self._marks, step_pages) if step_pages else ByteMapTracker(self._marks)
+        )
         rng = np.random.default_rng(1)
         self.memory.words[: pages // 2] = rng.integers(
             1, 2**63, (pages // 2, WORDS_PER_PAGE), dtype=np.uint64
@@ -52,17 +61,21 @@ class Move:
         channels: int = 2,
         tracked: bool = True,
         audit: bool = False,
+        compared: bool = False,
+        step_pages: int = 0,
     ) -> None:
-        self.guest = SmallGuest(pages, vcpus)
+        """With `compared`, what changed is found by comparing RAM with what was sent, and no mark of the guest counts."""
+        self.guest = SmallGuest(pages, vcpus, step_pages)
         self.memory = GuestMemory.allocate(pages * PAGE_SIZE)
         self.gate = BytesGate.waiting(vcpus)
+        tracker = ContentTracker(self.guest.memory.words) if compared else self.guest.tracker
         self.pair = SvsmPair(
             self.guest.memory,
             self.guest.gate,
             self.memory,
             self.gate,
             ATTESTOR,
-            tracker=self.guest.tracker if tracked else None,
+            tracker=tracker if tracked else None,
             audit=audit,
             channels=channels,
         )

@@ -90,7 +90,7 @@ def test_mailbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mailbox.main([*small, "--json", str(result), "--plot", str(plot)])
     measured = json.loads(result.read_text())
     assert measured["sealing"]["2 KiB"]["1"]["handshakes_per_gib"] == 1 << 19
-    assert measured["round_trips"].keys() == {"two eventfds", "direct call", "slot"}
+    assert measured["round_trips"].keys() == {"two eventfds", "doorbells", "command", "direct call"}
     assert measured["migrations"].keys() == {"4"}
     assert [Table.load(table).rows for table in measured["tables"]]
     assert plot.read_bytes().startswith(b"\x89PNG")
@@ -104,7 +104,7 @@ def test_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qemu.main([*small, "--json", str(result), "--plot", str(plot)])
     measured = json.loads(result.read_text())
     figures = {figure["way"]: figure for figure in measured["figures"]}
-    assert figures.keys() == {"multifd", "multifd TLS", "pagexfer", "pagexfer audit"}
+    assert figures.keys() == {"multifd", "multifd TLS", "pagexfer", "pagexfer 2 shards"}
     assert all(
         figure["seconds"]["median"] > 0 < figure["downtime_ms"]["median"] for figure in figures.values()
     )

@@ -91,6 +91,14 @@ def test_the_audit_counts_as_downtime() -> None:
     assert verdict.expected_downtime_s == pytest.approx(_LIMIT_S + 0.005, rel=1e-3)
 
 
+def test_looking_for_changed_pages_counts_as_downtime() -> None:
+    samples = _epochs([100000], 1.0)
+    assert _decide(samples, 0, 1.0, Costs(look_s=_LIMIT_S - FIXED_DOWNTIME_S)).decision is Decision.SWITCHOVER
+    verdict = _decide(samples, 0, 1.0, Costs(look_s=_LIMIT_S))
+    assert verdict.decision is Decision.TRANSFER
+    assert verdict.expected_downtime_s == pytest.approx(_LIMIT_S + FIXED_DOWNTIME_S)
+
+
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_an_audit_that_is_too_long_is_said_before_anything_is_sent(epochs: int) -> None:
     verdict = _decide(_epochs([100000] * epochs, 1.0), 0, 1.0, Costs(audit_s=_LIMIT_S))

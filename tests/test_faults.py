@@ -15,11 +15,10 @@ from pagexfer.errors import Outcome, TransferAborted
 from pagexfer.migration import MigrationReport
 from pagexfer.svsm.journal import read_journal
 from pagexfer.svsm.recovery import judge_both
-from pagexfer.testing.proxy import Action, FaultProxy, after_bytes, at_bundle, at_frame
-from pagexfer.wire.bundle import BundleKind
-from pagexfer.wire.framing import FrameType
+from pagexfer.testing.proxy import Action, FaultProxy
 from pagexfer.wire.handshake import Role
 
+from .fault_points import FAULT_POINTS
 from .machines import HOST, PATIENCE_S, Machines, Side, goes_on, is_parked, never_ran, receive
 
 if TYPE_CHECKING:
@@ -31,21 +30,6 @@ if TYPE_CHECKING:
 # Short where a side has to find out by waiting, long where nothing is to be waited for.
 _SHORT_S: Final = 0.2
 _LONG_S: Final = 10.0
-
-_POINTS: Final[dict[str, Callable[[], Callable[[Frame], bool]]]] = {
-    "channel-open": lambda: at_bundle(BundleKind.CHANNEL_OPEN, 2),
-    "mid-epoch": lambda: after_bytes(1, 1 << 20),
-    "first-barrier": lambda: at_frame(FrameType.BARRIER, channel=1),
-    "last-barrier": lambda: at_frame(FrameType.BARRIER, 2, channel=2),
-    "epoch-token": lambda: at_bundle(BundleKind.EPOCH_TOKEN),
-    "last-epoch-token": lambda: at_bundle(BundleKind.EPOCH_TOKEN, 2),
-    "device-state": lambda: at_bundle(BundleKind.DEVICE_STATE),
-    "vcpu-state": lambda: at_bundle(BundleKind.VCPU_STATE, 2),
-    "manifest": lambda: at_bundle(BundleKind.MANIFEST),
-    "ready": lambda: at_bundle(BundleKind.READY),
-    "start-token": lambda: at_bundle(BundleKind.START_TOKEN),
-    "running": lambda: at_bundle(BundleKind.RUNNING),
-}
 
 _ACTIONS: Final = [action for action in Action if action not in (Action.PASS, Action.DELAY)]
 
@@ -92,13 +76,15 @@ def _expected(point: str, action: Action) -> tuple[set[Outcome], bool]:
 
 
 @pytest.mark.parametrize("action", _ACTIONS)
-@pytest.mark.parametrize("point", _POINTS)
+@pytest.mark.parametrize("point", FAULT_POINTS)
 async def test_one_side_may_run_the_guest(
     machines: Machines, tmp_path: Path, point: str, action: Action
 ) -> None:
     outcomes, runs_there = _expected(point, action)
     stall_timeout_s = _LONG_S if outcomes == {Outcome.COMPLETED} else _SHORT_S
-    source, destination, runner = await _migrate(machines, _POINTS[point], action, stall_timeout_s, tmp_path)
+    source, destination, runner = await _migrate(
+        machines, FAULT_POINTS[point], action, stall_timeout_s, tmp_path
+    )
 
     outcome = _outcome(source)
     assert outcome in outcomes, source.end
@@ -119,7 +105,7 @@ async def test_one_side_may_run_the_guest(
 
 async def test_without_a_fault_the_guest_moves(machines: Machines, tmp_path: Path) -> None:
     source, destination, runner = await _migrate(
-        machines, _POINTS["start-token"], Action.PASS, _LONG_S, tmp_path
+        machines, FAULT_POINTS["start-token"], Action.PASS, _LONG_S, tmp_path
     )
     assert runner is Role.DESTINATION
     assert _outcome(source) is _outcome(destination) is Outcome.COMPLETED

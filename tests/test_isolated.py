@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 import pytest
 import trio
 
-from pagexfer.errors import Outcome, TransferAborted
+from pagexfer.errors import Outcome, TransferAborted, UsageError
 from pagexfer.guests.kvm import KvmGuest
 from pagexfer.guests.simulated import SimulatedGuest
 from pagexfer.migration import MigrationReport, receive_guest, send_guest
@@ -26,6 +26,7 @@ from pagexfer.wire.bundle import BundleKind
 from pagexfer.wire.slot import COMMAND_OFFSET, REGISTER_PAGE_BYTES, STATUS_OFFSET, SlotMemory
 
 from . import kvm_guests
+from .fault_points import FAULT_POINTS
 from .kvm_guests import needs_kvm
 from .machines import (
     ATTESTOR,
@@ -58,6 +59,7 @@ class Pair(Generic[GuestT]):
         self.destination: GuestT = destination
         self.sent, self.received = Side(), Side()
         self.stall_s = _STALL_S
+        self.cpus: tuple[int, ...] = ()
 
     async def migrate(
         self, point: Callable[[Frame], bool] | None, act: Callable[[], None], channels: int = 2
@@ -86,6 +88,7 @@ class Pair(Generic[GuestT]):
                 downtime_limit_s=1.0,
                 stall_timeout_s=self.stall_s,
                 isolated=True,
+                cpus=self.cpus,
             )
         except TransferAborted as aborted:
             self.sent.end = aborted
@@ -99,6 +102,7 @@ class Pair(Generic[GuestT]):
                 ATTESTOR,
                 stall_timeout_s=self.stall_s,
                 isolated=True,
+                cpus=self.cpus,
                 on_listening=task_status.started,
             )
         except TransferAborted as aborted:
@@ -160,6 +164,30 @@ async def test_a_migration_completes(pair: SimulatedPair, channels: int) -> None
     assert len(pair.sent.end.info.channels) == channels
     assert await goes_on(pair.destination)
     assert is_parked(pair.source)
+
+
+async def test_engines_and_handlers_keep_to_their_cpus(pair: SimulatedPair) -> None:
+    """Pinned to one processor, they leave those of pinned vCPUs alone; what else the SVSM's process does is not pinned."""
+    allowed = os.sched_getaffinity(0)
+    pair.cpus = (max(allowed),)
+    seen: list[set[int]] = []
+
+    def look() -> None:
+        handlers = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("handler")]
+        seen.extend(os.sched_getaffinity(task) for task in (*_engines(), *handlers) if task)
+
+    await pair.migrate(at_bundle(BundleKind.MANIFEST), look)
+    assert isinstance(pair.sent.end, MigrationReport), pair.sent.end
+    assert seen == [set(pair.cpus)] * (
+        2 + 2 * 3
+    )  # engines, and at each side handlers of two channels and of the session
+    assert os.sched_getaffinity(0) == allowed
+
+
+@pytest.mark.parametrize(("cpus", "isolated"), [((0,), False), ((4095,), True)])
+async def test_cpus_that_cannot_be_used(machines: Machines, cpus: tuple[int, ...], isolated: bool) -> None:
+    with pytest.raises(UsageError, match=r"4095|isolated"):
+        await send_guest(machines.source, HOST, 1, ATTESTOR, cpus=cpus, isolated=isolated)
 
 
 @needs_kvm
@@ -304,50 +332,66 @@ def _memory_of(process: int, maps: str) -> bytes:
     return bytes(content)
 
 
+def _engine(side: int) -> None:
+    os.kill(_engines()[side], signal.SIGKILL)
+
+
+def _handler(side: int) -> None:
+    """The one of channel 0, which tokens go through: it dies at its next command. A destination's starts last."""
+    handlers = [thread for thread in threading.enumerate() if thread.name == "handler-0"]
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(handlers[-1 - side].ident or 0), ctypes.py_object(SystemExit)
+    )
+
+
+_DESTINATION, _SOURCE = 0, -1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize(
-    ("point", "side", "outcome"),
+    ("point", "victim", "side", "outcome", "runs_there"),
     [
-        (lambda: after_bytes(1, 1 << 20), 0, Outcome.ENDED),
-        (lambda: at_bundle(BundleKind.MANIFEST), 1, Outcome.ENDED),
-        (lambda: at_bundle(BundleKind.RUNNING), 1, Outcome.UNDECIDED),
+        ("channel-open", _handler, _SOURCE, Outcome.ENDED, False),
+        ("mid-epoch", _engine, _DESTINATION, Outcome.ENDED, False),
+        ("mid-epoch", _handler, _SOURCE, Outcome.ENDED, False),
+        ("first-barrier", _engine, _SOURCE, Outcome.ENDED, False),
+        ("last-barrier", _engine, _DESTINATION, Outcome.ENDED, False),
+        ("epoch-token", _engine, _DESTINATION, Outcome.ENDED, False),
+        ("last-epoch-token", _engine, _SOURCE, Outcome.ENDED, False),
+        ("device-state", _handler, _SOURCE, Outcome.ENDED, False),
+        ("vcpu-state", _handler, _DESTINATION, Outcome.ENDED, False),
+        ("manifest", _engine, _SOURCE, Outcome.ENDED, False),
+        ("ready", _handler, _SOURCE, Outcome.ENDED, False),
+        ("start-token", _handler, _DESTINATION, Outcome.UNDECIDED, False),
+        ("running", _engine, _SOURCE, Outcome.UNDECIDED, True),
     ],
-    ids=["epoch-destination", "manifest-source", "running-source"],
 )
-async def test_an_engine_killed_at(
-    pair: SimulatedPair, point: Callable[[], Callable[[Frame], bool]], side: int, outcome: Outcome
+async def test_who_may_run_once_an_engine_or_a_handler_is_killed_at(
+    pair: SimulatedPair,
+    point: str,
+    victim: Callable[[int], None],
+    side: int,
+    outcome: Outcome,
+    runs_there: bool,
 ) -> None:
-    await pair.migrate(point(), lambda: os.kill(_engines()[side], signal.SIGKILL))
+    await pair.migrate(FAULT_POINTS[point](), lambda: victim(side))
     assert isinstance(pair.sent.end, TransferAborted), pair.sent.end
     assert pair.sent.end.outcome is outcome
     if outcome is Outcome.ENDED:
-        assert isinstance(pair.received.end, TransferAborted)
-        assert never_ran(pair.destination)
         assert await goes_on(pair.source)
     else:
-        assert isinstance(pair.received.end, MigrationReport)
         assert is_parked(pair.source)
+    if runs_there:
+        assert isinstance(pair.received.end, MigrationReport)
         assert await goes_on(pair.destination)
+    else:
+        assert isinstance(pair.received.end, TransferAborted)
+        assert never_ran(pair.destination)
 
 
 async def test_an_engine_that_stands_still_is_ended(pair: SimulatedPair) -> None:
     await pair.migrate(after_bytes(1, 1 << 20), lambda: os.kill(_engines()[1], signal.SIGSTOP))
     assert isinstance(pair.sent.end, TransferAborted)
     assert (pair.sent.end.outcome, pair.sent.end.reason) == (Outcome.ENDED, "engine")
-    assert await goes_on(pair.source)
-    assert never_ran(pair.destination)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("which", [0, -1], ids=["destination", "source"])
-async def test_a_handler_that_dies_ends_the_session(pair: SimulatedPair, which: int) -> None:
-    def kill() -> None:
-        handlers = [thread for thread in threading.enumerate() if thread.name == "handler-1"]
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(handlers[which].ident or 0), ctypes.py_object(SystemExit)
-        )
-
-    await pair.migrate(after_bytes(1, 1 << 20), kill)
-    assert isinstance(pair.sent.end, TransferAborted), pair.sent.end
-    assert pair.sent.end.outcome is Outcome.ENDED
     assert await goes_on(pair.source)
     assert never_ran(pair.destination)

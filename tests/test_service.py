@@ -37,6 +37,7 @@ from pagexfer.wire.slot import (
     HOST_DATA_OFFSET,
     NO_BUFFER,
     STATUS_OFFSET,
+    SVSM_DATA_OFFSET,
     BufferState,
     Command,
     SlotStatus,
@@ -234,7 +235,7 @@ def snapshot(move: Move) -> tuple[object, ...]:
         (
             source._epoch.number,
             source._epoch.totals,
-            source._pending.gfns().tolist(),
+            source._pending.pages.gfns().tolist(),
             len(source._vcpu_states),
         ),
         (destination._epoch, destination._epoch_bundles, destination._seen.count()),
@@ -422,3 +423,49 @@ def test_no_content_of_the_register_page_raises(line: bytes, page: bytes, number
     slot.service.service()
     assert struct.unpack_from("<H", slot.raw, STATUS_OFFSET + 4)[0] in [int(status) for status in SlotStatus]
     move.close()
+
+
+# A host that lost track of a slot
+
+
+def _interrupted(slot: HostSlot, at: str) -> None:
+    """A host that was killed in the middle of `at`."""
+    if at == "fill":
+        slot.memory.begin_fill(0, HOST_DATA_OFFSET)
+    elif at == "command":
+        slot.give(b"a package that no command came for")
+    else:
+        answer = slot.ring(Command.EXPORT, NO_BUFFER, 0, PAGES, 0)
+        assert answer.buffer != NO_BUFFER
+        if at == "drain":
+            slot.memory.begin_drain(answer.buffer, HOST_DATA_OFFSET)
+
+
+def _recover(slot: HostSlot) -> None:
+    """What the protocol's page says that a host may do between two commands."""
+    for index in range(2):
+        offsets = HOST_DATA_OFFSET + 4 * index, SVSM_DATA_OFFSET + 4 * index
+        host, svsm = (struct.unpack_from("<I", slot.raw, offset)[0] >> 8 for offset in offsets)
+        if slot.memory.buffer_state(index) is not BufferState.FREE:
+            turn = host if (host - svsm) % (1 << 24) < 1 << 23 else svsm
+            struct.pack_into("<I", slot.raw, offsets[0], turn << 8 | BufferState.FREE)
+
+
+@pytest.mark.parametrize("at", ["fill", "command", "answer", "drain"])
+def test_a_host_that_lost_track_of_a_slot_frees_its_buffers_and_goes_on(move: Move, at: str) -> None:
+    move.pair.handshake()
+    move.pair.open_channels()
+    move.pair.source.begin_epoch()
+    slots = HostSlots.of(move.pair)
+    slot = slots.source_channels[1]
+    for _ in range(3):  # of both buffers, and of turns of either side
+        _interrupted(slot, at)
+        assert slot.free_buffers() == 1
+        _recover(slot)
+        assert slot.free_buffers() == 2
+        assert refused(slot, Command.IMPORT, package=b"any") is RefusalCode.COMMAND
+    # A bundle that was lost so was sealed: nothing but a new connection brings its pages back (R4, R9).
+    left = 0
+    while pages := slot.call(Command.EXPORT, 0, PAGES)[0].result:
+        left += pages
+    assert (left < PAGES) is (at in ("answer", "drain"))

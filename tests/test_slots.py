@@ -36,6 +36,13 @@ async def test_every_command_has_the_next_number() -> None:
     assert [registers.sequence for registers, _ in svsm.seen] == [first, first + 1, first + 2]
 
 
+async def test_another_engine_goes_on_with_the_next_number() -> None:
+    svsm = FakeSvsm()
+    for _ in range(2):
+        await svsm.slot().command(Command.EPOCH)
+    assert [registers.sequence for registers, _ in svsm.seen] == [1, 2]
+
+
 @pytest.mark.parametrize("error", [-1, 1, 1 << 31])
 async def test_an_answer_to_another_command_is_refused(error: int) -> None:
     slot = FakeSvsm(lambda _registers, _package: Reply(sequence_error=error)).slot()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PAGES = 24
 CHANNELS = 2
+STEP_PAGES = 10
 _TOKENS = [BundleKind.LEDGER, BundleKind.EPOCH_TOKEN, BundleKind.MANIFEST, BundleKind.START_TOKEN]
 _ANSWERS = [BundleKind.READY, BundleKind.RUNNING, BundleKind.ABORT_TOKEN]
 
@@ -35,14 +36,26 @@ class AnyHost(RuleBasedStateMachine):
     `queue` is what an honest host would deliver next, so that long honest stretches are likely too.
     """
 
-    @initialize(hostile=st.booleans(), audit=st.booleans(), done=st.integers(0, 9))
-    def begin(self, hostile: bool, audit: bool, done: int) -> None:
+    @initialize(
+        hostile=st.booleans(),
+        how=st.sampled_from(["tracked", "audited", "compared"]),
+        done=st.integers(0, 9),
+    )
+    def begin(self, hostile: bool, how: str, done: int) -> None:
         """Where the run begins, and whether the network is an enemy too; a wild one seldom lets a session live for long.
 
-        With an audit nobody tells the SVSM what the guest writes.
+        Nobody tells the SVSM what the guest writes unless it is `tracked`.
         """
         self.hostile = hostile
-        self.move = Move(pages=PAGES, channels=CHANNELS, tracked=not audit, audit=audit)
+        audit, compared = how == "audited", how == "compared"
+        self.move = Move(
+            pages=PAGES,
+            channels=CHANNELS,
+            tracked=not audit,
+            audit=audit,
+            compared=compared,
+            step_pages=STEP_PAGES,
+        )
         self.pair = self.move.pair
         self.queue: list[Message] = []
         self.at_black_out: tuple[bytes, bytes, list[bytes]] | None = None
@@ -92,6 +105,10 @@ class AnyHost(RuleBasedStateMachine):
     @rule()
     def begin_epoch(self) -> None:
         self.attempt(self.pair.source.begin_epoch)
+
+    @rule()
+    def collect_part(self) -> None:
+        self.attempt(self.pair.source.collect_part)
 
     @rule()
     def audit(self) -> None:

@@ -108,22 +108,22 @@ def test_two_commands_leave_the_pages_of_the_vectors() -> None:
     def host_imports() -> None:
         slot.begin_fill(0, HOST_DATA_OFFSET)
         slot.publish(0, HOST_DATA_OFFSET)
-        slot.write_command(CommandRegisters(1, Command.IMPORT, 0, 0, 0, 100))
+        slot.write_command(1, Command.IMPORT, 0, 0, 0, 100)
 
     def svsm_imports() -> None:
         slot.begin_drain(0, SVSM_DATA_OFFSET)
         slot.release(0, SVSM_DATA_OFFSET)
         session = SessionStatus.PRECOPY
-        slot.write_status(StatusRegisters(1, SlotStatus.OK, None, session, NO_BUFFER, 0, 8, 0))
+        slot.write_status(1, SlotStatus.OK, None, session, NO_BUFFER, 0, 8, 0)
 
     def host_exports() -> None:
-        slot.write_command(CommandRegisters(2, Command.EXPORT, NO_BUFFER, 512, 64, 0))
+        slot.write_command(2, Command.EXPORT, NO_BUFFER, 512, 64, 0)
 
     def svsm_exports() -> None:
         slot.begin_fill(0, SVSM_DATA_OFFSET)
         slot.publish(0, SVSM_DATA_OFFSET)
         session = SessionStatus.PRECOPY
-        slot.write_status(StatusRegisters(2, SlotStatus.INCOMPLETE, None, session, 0, 4192, 1, 0))
+        slot.write_status(2, SlotStatus.INCOMPLETE, None, session, 0, 4192, 1, 0)
 
     def host_drains() -> None:
         slot.begin_drain(0, HOST_DATA_OFFSET)
@@ -141,7 +141,7 @@ def test_command_of_vector(vector: Vector) -> None:
     registers = CommandRegisters(*vector["fields"])
     assert slot_with(page).read_command_untrusted() == registers
     slot = slot_with(page[:COMMAND_OFFSET])
-    slot.write_command(registers)
+    slot.write_command(*registers)
     assert bytes(slot._registers[: len(page)]) == page
 
 
@@ -158,7 +158,7 @@ def test_status_of_vector(vector: Vector) -> None:
     registers = StatusRegisters(sequence, SlotStatus(status), code, SessionStatus(session), *rest)
     assert slot_with(page).read_status_untrusted() == registers
     slot = slot_with(page[:STATUS_OFFSET])
-    slot.write_status(registers)
+    slot.write_status(*registers)
     assert bytes(slot._registers[: len(page)]) == page
 
 
@@ -173,7 +173,7 @@ def test_command_round_trip(
 ) -> None:
     slot = slot_with(data_of(VECTORS["formatted"]))
     registers = CommandRegisters(sequence, command, buffer, argument, argument2, length)
-    slot.write_command(registers)
+    slot.write_command(*registers)
     assert slot.read_command_untrusted() == registers
 
 

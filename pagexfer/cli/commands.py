@@ -211,8 +211,7 @@ def send(
             channels=channels,
             steering=steering,
             listening=listening,
-            # Nobody tells which pages a stock QEMU writes: only the audit finds them all.
-            freshness=freshness if monitor is None else "digest-audit",
+            freshness=freshness,
             isolated=isolated,
             cpus=cpus,
             shards=shards,

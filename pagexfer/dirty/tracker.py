@@ -1,11 +1,15 @@
-"""The one protocol of everything that can say which pages were written."""
+"""The protocol of everything that can say which pages were written, and of what knows by what was sent."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from .bitmap import DirtyBitmap
+    from .ram import PageCopies
 
 
 class DirtyTracker(Protocol):
@@ -21,4 +25,36 @@ class DirtyTracker(Protocol):
 
     def stop(self) -> None:
         """Stop tracking. Calling it again changes nothing."""
+        ...
+
+
+@runtime_checkable
+class SteppedTracker(DirtyTracker, Protocol):
+    """A tracker that has to read RAM to say what was written, and so can be asked for a part of it at a time."""
+
+    @property
+    def step_pages(self) -> int:
+        """Pages that one call of `collect_part` should get: some tens of milliseconds of work."""
+        ...
+
+    def collect_part(self, start: int, stop: int) -> NDArray[np.int64]:
+        """As `collect`, of the pages `start` to `stop` - 1 alone, sorted; asked from 0 on, part by part, until the last."""
+        ...
+
+
+@runtime_checkable
+class ComparingTracker(SteppedTracker, Protocol):
+    """Reports pages that are not as they were sent: it sees no write, and needs none reported to it.
+
+    After `start` nothing was sent, and every page counts as zero. A page that `collect` reports counts as it was then until
+    it is sent. So whoever sends all pages once, and then every page that is reported, has sent what RAM is as soon as a
+    `collect` on a guest that stands still reports nothing more.
+    """
+
+    def sent(self, gfns: NDArray[np.int64], copies: PageCopies, in_use: NDArray[np.bool_]) -> None:
+        """Pages `gfns` (ascending) were sent as the first of these `copies`; those not `in_use` are zero and not read.
+
+        Threads may call it at the same time for different pages, but not beside `collect`, which has to see all that was
+        sent before it.
+        """
         ...

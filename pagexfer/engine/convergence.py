@@ -75,7 +75,7 @@ class EpochSample:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What black-out is expected to cost beside sending pages: hashing all of RAM, and a round trip.
+    """What black-out is expected to cost beside sending pages: hashing all of RAM, a round trip, looking for changed pages.
 
     `channels` share the pages.
     """
@@ -83,10 +83,11 @@ class Costs:
     channels: int = 1
     audit_s: float = 0.0
     round_trip_s: float = 0.0
+    look_s: float = 0.0
 
     @property
     def fixed_s(self) -> float:
-        return FIXED_DOWNTIME_S + ROUND_TRIPS * self.round_trip_s + self.audit_s
+        return FIXED_DOWNTIME_S + ROUND_TRIPS * self.round_trip_s + self.audit_s + self.look_s
 
 
 @dataclass(frozen=True, slots=True)

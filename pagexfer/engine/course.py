@@ -82,8 +82,10 @@ class Course:
                 Outcome.ENDED, "timeout", f"pre-copy did not end within the timeout of {timeout_s:g} s"
             )
 
-    async def decide(self, pending_pages: int, audit_s: float) -> Decision:
+    async def decide(self, pending_pages: int, audit_s: float, look_s: float) -> Decision:
         """Whether to transfer what is pending, or to switch over. Raises TransferAborted where neither helps.
+
+        Audit, and looking for changed pages, are expected to take so long in black-out.
 
         Comes back late where the operator wants a pause, and then with one epoch more.
         """
@@ -96,7 +98,7 @@ class Course:
             trio.current_time(),
             self._pressure,
             parameters,
-            Costs(self._channels, audit_s, self._round_trip_s if self._samples else 0.0),
+            Costs(self._channels, audit_s, self._round_trip_s if self._samples else 0.0, look_s),
             can_throttle=can_throttle,
         )
         self._progress.expected_downtime_s = verdict.expected_downtime_s if self._samples else 0.0

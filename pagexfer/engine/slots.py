@@ -12,15 +12,13 @@ from ..wire.slot import (
     HOST_DATA_OFFSET,
     NO_BUFFER,
     Command,
-    CommandRegisters,
     SlotStatus,
-    StatusRegisters,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from ..wire.slot import SlotMemory
+    from ..wire.slot import SlotMemory, StatusRegisters
 
 
 class Slot:
@@ -32,7 +30,7 @@ class Slot:
     def __init__(self, memory: SlotMemory, ring: Callable[[], Awaitable[None]]) -> None:
         self._memory = memory
         self._ring = ring
-        self._sequence = 0
+        self._sequence = memory.command_sequence  # which is not 0 where another engine had this slot before
         self._exchanging = trio.Lock()
 
     async def command(
@@ -49,9 +47,7 @@ class Slot:
         Raises SvsmRefused with the coarse code of a refusal, and SvsmLost where the answer is none.
         """
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        self._memory.write_command(
-            CommandRegisters(self._sequence, command, buffer, argument, argument2, length)
-        )
+        self._memory.write_command(self._sequence, command, buffer, argument, argument2, length)
         await self._ring()
         try:
             answer = self._memory.read_status_untrusted()

@@ -188,11 +188,19 @@ class SourceEngine:
         if log is not None:
             await trio.to_thread.run_sync(log.start)
         audit_s: float | None = None
+        look_s = 0.0
         while True:
+            began = trio.current_time()
             pending, chunks = await self._begin_epoch()
             if audit_s is None:
-                audit_s = await self._predict_audit()
-            if await self._course.decide(pending, audit_s) is Decision.SWITCHOVER:
+                audit_s = (
+                    await self._predict_audit()
+                )  # the first epoch looks for nothing: all of RAM is to be sent
+            else:
+                # An SVSM that compares RAM with what was sent does so in black-out too.
+                took_s = trio.current_time() - began
+                look_s = min(look_s or took_s, took_s)
+            if await self._course.decide(pending, audit_s, look_s) is Decision.SWITCHOVER:
                 return
             await self._transfer(control, repair, pending, chunks)
 
@@ -249,7 +257,11 @@ class SourceEngine:
                 await self._control_slot.exchange(
                     Command.HINT, start * 8, bytes(words[start : start + _HINT_BYTES])
                 )
-        answer, counts = await self._control_slot.exchange(Command.EPOCH)
+        while True:
+            answer, counts = await self._control_slot.exchange(Command.EPOCH)
+            if answer.status is not SlotStatus.INCOMPLETE:
+                break
+            await trio.lowlevel.checkpoint()  # where the SVSM reads all RAM, this takes as long
         chunks = plan_chunks(
             np.frombuffer(counts, dtype="<u4"), answer.result2, self._ram_pages, self._options.channels
         )
@@ -272,7 +284,7 @@ class SourceEngine:
         while True:
             answer = await self._control_slot.command(Command.AUDIT)
             found += answer.result2
-            await trio.lowlevel.checkpoint_if_cancelled()
+            await trio.lowlevel.checkpoint()
             if answer.status is not SlotStatus.INCOMPLETE:
                 break
         self._progress.audit = AuditInfo(1000 * (trio.current_time() - began), found)

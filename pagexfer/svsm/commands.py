@@ -45,6 +45,9 @@ def source_control(slot: SlotMemory, svsm: SourceSvsm, *, shared: bool = True) -
 
     def epoch(call: Call) -> Answer:
         room = call.room()
+        looked = svsm.collect_part()
+        if looked.more:
+            return Answer(result=looked.pages, status=SlotStatus.INCOMPLETE)
         pending = svsm.begin_epoch()
         region_pages = _MIN_REGION_PAGES
         while -(-pending.pages // region_pages) * 4 > len(room):

@@ -79,15 +79,16 @@ class Handler:
     def _serve(self) -> None:
         bell = select.poll()
         bell.register(self._to_svsm, select.POLLIN)
+        slot, service = self._slot, self._service
         answered = 0
         looks, pause, commands = 0, 1, 0
         while not self._stopping:
-            seen = self._slot.command_sequence
+            seen = slot.command_sequence
             if seen != answered:
                 if looks:
                     pause = 1  # it was worth it
                 # What cannot be read has no number of its own: it is not looked at twice.
-                answered = self._service.service() or seen
+                answered = service.service() or seen
                 _ring(self._to_host)
                 commands += 1
                 looks = 0 if commands % pause else LOOKS
@@ -102,6 +103,7 @@ class Handler:
 
 
 def _ring(bell: int) -> None:
-    # A counter that is full has rung often enough.
-    with suppress(BlockingIOError):
+    try:
         os.eventfd_write(bell, 1)
+    except BlockingIOError:  # a counter that is full has rung often enough
+        return

@@ -6,9 +6,7 @@ is the one place where the trusted side's errors become `RefusalCode`s; what was
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import numpy as np
 
@@ -33,7 +31,6 @@ from ..wire.slot import (
     SVSM_DATA_OFFSET,
     Command,
     SlotStatus,
-    StatusRegisters,
 )
 
 if TYPE_CHECKING:
@@ -154,8 +151,7 @@ class Call:
         return self._buffer if self._buffer is not None and length else NO_BUFFER
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What goes into the status line; a `length` above zero means that the call's room holds a package."""
 
     length: int = 0
@@ -177,7 +173,8 @@ class SlotService:
     ) -> None:
         self._slot = slot
         self._session = session
-        self._commands = commands
+        # By their numbers, as these come from the host.
+        self._commands = {int(command): perform for command, perform in commands.items()}
         self._border = Border(slot, session.staging, shared=shared)
 
     def service(self) -> int:
@@ -217,35 +214,23 @@ class SlotService:
 
     def _answer(self, call: Call) -> tuple[Answer, int]:
         try:
-            command = self._command(call.registers.command)
-            handler = self._commands[command]
+            perform = self._commands.get(call.registers.command)
+            if perform is None:
+                raise BadCommand("unknown command for this slot")
             # A package that is sealed or opened keeps no other slot waiting: these take the lock themselves.
-            with nullcontext() if command in _PARALLEL else self._session.lock:
-                answer = handler(call)
+            if call.registers.command in _PARALLEL:
+                answer = perform(call)
+            else:
+                with self._session.lock:
+                    answer = perform(call)
         except BaseException:
             call.end(0)
             raise
         return answer, call.end(answer.length)
 
-    def _command(self, number: int) -> Command:
-        command = _COMMANDS.get(number)
-        if command is None or command not in self._commands:
-            raise BadCommand("unknown command for this slot")
-        return command
-
     def _reply(self, sequence: int, answer: Answer, buffer: int, error: RefusalCode | None) -> None:
-        self._slot.write_status(
-            StatusRegisters(
-                sequence,
-                answer.status,
-                error,
-                self._session.state,
-                buffer,
-                answer.length,
-                answer.result,
-                answer.result2,
-            )
-        )
+        length, result, result2, status = answer
+        self._slot.write_status(sequence, status, error, self._session.state, buffer, length, result, result2)
 
 
 def refusal_code(error: PagexferError) -> RefusalCode:
@@ -272,8 +257,7 @@ _CODES: Final[tuple[tuple[type[PagexferError], RefusalCode], ...]] = (
     (PageStateError, RefusalCode.GUEST),
     (JournalError, RefusalCode.JOURNAL),
 )
-_COMMANDS: Final = {int(command): command for command in Command}
-_PARALLEL: Final = frozenset({Command.EXPORT, Command.IMPORT})
+_PARALLEL: Final = frozenset({int(Command.EXPORT), int(Command.IMPORT)})
 
 
 def _copy(source: memoryview, target: memoryview) -> None:

@@ -16,7 +16,6 @@ from ..svsm.source import SourceSvsm
 from ..wire.bundle import MAX_BUNDLE_BYTES, BundleKind, Direction, parse_header_untrusted
 from ..wire.constants import GUEST_ID_BYTES
 from ..wire.device_state import MAX_DEVICE_STATE_PART_BYTES, DevicePart
-from ..wire.handshake import Freshness
 from ..wire.ledger import guest_id_of
 
 if TYPE_CHECKING:
@@ -97,6 +96,7 @@ class SvsmPair:
             destination_attestor or attestor,
             journal=destination_journal,
         )
+        self._audit = audit
         self.channels = channels
         self.intercept = intercept
         self.sent: list[Message] = []
@@ -187,7 +187,7 @@ class SvsmPair:
         """All before the manifest: parked, audited, the last epoch closed, vCPU states sent."""
         self.until_precopy()
         self.park()
-        if self.source.freshness is Freshness.DIGEST_AUDIT:
+        if self._audit:
             self.audit()
         self.epoch()
         self.vcpus()

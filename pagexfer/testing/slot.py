@@ -10,7 +10,6 @@ from ..wire.slot import (
     HOST_DATA_OFFSET,
     NO_BUFFER,
     BufferState,
-    CommandRegisters,
     SlotGeometry,
     SlotMemory,
 )
@@ -82,9 +81,7 @@ class HostSlot:
     def ring(self, command: int, buffer: int, argument: int, argument2: int, length: int) -> StatusRegisters:
         """Any registers at all; the answer's sequence is that of the command, or the SVSM did not answer it."""
         self._sequence = (self._sequence + 1) & _SEQUENCE_MASK
-        self.memory.write_command(
-            CommandRegisters(self._sequence, command, buffer, argument, argument2, length)
-        )
+        self.memory.write_command(self._sequence, command, buffer, argument, argument2, length)
         self.service.service()
         answer = self.memory.read_status_untrusted()
         # A command line that cannot be read is answered as number 0.

@@ -242,6 +242,8 @@ class SlotMemory:
                 f"slot memory of {len(view)} bytes, its registers say {self.geometry.slot_bytes}"
             )
         self._registers = view[:REGISTER_PAGE_BYTES]
+        self._command_line = self._registers[COMMAND_OFFSET : COMMAND_OFFSET + _LINE_BYTES]
+        self._status_line = self._registers[STATUS_OFFSET : STATUS_OFFSET + _LINE_BYTES]
         # Words that both sides look at are stored and loaded as one, not byte by byte. The host is little-endian.
         self._words = self._registers.cast("I")
         size = self.geometry.buffer_bytes
@@ -279,62 +281,59 @@ class SlotMemory:
 
     # The host's side
 
-    def write_command(self, registers: CommandRegisters) -> None:
-        """Publish a command: all fields, then the sequence word."""
-        _COMMAND_BODY.pack_into(self._registers, COMMAND_OFFSET + _WORD_BYTES, *registers[1:])
-        self._words[_COMMAND_SEQUENCE] = registers.sequence
+    def write_command(
+        self, sequence: int, command: int, buffer: int, argument: int, argument2: int, length: int
+    ) -> None:
+        """Publish a command, the fields of CommandRegisters: all of them, then the sequence word."""
+        _COMMAND_BODY.pack_into(self._command_line, _WORD_BYTES, command, buffer, argument, argument2, length)
+        self._words[_COMMAND_SEQUENCE] = sequence
 
     def read_status_untrusted(self) -> StatusRegisters:
         """The SVSM's answer, copied once. Raises MalformedData where a field is unknown or points outside of the slot."""
         sequence, status, error, session, buffer, length, result, result2, reserved = _STATUS.unpack(
-            bytes(self._registers[STATUS_OFFSET : STATUS_OFFSET + _STATUS.size])
+            self._status_line.tobytes()
         )
-        if reserved != _NO_RESERVED:
+        if reserved != _NO_STATUS_RESERVED:
             raise MalformedData("slot answer with reserved bytes set")
-        if status not in _STATUSES or session not in _SESSIONS or (error and error not in _ERRORS):
+        if status not in _STATUSES or session not in _SESSIONS or error not in _ERRORS:
             raise MalformedData(
                 f"slot answer with an unknown status {status}, session {session} or error {error}"
             )
-        answer = StatusRegisters(
-            sequence,
-            _STATUSES[status],
-            _ERRORS[error] if error else None,
-            _SESSIONS[session],
-            buffer,
-            length,
-            result,
-            result2,
-        )
-        if buffer != NO_BUFFER and (buffer >= len(self.packages) or length > self.geometry.package_bytes):
+        if buffer != NO_BUFFER and self._is_outside(buffer, length):
             raise MalformedData("slot answer that points outside of its buffers")
-        return answer
+        return StatusRegisters(
+            sequence, _STATUSES[status], _ERRORS[error], _SESSIONS[session], buffer, length, result, result2
+        )
 
     # The SVSM's side
 
     def read_command_untrusted(self) -> CommandRegisters:
         """The host's command, copied once. Raises MalformedData where it points outside of the slot."""
-        *fields, reserved = _COMMAND.unpack(
-            bytes(self._registers[COMMAND_OFFSET : COMMAND_OFFSET + _COMMAND.size])
+        sequence, command, buffer, argument, argument2, length, reserved = _COMMAND.unpack(
+            self._command_line.tobytes()
         )
-        registers = CommandRegisters(*fields)
-        if any(reserved):
+        if reserved != _NO_COMMAND_RESERVED:
             raise MalformedData("command with reserved bytes set")
-        if registers.buffer != NO_BUFFER and (
-            registers.buffer >= len(self.packages) or registers.length > self.geometry.package_bytes
-        ):
+        if buffer != NO_BUFFER and self._is_outside(buffer, length):
             raise MalformedData("command that points outside of the slot's buffers")
-        return registers
+        return CommandRegisters(sequence, command, buffer, argument, argument2, length)
 
-    def write_status(self, registers: StatusRegisters) -> None:
-        """Publish an answer: all fields, then the sequence word."""
+    def write_status(
+        self,
+        sequence: int,
+        status: SlotStatus,
+        error: RefusalCode | None,
+        session: SessionStatus,
+        buffer: int,
+        length: int,
+        result: int,
+        result2: int,
+    ) -> None:
+        """Publish an answer, the fields of StatusRegisters: all of them, then the sequence word."""
         _STATUS_BODY.pack_into(
-            self._registers,
-            STATUS_OFFSET + _WORD_BYTES,
-            registers.status,
-            registers.error or 0,
-            *registers[3:],
+            self._status_line, _WORD_BYTES, status, error or 0, session, buffer, length, result, result2
         )
-        self._words[_STATUS_SEQUENCE] = registers.sequence
+        self._words[_STATUS_SEQUENCE] = sequence
 
     # Both sides: whether there is something to read
 
@@ -347,6 +346,14 @@ class SlotMemory:
     def status_sequence(self) -> int:
         """Number of the command that was answered last; 0 before the first."""
         return self._words[_STATUS_SEQUENCE]
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether the command that stands in the registers was answered."""
+        return self._words[_STATUS_SEQUENCE] == self._words[_COMMAND_SEQUENCE]
+
+    def _is_outside(self, buffer: int, length: int) -> bool:
+        return buffer >= len(self.packages) or length > self.geometry.package_bytes
 
     # Both sides: the data register
 
@@ -408,5 +415,7 @@ _BUFFER_STATES: Final = {int(state): state for state in BufferState}
 _FREE: Final = int(BufferState.FREE)
 _STATUSES: Final = {int(status): status for status in SlotStatus}
 _SESSIONS: Final = {int(status): status for status in SessionStatus}
-_ERRORS: Final = {int(code): code for code in RefusalCode}
-_NO_RESERVED: Final = bytes(32)
+_ERRORS: Final[dict[int, RefusalCode | None]] = {0: None, **{int(code): code for code in RefusalCode}}
+# Compared as a whole, which is quicker than looking at each byte.
+_NO_COMMAND_RESERVED: Final = bytes(36)
+_NO_STATUS_RESERVED: Final = bytes(32)

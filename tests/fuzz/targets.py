@@ -202,14 +202,14 @@ def _identity(data: bytes) -> None:
 def _command(data: bytes) -> None:
     raw, slot = _slot_with(COMMAND_OFFSET, data)
     registers = slot.read_command_untrusted()
-    slot.write_command(registers)
+    slot.write_command(*registers)
     assert raw[COMMAND_OFFSET : COMMAND_OFFSET + _LINE_BYTES] == _line(data)
 
 
 def _status(data: bytes) -> None:
     raw, slot = _slot_with(STATUS_OFFSET, data)
     registers = slot.read_status_untrusted()
-    slot.write_status(registers)
+    slot.write_status(*registers)
     assert raw[STATUS_OFFSET : STATUS_OFFSET + _LINE_BYTES] == _line(data)
 
 

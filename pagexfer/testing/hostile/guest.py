@@ -5,18 +5,21 @@ The truth is what the referee holds the SVSMs against: how often each page has c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ...dirty.byte_map import ByteMapTracker
 from ...svsm.memory import GuestMemory
 from ...wire.constants import PAGE_SIZE
 from ...wire.page_state import SHARED, VALIDATED
 from ..gate import BytesGate
+from ..tracker import SteppedMarks
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+# The larger guests take two steps to begin an epoch.
+_STEP_PAGES: Final = 32
 
 
 class WatchedGate(BytesGate):
@@ -81,7 +84,7 @@ class HostileGuest(Machine):
         used = np.arange(1, pages // 2 + 1, dtype=np.uint64)
         self.memory.words[: used.size] = (used * np.uint64(0x9E3779B97F4A7C15))[:, np.newaxis]
         self._marks: NDArray[np.uint8] = np.zeros(pages, dtype=np.uint8)
-        self.tracker = ByteMapTracker(self._marks)
+        self.tracker = SteppedMarks(self._marks, _STEP_PAGES)
         self.versions = [1] * pages
         self.log: set[int] = set()
         self._steps = 0

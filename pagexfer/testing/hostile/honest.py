@@ -138,7 +138,7 @@ def _epoch(world: World) -> Script:
             hints[gfn // 8] |= 1 << gfn % 8
         _ask(world, world.source, CONTROL, Command.HINT, 0, package=bytes(hints))
     world.guest.log.clear()
-    _ask(world, world.source, CONTROL, Command.EPOCH)
+    _begin_epoch(world)
     x = yield
     work = deque(range(0, world.schedule.pages, _CHUNK_PAGES))
     channels = world.schedule.channels
@@ -165,6 +165,21 @@ def _epoch(world: World) -> Script:
             _deliver(world, Direction.FORWARD, ready[x % len(ready)])
         x = yield
     yield from _token(world, BundleKind.EPOCH_TOKEN)
+
+
+def _begin_epoch(world: World) -> None:
+    """EPOCH until it is complete. A host of commands out of order asks for pages in between, and sends what it gets."""
+    is_impatient = any(step.act is Act.COMMAND for step in world.schedule.steps)
+    while True:
+        reply = world.command(world.source, CONTROL, Command.EPOCH)
+        if not reply.ok or reply.status is None:
+            raise _Refused
+        if reply.status.status is not SlotStatus.INCOMPLETE:
+            return
+        if is_impatient:
+            early = world.command(world.source, FIRST, Command.EXPORT, 0, world.schedule.pages)
+            if early.ok and early.data:
+                world.send(Direction.FORWARD, 0, early.data)
 
 
 def _park(world: World) -> Script:

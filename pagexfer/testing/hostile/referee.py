@@ -85,6 +85,7 @@ class _Book:
     # A source's
     sent: dict[int, int] = field(default_factory=dict)  # version of each page as sent last
     due: set[int] = field(default_factory=set)
+    beginning: bool = False  # EPOCH was given, and is not complete
     carried: dict[_Place, set[int]] = field(default_factory=dict)
     closed: dict[int, set[_Place]] = field(default_factory=dict)
     token: tuple[_Place, set[int]] | None = None  # where this epoch's token is, and the epoch's pages
@@ -211,8 +212,10 @@ class Referee:
                     "an end that none gave to this proof",
                 )
             case Command.EPOCH:
-                book.token = None
-                book.due = self._unsent(book)
+                if not book.beginning:
+                    book.token = None
+                    book.due = self._unsent(book)
+                book.beginning = answer.status.status is SlotStatus.INCOMPLETE
             case Command.REPLACE if answer.package:
                 self._settled(book, answer)
             case Command.REPLACE:
@@ -228,6 +231,7 @@ class Referee:
         match header.kind:
             case BundleKind.PAGES:
                 gfns = _gfns(header, answer.data, guest.memory.pages)
+                _rule("R4", not book.beginning, "pages sealed while an epoch is being begun")
                 _rule("R1", not gfns & book.gfns, "a page was sealed twice in one epoch")
                 _rule("R2", header.epoch == book.epoch, "pages sealed for another epoch")
                 book.gfns |= gfns
@@ -235,7 +239,11 @@ class Referee:
                 book.carried[_place(header)] = gfns
                 book.sent.update((gfn, guest.versions[gfn]) for gfn in gfns)
             case BundleKind.EPOCH_TOKEN:
-                _rule("R4", book.due <= book.gfns, "an epoch token while a page is pending")
+                _rule(
+                    "R4",
+                    not book.beginning and book.due <= book.gfns,
+                    "an epoch token while a page is pending",
+                )
                 _rule("R3", header.epoch == book.epoch, "a token of another epoch")
                 book.closed[book.epoch] = set(book.bundles)
                 book.token = _place(header), set(book.gfns)

@@ -1,0 +1,59 @@
+"""Taking in what a tracker knows, before each epoch: all at once, or in steps where that means to read RAM.
+
+The host can be answered between two steps, so that it may give up meanwhile, and knows how far this is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..dirty import SteppedTracker
+from ..errors import LocalProtocolError
+
+if TYPE_CHECKING:
+    from ..dirty import DirtyBitmap, DirtyTracker
+
+
+class Looked(NamedTuple):
+    """How far a sweep is: pages that were looked at so far, and whether more are left."""
+
+    pages: int
+    more: bool
+
+
+class Sweep:
+    """One pass after the other over the `pages` pages of a guest. A pass is open from its first step until `close`."""
+
+    def __init__(self, tracker: DirtyTracker | None, pages: int) -> None:
+        self._tracker = tracker
+        self._pages = pages
+        self._looked = 0
+        self.is_open = False
+
+    def step(self, pending: DirtyBitmap) -> Looked:
+        """Mark in `pending` what was written among the next pages. Does nothing once all were looked at."""
+        self.is_open = True
+        start, stop = self._looked, self._pages
+        if start < stop:
+            if isinstance(self._tracker, SteppedTracker):
+                stop = min(start + self._tracker.step_pages, stop)
+                pending.set_gfns(self._tracker.collect_part(start, stop))
+            elif self._tracker is not None:
+                pending.union(self._tracker.collect())
+        self._looked = stop
+        return Looked(stop, more=stop < self._pages)
+
+    def skip(self) -> None:
+        """Open a pass that has nothing to look for."""
+        self.is_open = True
+        self._looked = self._pages
+
+    def close(self) -> None:
+        """All that this pass found is pending; the next step begins another pass."""
+        self._looked = 0
+        self.is_open = False
+
+    def require_closed(self) -> None:
+        """Raise LocalProtocolError in the middle of a pass: what was written is known in part only."""
+        if self.is_open:
+            raise LocalProtocolError("an epoch is being begun: give EPOCH until it is complete")
