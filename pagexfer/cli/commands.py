@@ -30,7 +30,7 @@ from .qemu import qemu_monitor, refuse_qemu, with_qemu
 from .recover import recover
 from .sides import receive_side, send_side
 from .steering import ControlSocket, control, steering_arguments, steering_options
-from .values import Address, Cpus, Seconds, Size
+from .values import Address, Compression, Cpus, Seconds, Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -124,6 +124,11 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="digest-audit re-hashes all RAM in black-out; auto believes tracker or dirty log.",
         ),
+        click.option(
+            "--compress",
+            type=Compression(),
+            help="Compress pages before sealing, for slow links; sizes then tell something of what is in them.",
+        ),
     ):
         command = option(command)
     return command
@@ -165,6 +170,7 @@ def send(
     timeout: float | None,
     control_socket: Path | None,
     freshness: FreshnessChoice,
+    compress: int | None,
     qmp: Path | None,
     kind: GuestKind,
     ram: int,
@@ -204,6 +210,7 @@ def send(
             listening=listening,
             # Nobody tells which pages a stock QEMU writes: only the audit finds them all.
             freshness=freshness if monitor is None else "digest-audit",
+            compression_level=compress,
             isolated=isolated,
             cpus=cpus,
             as_json=as_json,
@@ -225,6 +232,7 @@ def send(
     show_default=True,
     help="Let the guest run this long, then check it.",
 )
+@click.option("--accept-compression", is_flag=True, help="Let the source compress pages.")
 @_journal_option
 @_isolation_options
 @_qmp_option
@@ -241,6 +249,7 @@ def receive(
     vcpus: int,
     cpus: tuple[int, ...],
     *,
+    accept_compression: bool,
     isolated: bool,
     as_json: bool,
     **files: Path | None,
@@ -256,6 +265,7 @@ def receive(
         ledger=ledger,
         journal=journal,
         run_for=run_for,
+        accept_compression=accept_compression,
         isolated=isolated,
         cpus=cpus,
         as_json=as_json,
@@ -282,6 +292,7 @@ def demo(
     max_bandwidth: int | None,
     timeout: float | None,
     freshness: FreshnessChoice,
+    compress: int | None,
     kind: GuestKind,
     ram: int,
     vcpus: int,
@@ -306,7 +317,10 @@ def demo(
         f"--freshness={freshness}",
         *steering_arguments(parameters),
     ]
+    if compress is not None:
+        options.append(f"--compress=zstd:{compress}")
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
     both = ["--isolated"] if isolated else []
     both += ["--cpus", ",".join(map(str, cpus))] if cpus else []
-    return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, both, as_json=as_json)
+    accept = ["--accept-compression"] if compress is not None else []
+    return run_demo(AttestorKind[attest.upper()], options, accept, kind, ram, vcpus, both, as_json=as_json)

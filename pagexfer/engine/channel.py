@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import trio
 
 from ..errors import ChannelClosed, MalformedData, SvsmLost
-from ..wire.bundle import BundleKind
+from ..wire.bundle import PAGE_KINDS, BundleKind
 from ..wire.constants import SESSION_ID_BYTES
 from ..wire.framing import ConnectionHello, FrameHeader, FrameType, Purpose, pack_barrier
 from ..wire.slot import NO_BUFFER, Command, SlotStatus
@@ -154,7 +154,7 @@ class DestinationChannel:
         """Receive one bundle straight into the slot and have it imported; returns what it was."""
         answer = await _import_frame(self.connection, self._slot, header)
         kind = _kind(answer)
-        if kind is BundleKind.PAGES:
+        if kind in PAGE_KINDS:
             self._tally.add(answer.result2 >> 32, answer.result2 & 0xFFFFFFFF, header.payload_bytes)
         return kind
 

@@ -20,17 +20,13 @@ from ..errors import (
     RemoteProtocolError,
 )
 from ..wire.bundle import BundleKind
-from ..wire.constants import (
-    FINAL_EPOCH,
-    MAX_BUNDLE_ENTRIES,
-    MAX_CHANNELS,
-    PAGE_SIZE,
-)
+from ..wire.constants import FINAL_EPOCH, MAX_BUNDLE_ENTRIES, MAX_CHANNELS, PAGE_SIZE
 from ..wire.handshake import Freshness, Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
 from ..wire.token import Manifest, pack_start
 from .audit import Audited, PageDigests
+from .compression import pack
 from .content import ContentTable, vcpu_digest
 from .epoch import EpochBook
 from .export import BUNDLE_PAGES, OVERHEAD_BYTES, Exported, Packager
@@ -44,6 +40,7 @@ from .streams import SourceStreams, open_answer_untrusted
 if TYPE_CHECKING:
     from ..attestation import Attestor, Claims
     from ..dirty import DirtyTracker
+    from .compression import Compressor
     from .epoch import Replaced
     from .gate import VcpuGate
     from .journal import Journal
@@ -57,6 +54,7 @@ class SourceSvsm:
     """The trusted side of one outgoing migration of one guest.
 
     With `audit` it relies on no tracker: after the park it hashes all of RAM again and sends what is not as it was sent.
+    With a `compressor` pages are compressed before they are sealed.
 
     Every method either does what it says or raises and leaves the guest as it was; errors of the state machine change
     nothing. A bundle that fails to open before the start token ends the session, and the guest goes on here.
@@ -78,6 +76,7 @@ class SourceSvsm:
         *,
         audit: bool = False,
         bundle_pages: int = BUNDLE_PAGES,
+        compressor: Compressor | None = None,
         ledger: bytes = b"",
         journal: Journal | None = None,
     ) -> None:
@@ -100,6 +99,8 @@ class SourceSvsm:
         self._streams: SourceStreams | None = None
         self._bundle_pages = bundle_pages
         self._audit = audit
+        self._compressor = compressor
+        self._stage = audit or compressor is not None
         # As many as threads seal at a time: one that was used last is still in the cache.
         self._packagers: list[Packager] = []
         self._sealing = 0
@@ -157,6 +158,7 @@ class SourceSvsm:
             channels,
             self.freshness,
             session_counter,
+            compressed=self._compressor is not None,
         )
         return self._handshake.hello()
 
@@ -261,14 +263,15 @@ class SourceSvsm:
             # Taken at once, so that no other channel takes them; no epoch ends while something is being sealed.
             self._pending.clear_gfns(as_run(found))
             self._sealing += 1
-            packager = self._packagers.pop() if self._packagers else Packager(self._memory, stage=self._audit)
+            packager = self._packagers.pop() if self._packagers else Packager(self._memory, stage=self._stage)
         sent = 0
         try:
             gfns, entries, payload, operations, zero_pages = packager.package(found, capacity)
             if self._digests is not None and not self._audit_done():
                 self._digests.record(gfns, operations, payload)
+            kind, carried = pack(payload, self._compressor)
             counter = sealer.counter
-            length = sealer.seal(BundleKind.PAGES, self._epoch.number, entries, payload, out)
+            length = sealer.seal(kind, self._epoch.number, entries, carried, out)
             sent = len(gfns)
         finally:
             with self.lock:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ..attestation import Attestor
     from ..dirty import DirtyTracker
+    from ..svsm.compression import Compressor
     from ..svsm.gate import VcpuGate
     from ..svsm.journal import Journal
     from ..svsm.memory import GuestMemory
@@ -74,6 +75,8 @@ class SvsmPair:
         channels: int = 2,
         ledger: bytes = b"",
         destination_attestor: Attestor | None = None,
+        compressor: Compressor | None = None,
+        accept_compression: bool = False,
         intercept: Callable[[Message], Iterable[Message]] = lambda message: (message,),
         source_journal: Journal | None = None,
         destination_journal: Journal | None = None,
@@ -86,6 +89,7 @@ class SvsmPair:
             attestor,
             guest_id,
             audit=audit,
+            compressor=compressor,
             ledger=ledger,
             journal=source_journal,
         )
@@ -93,6 +97,7 @@ class SvsmPair:
             destination_memory,
             destination_gate,
             destination_attestor or attestor,
+            accept_compression=accept_compression,
             journal=destination_journal,
         )
         self.channels = channels

@@ -47,6 +47,7 @@ class BundleKind(enum.IntEnum):
     CHANNEL_OPEN = 9
     LEDGER = 10
     CHANNEL_STATE = 11
+    PAGES_ZSTD = 13
 
 
 class Direction(enum.IntEnum):
@@ -109,6 +110,8 @@ DROP: Final = np.uint8(Operation.DROP)
 assert GFN_BITS == _OPERATION_SHIFT
 assert STATE_MASK << _STATE_SHIFT < 1 << _RESERVED_SHIFT
 
+# Those that carry pages.
+PAGE_KINDS: Final = frozenset({BundleKind.PAGES, BundleKind.PAGES_ZSTD})
 MAX_BUNDLE_BYTES: Final = (
     HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + MAX_BUNDLE_PAYLOAD_BYTES + TAG_BYTES
 )
@@ -157,7 +160,7 @@ class BundleHeader(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The entries of a PAGES bundle as columns: gfn (int64), operation (uint8), page state (uint32)."""
+    """The entries of a bundle of pages as columns: gfn (int64), operation (uint8), page state (uint32)."""
 
     gfns: NDArray[np.int64]
     operations: NDArray[np.uint8]
@@ -231,14 +234,14 @@ def pack_entries(
 
 
 def parse_entries_untrusted(data: bytes, header: BundleHeader, pages: int) -> Entries:
-    """Entries of a PAGES bundle for a guest of `pages` pages; `data` is what stands between its header and payload.
+    """Entries of a bundle of pages for a guest of `pages` pages; `data` is what stands between its header and payload.
 
     Raises MalformedData where `data` is not exactly the entries that the header counts, a gfn is out of range or not above
     the one before it, an operation is unknown or does not fit the page's state, a reserved bit is set, or the payload is
-    not exactly the DATA pages.
+    not exactly the DATA pages: in PAGES_ZSTD, not smaller than they are.
     """
     if not data or len(data) != ENTRY_BYTES * header.entry_count:
-        raise MalformedData(f"PAGES bundle of {header.entry_count} entries in {len(data)} bytes")
+        raise MalformedData(f"{header.kind.name} bundle of {header.entry_count} entries in {len(data)} bytes")
     raw = np.frombuffer(data, dtype="<u8")
     gfns = (raw & _GFN_MASK).astype(np.int64)
     upper = (raw >> _OPERATION_SHIFT).astype(np.uint32)
@@ -253,7 +256,11 @@ def parse_entries_untrusted(data: bytes, header: BundleHeader, pages: int) -> En
     dropped = operations == DROP
     if (dropped == ((states & _HAS_CONTENT) != 0)).any():
         raise MalformedData("entry whose operation does not fit its page state")
-    if np.count_nonzero(operations == DATA) * PAGE_SIZE != header.payload_bytes:
+    data_bytes = int(np.count_nonzero(operations == DATA)) * PAGE_SIZE
+    if header.kind is BundleKind.PAGES_ZSTD:
+        if not 0 < header.payload_bytes < data_bytes:
+            raise MalformedData("compressed payload is not smaller than the DATA pages")
+    elif header.payload_bytes != data_bytes:
         raise MalformedData("payload is not exactly the DATA pages")
     return Entries(gfns, operations, states)
 
