@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pagexfer.svsm.compression import Compressor
+
 PAGES: Final = 200  # no whole number of bitmap words
 VCPUS: Final = 2
 ATTESTOR: Final = PskAttestor(b"a pre-shared key of 32 bytes ...")
@@ -52,6 +54,7 @@ class Move:
         channels: int = 2,
         tracked: bool = True,
         audit: bool = False,
+        compressor: Compressor | None = None,
     ) -> None:
         self.guest = SmallGuest(pages, vcpus)
         self.memory = GuestMemory.allocate(pages * PAGE_SIZE)
@@ -64,6 +67,8 @@ class Move:
             ATTESTOR,
             tracker=self.guest.tracker if tracked else None,
             audit=audit,
+            compressor=compressor,
+            accept_compression=compressor is not None,
             channels=channels,
         )
 

@@ -24,14 +24,16 @@ from pagexfer.guests.kvm.hypervisor import parse_device_state_untrusted
 from pagexfer.guests.qemu.device_state import split_state_untrusted
 from pagexfer.guests.qemu.messages import parse_message_untrusted
 from pagexfer.guests.simulated.registers import parse_registers_untrusted
+from pagexfer.svsm.compression import Decompressor
 from pagexfer.svsm.ledger import read_terms_untrusted
 from pagexfer.wire.bundle import (
     HEADER_BYTES,
-    BundleKind,
+    PAGE_KINDS,
     pack_entries,
     parse_entries_untrusted,
     parse_header_untrusted,
 )
+from pagexfer.wire.constants import MAX_BUNDLE_ENTRIES, PAGE_SIZE
 from pagexfer.wire.control import pack_control, parse_control_untrusted
 from pagexfer.wire.framing import (
     pack_barrier,
@@ -134,9 +136,16 @@ def _end(data: bytes) -> None:
 def _bundle(data: bytes) -> None:
     header = parse_header_untrusted(data, len(data))
     assert header.pack() == data[:HEADER_BYTES]
-    if header.kind is BundleKind.PAGES:
+    if header.kind in PAGE_KINDS:
         raw = data[HEADER_BYTES : header.aad_bytes]
         assert pack_entries(*parse_entries_untrusted(raw, header, _RAM_PAGES)).tobytes() == raw
+
+
+def _frame(data: bytes) -> None:
+    """Two bytes say how many pages the entries in front of the frame count, which are never more than 512."""
+    pages = int.from_bytes(data[:2], "little") % MAX_BUNDLE_ENTRIES + 1
+    content = Decompressor().decompress_untrusted(memoryview(data)[2:], pages)
+    assert len(content) == pages * PAGE_SIZE
 
 
 def _epoch_totals(data: bytes) -> None:
@@ -274,6 +283,7 @@ TARGETS: Final = (
     Target("proof", (split_proof_untrusted,), _proof),
     Target("end", (parse_established_untrusted,), _end),
     Target("bundle", (parse_header_untrusted, parse_entries_untrusted), _bundle),
+    Target("compressed-pages", (Decompressor.decompress_untrusted,), _frame),
     Target("epoch-totals", (parse_epoch_totals_untrusted,), _epoch_totals),
     Target("manifest", (parse_manifest_untrusted,), _manifest),
     Target("channel-records", (parse_records_untrusted,), _records),
