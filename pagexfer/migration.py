@@ -130,7 +130,7 @@ async def send_guest(
     _check_network(port, 1, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
     audit = freshness == "digest-audit"
-    options = SourceOptions(channels, stall_timeout_s, audit)
+    options = SourceOptions(channels, stall_timeout_s, audit, compressor is not None)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
         kept = None if journal is None else FileJournal.for_session(journal)
