@@ -165,10 +165,11 @@ async def send_guest(
         with kept or nullcontext():
             info = await send_isolated(guest, svsm, task, steering, on_progress)
             return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
+    threads = None if compressor is None else trio.CapacityLimiter(len(os.sched_getaffinity(0)))
     engine = SourceEngine(
         _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
         [
-            _local_slot(channel, partial(source_channel, svsm=svsm, channel=channel, shared=False))
+            _local_slot(channel, partial(source_channel, svsm=svsm, channel=channel, shared=False), threads)
             for channel in range(channels)
         ],
         guest.hypervisor,
@@ -302,13 +303,22 @@ async def _prefault(memory: GuestMemory) -> None:
             return
 
 
-def _local_slot(slot_id: int, serve: Callable[[SlotMemory], SlotService]) -> Slot:
-    """A slot whose SVSM lives in this thread: ringing its doorbell is a call, as VMGEXIT into VMPL0 is on hardware."""
+def _local_slot(
+    slot_id: int, serve: Callable[[SlotMemory], SlotService], threads: trio.CapacityLimiter | None = None
+) -> Slot:
+    """A slot whose SVSM lives in this process: ringing its doorbell is a call, as VMGEXIT into VMPL0 is on hardware.
+
+    With `threads` the call is made in one of these: a bundle takes ten times as long to compress as to seal, which would
+    keep one core busy and the other channels waiting.
+    """
     geometry = SlotGeometry(slot_id, BUFFERS, BUFFER_BYTES)
     memory = SlotMemory.format(mmap.mmap(-1, geometry.slot_bytes), geometry)
     service = serve(memory)
 
     async def ring() -> None:
-        service.service()
+        if threads is None:
+            service.service()
+        else:
+            await trio.to_thread.run_sync(service.service, limiter=threads)
 
     return Slot(memory, ring)

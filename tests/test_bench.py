@@ -119,7 +119,7 @@ def test_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_qemu
 def test_a_way_that_leaves_ram_behind_is_no_migration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu, "WAYS", {"multifd TLS": lambda *_: Taken(1.0, 0.1, 1.0, 1.0)})
+    monkeypatch.setattr(qemu, "WAYS", {"multifd TLS": lambda *_: Taken(1.0, 0.1, 1.0, 1.0, 1.0)})
     with pytest.raises(QemuFailed, match="RAM of both sides differs"):
         qemu.measure("incompressible", 4 << 20, [1], 1, 1)
 
