@@ -55,6 +55,7 @@ WAYS: Final = ("multifd", QEMU_ZSTD, PLAIN, ZSTD)
 
 _WORDS: Final = 20_000
 _ZIPF: Final = 1.2
+# Repeated until RAM is full: no level that is offered here looks back so far.
 _FILL_BYTES: Final = 1 << 24
 
 _Case = tuple[int, str, str]
@@ -99,16 +100,13 @@ def fill(ram: Path, ram_bytes: int, content: str, seed: int) -> None:
         if content == "zero":
             file.truncate(ram_bytes)
             return
+        part = rng.bytes(_FILL_BYTES) if content == "incompressible" else text(rng, _FILL_BYTES)
+        if content == "half":
+            pages = np.frombuffer(part, dtype=np.uint8).reshape(-1, PAGE_SIZE).copy()
+            pages[1::2] = rng.integers(0, 256, pages[1::2].shape, dtype=np.uint8)
+            part = pages.tobytes()
         for begin in range(0, ram_bytes, _FILL_BYTES):
-            length = min(_FILL_BYTES, ram_bytes - begin)
-            part = np.frombuffer(
-                rng.bytes(length) if content == "incompressible" else text(rng, length), dtype=np.uint8
-            )
-            if content == "half":
-                pages = part.reshape(-1, PAGE_SIZE).copy()
-                pages[1::2] = rng.integers(0, 256, pages[1::2].shape, dtype=np.uint8)
-                part = pages
-            file.write(part.tobytes())
+            file.write(part[: ram_bytes - begin])
 
 
 def measure(
