@@ -61,6 +61,7 @@ class Job:
     channels: int
     audit: bool
     compression_level: int | None
+    shards: int
 
 
 def by_multifd(
@@ -92,12 +93,13 @@ def by_pagexfer(
     *,
     audit: bool = False,
     compression_level: int | None = None,
+    shards: int = 1,
     route: Route = DIRECT,
 ) -> Taken:
     """pagexfer with a process of its own at each side, whose CPU seconds count as well as those of the QEMUs."""
     machines = (source, destination)
     began = [machine.cpu_seconds() for machine in machines]
-    job = Job(source, destination, channels, audit, compression_level)
+    job = Job(source, destination, channels, audit, compression_level, shards)
     sent, received_cpu_s = run_pair(_receive, _send, job, route)
     spent = [machine.cpu_seconds() - before for machine, before in zip(machines, began, strict=True)]
     trio.run(_go_on, source)
@@ -178,6 +180,7 @@ def _receive(job: Job, host: str, on_listening: Callable[[int], None]) -> float:
                 0,
                 pagexfer.PskAttestor(_PSK),
                 accept_compression=job.compression_level is not None,
+                shards=job.shards,
                 on_listening=on_listening,
             )
         return watch.side(0).cpu_seconds
@@ -199,6 +202,7 @@ def _send(job: Job, host: str, port: int) -> Taken:
                 channels=job.channels,
                 freshness="digest-audit" if job.audit else "auto",
                 compression_level=job.compression_level,
+                shards=job.shards,
                 downtime_limit_s=_AUDIT_LIMIT_S if job.audit else DOWNTIME_LIMIT_MS / 1000,
             )
         return Taken(

@@ -34,6 +34,7 @@ class Move:
     downtime_limit_s: float = 0.3
     seed: int = 1
     isolated: bool = False
+    shards: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ def receive(move: Move, host: str, on_listening: Callable[[int], None]) -> Side 
                 0,
                 attestor,
                 isolated=move.isolated,
+                shards=move.shards,
                 on_listening=on_listening,
                 on_progress=watch_from_setup,
             )
@@ -104,6 +106,7 @@ def send(move: Move, host: str, port: int) -> Moved:
                 downtime_limit_s=move.downtime_limit_s,
                 bundle_pages=move.bundle_pages,
                 isolated=move.isolated,
+                shards=move.shards,
                 on_progress=lambda info: seen.__setitem__(slice(None), [info]),
             )
         except pagexfer.TransferAborted as aborted:

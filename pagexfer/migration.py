@@ -19,6 +19,7 @@ import trio
 
 from .engine.destination import DestinationEngine
 from .engine.hypervisor import ThrottlingHypervisor
+from .engine.shards import MAX_SHARDS
 from .engine.slots import Slot
 from .engine.source import SourceEngine, SourceOptions
 from .engine.steering import DOWNTIME_LIMIT_S, MigrationParameters, Steering
@@ -86,6 +87,7 @@ async def send_guest(
     journal: Path | None = None,
     isolated: bool = False,
     cpus: tuple[int, ...] = (),
+    shards: int = 1,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
 ) -> MigrationReport:
     """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
@@ -102,6 +104,9 @@ async def send_guest(
     With `isolated`, the engine is a process of its own, which shares mailbox memory and doorbells with this one and nothing
     else; `cpus` pins that process, and the threads that serve its slots, to these processors.
 
+    The channels are carried by `shards` event loops, each in a thread of its own: more than one pays where one core cannot
+    fill the link and there are cores to spare.
+
     `ledger` is what the guest's last destination reported as its ledger, empty for a guest that never moved.
 
     `freshness` "auto" believes the guest's own tracker, or the hypervisor's dirty log where it has none; "digest-audit"
@@ -109,7 +114,8 @@ async def send_guest(
     report (`info.audit`).
 
     With a `compression_level` of 1 (fastest) to 9, pages are compressed by zstd before they are sealed, for slow links; the
-    destination must accept it. The length of a bundle then tells hosts and network how well its pages compress.
+    destination must accept it. It takes most of a core for some 0.3 GB/s of RAM; `shards` spread it over more. The length of a
+    bundle then tells hosts and network how well its pages compress.
 
     When it returns, the guest runs at the destination and stays parked here for good. Raises UsageError for bad arguments
     and TransferAborted otherwise: its `outcome` says whether the guest goes on here (ENDED, REFUSED) or nobody may know
@@ -129,8 +135,9 @@ async def send_guest(
     compressor = _compressor(compression_level)
     _check_network(port, 1, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
+    _check_shards(shards)
     audit = freshness == "digest-audit"
-    options = SourceOptions(channels, stall_timeout_s, audit, compressor is not None)
+    options = SourceOptions(channels, stall_timeout_s, audit, shards, compressor is not None)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
         kept = None if journal is None else FileJournal.for_session(journal)
@@ -165,11 +172,10 @@ async def send_guest(
         with kept or nullcontext():
             info = await send_isolated(guest, svsm, task, steering, on_progress)
             return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
-    threads = None if compressor is None else trio.CapacityLimiter(len(os.sched_getaffinity(0)))
     engine = SourceEngine(
         _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
         [
-            _local_slot(channel, partial(source_channel, svsm=svsm, channel=channel, shared=False), threads)
+            _local_slot(channel, partial(source_channel, svsm=svsm, channel=channel, shared=False))
             for channel in range(channels)
         ],
         guest.hypervisor,
@@ -194,6 +200,7 @@ async def receive_guest(
     journal: Path | None = None,
     isolated: bool = False,
     cpus: tuple[int, ...] = (),
+    shards: int = 1,
     on_listening: Callable[[int], None] = lambda _port: None,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
     on_stranger: Callable[[str], None] = lambda _line: None,
@@ -201,13 +208,15 @@ async def receive_guest(
     """Receive one guest into `guest`, which has fresh RAM and vCPUs that never ran, listening at `host`:`port`.
 
     `on_listening` gets the port, which the kernel chooses for 0; `on_stranger` one line for each connection that was not
-    the source's; `journal`, `isolated` and `cpus` are as for `send_guest`. A source that compresses pages is refused, with
-    reason "compression", without `accept_compression`. When it returns, the guest runs here. Raises
-    UsageError where address or journal cannot be used, and TransferAborted where the migration failed: the guest then never
-    runs here, except with outcome UNDECIDED.
+    the source's; `journal`, `isolated`, `cpus` and `shards` are as for `send_guest`. A source that compresses pages is
+    refused, with reason "compression", without `accept_compression`.
+
+    When it returns, the guest runs here. Raises UsageError where address or journal cannot be used, and TransferAborted
+    where the migration failed: the guest then never runs here, except with outcome UNDECIDED.
     """
     _check_network(port, 0, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
+    _check_shards(shards)
     if accept_compression:
         need_zstd()
     kept = None if journal is None else FileJournal.for_session(journal)
@@ -224,6 +233,7 @@ async def receive_guest(
             guest.hypervisor.dirty_log is not None,
             cpus,
             stall_timeout_s,
+            shards=shards,
         )
         receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
         with kept or nullcontext():
@@ -244,6 +254,7 @@ async def receive_guest(
         on_progress,
         on_stranger,
         stall_timeout_s,
+        shards,
     )
     with kept or nullcontext():
         listener = await listen(host, port, stall_timeout_s)
@@ -295,6 +306,11 @@ def _check_cpus(cpus: tuple[int, ...], *, isolated: bool) -> None:
         raise UsageError(f"CPU {missing[0]} does not exist or is not this process's to use")
 
 
+def _check_shards(shards: int) -> None:
+    if not 1 <= shards <= MAX_SHARDS:
+        raise UsageError(f"a migration has 1 to {MAX_SHARDS} shards, not {shards}")
+
+
 async def _prefault(memory: GuestMemory) -> None:
     """Provide the destination's RAM in the background, while it waits for the source and for the network."""
     for start in range(0, memory.ram_bytes, _PREFAULT_BYTES):
@@ -303,22 +319,13 @@ async def _prefault(memory: GuestMemory) -> None:
             return
 
 
-def _local_slot(
-    slot_id: int, serve: Callable[[SlotMemory], SlotService], threads: trio.CapacityLimiter | None = None
-) -> Slot:
-    """A slot whose SVSM lives in this process: ringing its doorbell is a call, as VMGEXIT into VMPL0 is on hardware.
-
-    With `threads` the call is made in one of these: a bundle takes ten times as long to compress as to seal, which would
-    keep one core busy and the other channels waiting.
-    """
+def _local_slot(slot_id: int, serve: Callable[[SlotMemory], SlotService]) -> Slot:
+    """A slot whose SVSM lives in this thread: ringing its doorbell is a call, as VMGEXIT into VMPL0 is on hardware."""
     geometry = SlotGeometry(slot_id, BUFFERS, BUFFER_BYTES)
     memory = SlotMemory.format(mmap.mmap(-1, geometry.slot_bytes), geometry)
     service = serve(memory)
 
     async def ring() -> None:
-        if threads is None:
-            service.service()
-        else:
-            await trio.to_thread.run_sync(service.service, limiter=threads)
+        service.service()
 
     return Slot(memory, ring)

@@ -69,7 +69,7 @@ def some_pages(first: int, last: int) -> bytes:
     """Entries of DATA pages."""
     gfns = np.arange(first, last)
     operations = np.full(len(gfns), Operation.DATA, dtype=np.uint8)
-    return pack_entries(gfns, operations, np.full(len(gfns), PRIVATE, dtype=np.uint32)).tobytes()
+    return pack_entries(gfns, operations, np.full(len(gfns), PRIVATE, dtype=np.uint32))
 
 
 def write_lines(move: Move) -> None:

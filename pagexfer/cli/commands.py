@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 import trio
 
+from ..engine.shards import MAX_SHARDS
 from ..engine.steering import MigrationParameters, Steering
 from ..errors import GuestError, Outcome, UsageError
 from ..guests.checked import boot_guest, empty_guest
@@ -92,10 +93,17 @@ def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _isolation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--cpus", type=Cpus(), default="", help="Pin an isolated engine and its slots: 0,2-3."),
         click.option("--isolated", is_flag=True, help="Run the engine as a process of its own."),
+        click.option(
+            "--shards",
+            type=click.IntRange(1, MAX_SHARDS),
+            default=1,
+            show_default=True,
+            help="Event loops, each in a thread of its own, that carry the channels.",
+        ),
     ):
         command = option(command)
     return command
@@ -154,7 +162,7 @@ _journal_option = click.option(
 @click.option("--pause-before-switchover", is_flag=True, help="Wait for 'pagexfer control PATH continue'.")
 @steering_options
 @_source_options
-@_isolation_options
+@_engine_options
 @_qmp_option
 @_guest_options
 def send(
@@ -176,6 +184,7 @@ def send(
     ram: int,
     vcpus: int,
     cpus: tuple[int, ...],
+    shards: int,
     *,
     auto_converge: bool,
     pause_before_switchover: bool,
@@ -213,6 +222,7 @@ def send(
             compression_level=compress,
             isolated=isolated,
             cpus=cpus,
+            shards=shards,
             as_json=as_json,
         )
         if monitor is not None:
@@ -234,7 +244,7 @@ def send(
 )
 @click.option("--accept-compression", is_flag=True, help="Let the source compress pages.")
 @_journal_option
-@_isolation_options
+@_engine_options
 @_qmp_option
 @_guest_options
 def receive(
@@ -248,6 +258,7 @@ def receive(
     ram: int,
     vcpus: int,
     cpus: tuple[int, ...],
+    shards: int,
     *,
     accept_compression: bool,
     isolated: bool,
@@ -268,6 +279,7 @@ def receive(
         accept_compression=accept_compression,
         isolated=isolated,
         cpus=cpus,
+        shards=shards,
         as_json=as_json,
     )
     if monitor is not None:
@@ -281,7 +293,7 @@ def receive(
 @attest_option(AttestorKind.PSK, AttestorKind.EMULATED)
 @steering_options
 @_source_options
-@_isolation_options
+@_engine_options
 @_guest_options
 def demo(
     attest: str,
@@ -297,6 +309,7 @@ def demo(
     ram: int,
     vcpus: int,
     cpus: tuple[int, ...],
+    shards: int,
     *,
     auto_converge: bool,
     isolated: bool,
@@ -320,7 +333,7 @@ def demo(
     if compress is not None:
         options.append(f"--compress=zstd:{compress}")
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
-    both = ["--isolated"] if isolated else []
+    both = [f"--shards={shards}", *(["--isolated"] if isolated else [])]
     both += ["--cpus", ",".join(map(str, cpus))] if cpus else []
     accept = ["--accept-compression"] if compress is not None else []
     return run_demo(AttestorKind[attest.upper()], options, accept, kind, ram, vcpus, both, as_json=as_json)

@@ -138,7 +138,7 @@ def _bundle(data: bytes) -> None:
     assert header.pack() == data[:HEADER_BYTES]
     if header.kind in PAGE_KINDS:
         raw = data[HEADER_BYTES : header.aad_bytes]
-        assert pack_entries(*parse_entries_untrusted(raw, header, _RAM_PAGES)).tobytes() == raw
+        assert pack_entries(*parse_entries_untrusted(raw, header, _RAM_PAGES)) == raw
 
 
 def _frame(data: bytes) -> None:
