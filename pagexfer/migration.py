@@ -114,8 +114,8 @@ async def send_guest(
     report (`info.audit`).
 
     With a `compression_level` of 1 (fastest) to 9, pages are compressed by zstd before they are sealed, for slow links; the
-    destination must accept it. It takes most of a core for some 0.3 GB/s of RAM; `shards` spread it over more. The length of a
-    bundle then tells hosts and network how well its pages compress.
+    destination must accept it. A core compresses some 0.3 GB/s of RAM; with `shards`, several do. The length of a bundle
+    then tells hosts and network how well its pages compress.
 
     When it returns, the guest runs at the destination and stays parked here for good. Raises UsageError for bad arguments
     and TransferAborted otherwise: its `outcome` says whether the guest goes on here (ENDED, REFUSED) or nobody may know
