@@ -5,7 +5,7 @@ Every round migrates the same halted guest between stock QEMUs in each way in tu
   multifd        QEMU's own, neither encrypted nor checked
   multifd zstd   the same with multifd-compression=zstd
   pagexfer       sealed
-  pagexfer zstd  sealed, and compressed before; with a shard for each processor
+  pagexfer zstd  sealed, and compressed before; with a shard for each channel, as multifd has a thread for each
 both at the same level of zstd, all with the destination's RAM preallocated.
 
 Contents: text (words of a fixed vocabulary, the common ones often), half (every other page of it random), incompressible
@@ -18,7 +18,6 @@ well, per GiB of RAM.
 from __future__ import annotations
 
 import filecmp
-import os
 import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -142,7 +141,7 @@ def _move(way: str, link_mb: int, level: int, source: Machine, destination: Mach
     relay = partial(paced_relay, flow_bytes_per_s=link_mb * MB // FLOWS, on_carried=carried.append)
     wanted = level if way in (ZSTD, QEMU_ZSTD) else None
     if way in (PLAIN, ZSTD):
-        shards = 1 if wanted is None else min(len(os.sched_getaffinity(0)), FLOWS)
+        shards = 1 if wanted is None else FLOWS
         taken = by_pagexfer(
             source, destination, FLOWS, compression_level=wanted, shards=shards, route=Route(lead=relay)
         )

@@ -15,11 +15,14 @@ import struct
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from ..errors import MalformedData, UsageError
-from ..wire.bundle import BundleKind
+from ..wire.bundle import DATA, BundleKind
 from ..wire.constants import MAX_BUNDLE_PAYLOAD_BYTES, PAGE_SIZE
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from zstandard import ZstdCompressor, ZstdDecompressor
 
 # From 10 on a level gives little more, and the engine's loop would stand still for tens of milliseconds a bundle.
@@ -84,6 +87,14 @@ class Decompressor:
 
     def __init__(self) -> None:
         self._free: list[ZstdDecompressor] = []
+
+    def content_untrusted(
+        self, kind: BundleKind, payload: memoryview, operations: NDArray[np.uint8]
+    ) -> bytes | memoryview:
+        """The DATA pages of an opened bundle of pages. Raises MalformedData where it has others than `operations` say."""
+        if kind is BundleKind.PAGES:
+            return payload
+        return self.decompress_untrusted(payload, int(np.count_nonzero(operations == DATA)))
 
     def decompress_untrusted(self, frame: memoryview, pages: int) -> bytes:
         """The `pages` pages (1 to 512) that `frame` must hold; never makes more bytes than these have.

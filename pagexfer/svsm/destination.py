@@ -166,13 +166,8 @@ class DestinationSvsm:
     def answer(self, attempt: int, hello: bytes) -> bytes:
         """Answer a source's hello; `attempt` names this handshake. Refused ones leave no trace."""
         self._machine.require(Event.ESTABLISH)
-        opened = DestinationAttempt(
-            self._attestor,
-            hello,
-            self._memory.pages,
-            self._gate.vcpus,
-            accept_compression=self._accept_compression,
-        )
+        pages, vcpus, accept = self._memory.pages, self._gate.vcpus, self._accept_compression
+        opened = DestinationAttempt(self._attestor, hello, pages, vcpus, accept_compression=accept)
         self._drop_attempt(attempt)
         if len(self._attempts) >= MAX_ATTEMPTS:
             self._drop_attempt(next(iter(self._attempts)))
@@ -355,10 +350,7 @@ class DestinationSvsm:
             self._opening += 1
         try:
             opener.open_untrusted(header, aad, sealed, plaintext)
-            content: bytes | memoryview = plaintext
-            if header.kind is BundleKind.PAGES_ZSTD:
-                data_pages = int(np.count_nonzero(operations == DATA))
-                content = self._decompressor.decompress_untrusted(plaintext, data_pages)
+            content = self._decompressor.content_untrusted(header.kind, plaintext, operations)
             self._memory.adopt_states(pages, states)
             zero_pages = self._write(pages, gfns, operations, content)
         finally:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from pagexfer.attestation.snp import parse_endorsements_untrusted
 from pagexfer.attestation.snp.certificates import _load_untrusted
 from pagexfer.attestation.snp.framing import pack_evidence, parse_evidence_untrusted
@@ -27,8 +29,10 @@ from pagexfer.guests.simulated.registers import parse_registers_untrusted
 from pagexfer.svsm.compression import Decompressor
 from pagexfer.svsm.ledger import read_terms_untrusted
 from pagexfer.wire.bundle import (
+    DATA,
     HEADER_BYTES,
     PAGE_KINDS,
+    BundleKind,
     pack_entries,
     parse_entries_untrusted,
     parse_header_untrusted,
@@ -144,7 +148,8 @@ def _bundle(data: bytes) -> None:
 def _frame(data: bytes) -> None:
     """Two bytes say how many pages the entries in front of the frame count, which are never more than 512."""
     pages = int.from_bytes(data[:2], "little") % MAX_BUNDLE_ENTRIES + 1
-    content = Decompressor().decompress_untrusted(memoryview(data)[2:], pages)
+    operations = np.full(pages, DATA, dtype=np.uint8)
+    content = Decompressor().content_untrusted(BundleKind.PAGES_ZSTD, memoryview(data)[2:], operations)
     assert len(content) == pages * PAGE_SIZE
 
 
@@ -283,7 +288,7 @@ TARGETS: Final = (
     Target("proof", (split_proof_untrusted,), _proof),
     Target("end", (parse_established_untrusted,), _end),
     Target("bundle", (parse_header_untrusted, parse_entries_untrusted), _bundle),
-    Target("compressed-pages", (Decompressor.decompress_untrusted,), _frame),
+    Target("compressed-pages", (Decompressor.content_untrusted, Decompressor.decompress_untrusted), _frame),
     Target("epoch-totals", (parse_epoch_totals_untrusted,), _epoch_totals),
     Target("manifest", (parse_manifest_untrusted,), _manifest),
     Target("channel-records", (parse_records_untrusted,), _records),
