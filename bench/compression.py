@@ -2,10 +2,11 @@
 
 Every round migrates the same halted guest between stock QEMUs in each way in turn, over four flows that a relay paces
 (SO_MAX_PACING_RATE) so that together they carry as much as the link:
-  multifd        QEMU's own, neither encrypted nor checked
-  multifd zstd   the same with multifd-compression=zstd
-  pagexfer       sealed
-  pagexfer zstd  sealed, and compressed before; with a shard for each channel, as multifd has a thread for each
+  multifd           QEMU's own, neither encrypted nor checked
+  multifd zstd      the same with multifd-compression=zstd
+  multifd zstd TLS  the same with tls-creds-psk and AES-128-GCM
+  pagexfer          sealed
+  pagexfer zstd     sealed, and compressed before; with a shard for each channel, as multifd has a thread for each
 both at the same level of zstd, all with the destination's RAM preallocated.
 
 Contents: text (words of a fixed vocabulary, the common ones often), half (every other page of it random), incompressible
@@ -50,8 +51,9 @@ LINKS_MB: Final = (100, 400)
 QUICK_LINKS_MB: Final = (100,)
 CONTENTS: Final = ("text", "half", "incompressible", "zero")
 QUICK_CONTENTS: Final = ("text", "half")
-PLAIN, ZSTD, QEMU_ZSTD = "pagexfer", "pagexfer zstd", "multifd zstd"
-WAYS: Final = ("multifd", QEMU_ZSTD, PLAIN, ZSTD)
+PLAIN, ZSTD = "pagexfer", "pagexfer zstd"
+QEMU_ZSTD, QEMU_ZSTD_TLS = "multifd zstd", "multifd zstd TLS"
+WAYS: Final = ("multifd", QEMU_ZSTD, QEMU_ZSTD_TLS, PLAIN, ZSTD)
 
 _WORDS: Final = 20_000
 _ZIPF: Final = 1.2
@@ -139,14 +141,15 @@ def measure(
 def _move(way: str, link_mb: int, level: int, source: Machine, destination: Machine) -> _Moved:
     carried: list[int] = []
     relay = partial(paced_relay, flow_bytes_per_s=link_mb * MB // FLOWS, on_carried=carried.append)
-    wanted = level if way in (ZSTD, QEMU_ZSTD) else None
+    wanted = level if "zstd" in way else None
     if way in (PLAIN, ZSTD):
         shards = 1 if wanted is None else FLOWS
         taken = by_pagexfer(
             source, destination, FLOWS, compression_level=wanted, shards=shards, route=Route(lead=relay)
         )
     else:
-        taken = by_multifd(source, destination, FLOWS, zstd_level=wanted, route=Route(lead=relay))
+        tls = way == QEMU_ZSTD_TLS
+        taken = by_multifd(source, destination, FLOWS, tls=tls, zstd_level=wanted, route=Route(lead=relay))
     return _Moved(taken, sum(carried))
 
 
@@ -211,17 +214,17 @@ def table(link_mb: int, figures: list[Figure], ram_bytes: int, level: int) -> Ta
 
 
 def _note(figures: list[Figure]) -> str:
+    by_case = {(figure.content, figure.way): figure for figure in figures}
     said = []
     for content in dict.fromkeys(figure.content for figure in figures):
-        own, other = (
-            next(figure for figure in figures if (figure.content, figure.way) == (content, way))
-            for way in (ZSTD, QEMU_ZSTD)
-        )
-        cpu = own.both_cpu_s_per_gib.median / other.both_cpu_s_per_gib.median
+        own, bare, sealed = (by_case[content, way] for way in (ZSTD, QEMU_ZSTD, QEMU_ZSTD_TLS))
+        speed = own.rate_of_multifd_zstd.median
         said.append(
-            f"{content} {own.rate_of_multifd_zstd.median:.2f} times the speed and {cpu:.2f} of the CPU"
+            f"{content}, {speed:.2f} and {speed / sealed.rate_of_multifd_zstd.median:.2f} times the speed for "
+            f"{own.both_cpu_s_per_gib.median / bare.both_cpu_s_per_gib.median:.2f} and "
+            f"{own.both_cpu_s_per_gib.median / sealed.both_cpu_s_per_gib.median:.2f} of the CPU"
         )
-    return f"pagexfer zstd against multifd zstd: {'; '.join(said)}."
+    return f"pagexfer zstd against multifd zstd, without and with TLS: {'; '.join(said)}."
 
 
 def main(argv: list[str] | None = None) -> None:
