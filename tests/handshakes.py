@@ -95,7 +95,7 @@ def destination(
 
 
 def source_handshake(attestor: Attestor = ATTESTOR) -> SourceHandshake:
-    return SourceHandshake(attestor, GUEST_ID, 4, VCPUS, 2, Freshness.HOST_REPORTED, 1)
+    return SourceHandshake(attestor, GUEST_ID, 4, VCPUS, 2, Freshness.HOST_REPORTED, 1, compressed=False)
 
 
 def attempt(hello: bytes, attestor: Attestor = ATTESTOR) -> DestinationAttempt:

@@ -85,8 +85,7 @@ class SourceHandshake:
         channels: int,
         freshness: Freshness,
         session_counter: int,
-        *,
-        compressed: bool = False,
+        compressed: bool,
     ) -> None:
         self._attestor = attestor
         self._exchange = SourceExchange.fresh()
