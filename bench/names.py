@@ -13,6 +13,7 @@ BENCHES: Final = {
     "dirty": "bitmap operations and dirty trackers against memory bandwidth",
     "mailbox": "slots between two processes: doorbells, handshakes per GiB, handlers, --isolated",
     "qemu": "against QEMU's own multifd migration, plain and with TLS",
+    "compression": "zstd on slow links, against QEMU's multifd with zstd",
     "handshake": "the handshake with a pre-shared key and with reports",
     "audit": "digest audit, tokens and manifest against the move",
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pagexfer.dirty import DirtyTracker
+    from pagexfer.svsm.compression import Compressor
 
 PAGES: Final = 200  # no whole number of bitmap words
 VCPUS: Final = 2
@@ -63,6 +64,7 @@ class Move:
         audit: bool = False,
         compared: bool = False,
         step_pages: int = 0,
+        compressor: Compressor | None = None,
     ) -> None:
         """With `compared`, what changed is found by comparing RAM with what was sent, and no mark of the guest counts."""
         self.guest = SmallGuest(pages, vcpus, step_pages)
@@ -77,6 +79,8 @@ class Move:
             ATTESTOR,
             tracker=tracker if tracked else None,
             audit=audit,
+            compressor=compressor,
+            accept_compression=compressor is not None,
             channels=channels,
         )
 

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bench import channels, convergence, dirty, limits, links, mailbox, qemu, report, scale, suite
+from bench import (
+    channels,
+    compression,
+    convergence,
+    dirty,
+    limits,
+    links,
+    mailbox,
+    qemu,
+    report,
+    scale,
+    suite,
+)
 from bench.__main__ import main
 from bench.names import BENCHES
 from bench.namespace import shaped_link
@@ -118,8 +130,28 @@ def test_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_qemu
+def test_compression(tmp_path: Path) -> None:
+    pytest.importorskip("zstandard", reason="compression needs the zstd extra")
+    result = tmp_path / "compression.json"
+    small = ["--ram", "16MiB", "--content", "text", "--links", "200", "--repeats", "1"]
+    compression.main([*small, "--json", str(result)])
+    measured = json.loads(result.read_text())
+    sent = {figure["way"]: figure["sent_of_ram"]["median"] for figure in measured["figures"]}
+    assert sent.keys() == {"multifd", "multifd zstd", "multifd zstd TLS", "pagexfer", "pagexfer zstd"}
+    assert all((part < 0.5) is ("zstd" in way) for way, part in sent.items())
+    assert "text" in measured["tables"][0]["note"]
+
+
+def test_compression_has_levels_up_to_9(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["compression", "--level", "10"])
+    assert end.value.code == 2
+    assert "1 to 9" in capsys.readouterr().err.splitlines()[-1]
+
+
+@needs_qemu
 def test_a_way_that_leaves_ram_behind_is_no_migration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu, "WAYS", {"multifd TLS": lambda *_: Taken(1.0, 0.1, 1.0, 1.0)})
+    monkeypatch.setattr(qemu, "WAYS", {"multifd TLS": lambda *_: Taken(1.0, 0.1, 1.0, 1.0, 1.0)})
     with pytest.raises(QemuFailed, match="RAM of both sides differs"):
         qemu.measure("incompressible", 4 << 20, [1], 1, 1)
 

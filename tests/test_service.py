@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pagexfer.errors import (
     AttestationError,
+    CompressionRefused,
     GateError,
     GeometryError,
     GuestError,
@@ -322,6 +323,7 @@ def test_answer_that_does_not_fit_the_buffer_uses_no_number(move: Move) -> None:
         (AttestationError("x"), RefusalCode.AUTHENTICATION),
         (PolicyRefused("x"), RefusalCode.POLICY),
         (GeometryError("x"), RefusalCode.GEOMETRY),
+        (CompressionRefused("x"), RefusalCode.COMPRESSION),
         (KeyExhausted("x"), RefusalCode.EXHAUSTED),
         (MalformedData("x"), RefusalCode.INTEGRITY),
         (IntegrityError("x"), RefusalCode.INTEGRITY),

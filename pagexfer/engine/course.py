@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from ..errors import ChannelClosed, Outcome, TransferAborted
+from ..wire.constants import PAGE_SIZE
 from .convergence import Costs, Decision, EpochSample, Pressure, decide, press
 from .failure import hypervisor_call
 from .hypervisor import ThrottlingHypervisor
@@ -41,14 +42,19 @@ class Course:
         progress: Progress,
         channels: int,
         stall_timeout_s: float,
+        *,
+        compressed: bool,
     ) -> None:
         self._channels = channels
+        self._compressed = compressed
         self._steering = steering
         self._throttling = hypervisor if isinstance(hypervisor, ThrottlingHypervisor) else None
         self._progress = progress
         self._stall_timeout_s = stall_timeout_s
         self._samples: list[EpochSample] = []
         self._pressure = Pressure(0, steering.parameters.downtime_limit_s)
+        self._shrunk = 1.0
+        self._data_pages = 0
         self._round_trip_s = math.inf
         self._throttle = 0
         self._precopy = trio.CancelScope()
@@ -65,7 +71,13 @@ class Course:
         if self._samples:
             self._progress.dirty_pages_rate = pending_pages / max(began_s - self._samples[-1].began_s, 1e-6)
         seconds = trio.current_time() - began_s
-        self._samples.append(EpochSample(pending_pages, began_s, sent_bytes, seconds, self._pressure))
+        data_pages = self._progress.data_pages - self._data_pages
+        self._data_pages += data_pages
+        if self._compressed and data_pages:
+            self._shrunk = min(sent_bytes / (data_pages * PAGE_SIZE), 1.0)
+        self._samples.append(
+            EpochSample(pending_pages, began_s, sent_bytes, seconds, self._pressure, self._shrunk)
+        )
 
     # What is decided
 

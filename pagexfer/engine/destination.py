@@ -189,7 +189,7 @@ class DestinationEngine:
                 aborted = unfit(hello, reply)
             await say_farewell(control, aborted)
             # The peer is the source and this side cannot serve it: waiting for another one would not help.
-            if refused.code not in (RefusalCode.GEOMETRY, RefusalCode.JOURNAL):
+            if refused.code not in (RefusalCode.GEOMETRY, RefusalCode.COMPRESSION, RefusalCode.JOURNAL):
                 raise
             self._refused = aborted
             self._established.set()

@@ -77,6 +77,7 @@ class SourceOptions:
     stall_timeout_s: float = STALL_TIMEOUT_S
     audit: bool = False
     shards: int = 1
+    compressed: bool = False
 
 
 class SourceEngine:
@@ -104,7 +105,14 @@ class SourceEngine:
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
         self._channels: list[SourceChannel] = []
         self._lost_pages = 0  # since the epoch began
-        self._course = Course(steering, hypervisor, self._progress, options.channels, options.stall_timeout_s)
+        self._course = Course(
+            steering,
+            hypervisor,
+            self._progress,
+            options.channels,
+            options.stall_timeout_s,
+            compressed=options.compressed,
+        )
         self._cancelled = TransferAborted(
             Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
         )

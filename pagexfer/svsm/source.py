@@ -19,6 +19,7 @@ from ..wire.handshake import Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
 from ..wire.token import Manifest, pack_start
+from .compression import pack
 from .content import ContentTable, vcpu_digest
 from .device_state import Carried
 from .epoch import EpochBook
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from ..dirty import DirtyBitmap, DirtyTracker
     from ..wire.handshake import Freshness
     from .audit import Audited
+    from .compression import Compressor
     from .epoch import Replaced
     from .gate import VcpuGate
     from .journal import Journal
@@ -50,7 +52,8 @@ class SourceSvsm:
     """The trusted side of one outgoing migration of one guest.
 
     With `audit` it relies on no tracker: after the park it hashes all of RAM again and sends what is not as it was sent.
-    With a comparing tracker, the epoch that begins after the park does that already.
+    With a comparing tracker, the epoch that begins after the park does that already. With a `compressor` pages are
+    compressed before they are sealed.
 
     Every method either does what it says or raises and leaves the guest as it was; errors of the state machine change
     nothing. A bundle that fails to open before the start token ends the session, and the guest goes on here.
@@ -72,6 +75,7 @@ class SourceSvsm:
         *,
         audit: bool = False,
         bundle_pages: int = BUNDLE_PAGES,
+        compressor: Compressor | None = None,
         ledger: bytes = b"",
         journal: Journal | None = None,
     ) -> None:
@@ -92,6 +96,7 @@ class SourceSvsm:
         self._session: Established | None = None
         self._streams: SourceStreams | None = None
         self._bundle_pages = bundle_pages
+        self._compressor = compressor
         # As many as threads seal at a time: one that was used last is still in the cache.
         self._packagers: list[Packager] = []
         self._sealing = 0
@@ -137,15 +142,9 @@ class SourceSvsm:
         session_counter = self._memory.claim()
         self._claimed = True
         self._machine.advance(Event.PREPARE)
-        self._handshake = SourceHandshake(
-            self._attestor,
-            self._guest_id,
-            self._memory.pages,
-            self._gate.vcpus,
-            channels,
-            self.freshness,
-            session_counter,
-        )
+        pages, vcpus, compressed = self._memory.pages, self._gate.vcpus, self._compressor is not None
+        terms = pages, vcpus, channels, self.freshness, session_counter, compressed
+        self._handshake = SourceHandshake(self._attestor, self._guest_id, *terms)
         return self._handshake.hello()
 
     def establish(self, reply: bytes) -> bytes:
@@ -259,14 +258,15 @@ class SourceSvsm:
             packager = (
                 self._packagers.pop()
                 if self._packagers
-                else Packager(self._memory, stage=self._pending.staged)
+                else Packager(self._memory, stage=self._pending.staged or self._compressor is not None)
             )
         sent = 0
         try:
             package = packager.package(found, capacity)
             self._pending.record(package)
+            kind, carried = pack(package.payload, self._compressor)
             counter = sealer.counter
-            length = sealer.seal(BundleKind.PAGES, self._epoch.number, package.entries, package.payload, out)
+            length = sealer.seal(kind, self._epoch.number, package.entries, carried, out)
             sent = len(package.gfns)
         finally:
             with self.lock:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..attestation import Attestor
     from ..dirty import DirtyTracker
+    from ..svsm.compression import Compressor
     from ..svsm.gate import VcpuGate
     from ..svsm.journal import Journal
     from ..svsm.memory import GuestMemory
@@ -75,6 +76,8 @@ class SvsmPair:
         channels: int = 2,
         ledger: bytes = b"",
         destination_attestor: Attestor | None = None,
+        compressor: Compressor | None = None,
+        accept_compression: bool = False,
         intercept: Callable[[Message], Iterable[Message]] = lambda message: (message,),
         source_journal: Journal | None = None,
         destination_journal: Journal | None = None,
@@ -87,6 +90,7 @@ class SvsmPair:
             attestor,
             guest_id,
             audit=audit,
+            compressor=compressor,
             ledger=ledger,
             journal=source_journal,
         )
@@ -94,6 +98,7 @@ class SvsmPair:
             destination_memory,
             destination_gate,
             destination_attestor or attestor,
+            accept_compression=accept_compression,
             journal=destination_journal,
         )
         self._audit = audit
