@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,7 +15,7 @@ from bench.__main__ import main
 from bench.names import BENCHES
 from bench.namespace import shaped_link
 from bench.options import CannotRun
-from bench.pair import Route
+from bench.pair import Route, Watch, children
 from bench.qemu_machine import QemuFailed
 from bench.qemu_moves import Taken
 from bench.relay import paced_relay
@@ -76,9 +78,29 @@ def test_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     channels.main([*small, "--json", str(result), "--plot", str(plot)])
     measured = json.loads(result.read_text())
     assert measured["channels"].keys() == {"1", "2"}
+    assert measured["channels"]["2"]["engines"].keys() == {"local", "isolated"}
+    local, isolated = (measured["channels"]["2"]["engines"][engine] for engine in ("local", "isolated"))
+    # The engine's process, an interpreter of its own, is counted.
+    assert isolated["extra_mib"][0]["median"] > 1.3 * local["extra_mib"][0]["median"]
     assert measured["environment"]["revision"]
     assert [Table.load(table).rows for table in measured["tables"]]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_child_spends_counts_unless_it_is_spared() -> None:
+    busy = "import time\nwhile time.process_time() < 0.2: pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        counting, sparing = Watch(), Watch(children())
+        child.stdout.readline()
+        counting.look()
+        child.stdin.close()
+        child.wait()
+        assert counting.side(0).cpu_seconds > 0.15
+        assert sparing.side(0).cpu_seconds < 0.15
 
 
 def test_mailbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
