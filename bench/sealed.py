@@ -91,7 +91,12 @@ def run_move(move: Move, route: Route = DIRECT) -> tuple[Moved, Side | None]:
     return run_pair(receive, send, move, route)
 
 
-def receive(move: Move, host: str, on_listening: Callable[[int], None]) -> Side | None:
+def receive(
+    move: Move,
+    host: str,
+    on_listening: Callable[[int], None],
+    on_first_page: Callable[[], None] = lambda: None,
+) -> Side | None:
     """The destination, in a process of its own. Its RAM is provided before the source comes, which does not count."""
     watch: list[Watch] = []
 
@@ -100,6 +105,7 @@ def receive(move: Move, host: str, on_listening: Callable[[int], None]) -> Side 
             watch[0].look()
         elif info.status is not pagexfer.Status.SETUP:
             watch.append(Watch(spared))
+            on_first_page()
 
     async def main(guest: SimulatedGuest) -> Side | None:
         attestor = pagexfer.PskAttestor(_PSK)
@@ -122,8 +128,11 @@ def receive(move: Move, host: str, on_listening: Callable[[int], None]) -> Side 
         return trio.run(main, guest)
 
 
-def send(move: Move, host: str, port: int) -> Moved:
-    """The source, in a process of its own. Raises TransferAborted for any other end than the two in `Moved`."""
+def send(move: Move, host: str, port: int, on_first_page: Callable[[], None] = lambda: None) -> Moved:
+    """The source, in a process of its own. Raises TransferAborted for any other end than the two in `Moved`.
+
+    Its RAM is all there, zero pages too, as a confidential guest's is, which is pinned: reading one meets no page fault.
+    """
     seen: list[pagexfer.MigrationInfo] = []
     watch: list[Watch] = []
 
@@ -132,13 +141,17 @@ def send(move: Move, host: str, port: int) -> Moved:
         if watch:
             watch[0].look()
 
+    def first_page() -> None:
+        watch.append(Watch(spared))
+        on_first_page()
+
     async def main(guest: SimulatedGuest) -> Moved:
         await guest.hypervisor.resume()
         guest.gate.release()
         converged = True
         try:
             await pagexfer.send_guest(
-                _Announced(guest, lambda: watch.append(Watch(spared))),
+                _Announced(guest, first_page),
                 host,
                 port,
                 pagexfer.PskAttestor(_PSK),
@@ -167,5 +180,6 @@ def send(move: Move, host: str, port: int) -> Moved:
     with SimulatedGuest.boot(
         move.ram_bytes, 1, write_rate_bytes=move.write_rate_bytes, free=move.free, seed=move.seed
     ) as guest:
+        guest.memory.prefault(0, move.ram_bytes)
         spared = children()
         return trio.run(main, guest)

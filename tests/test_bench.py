@@ -6,11 +6,12 @@ import json
 import subprocess
 import sys
 from functools import partial
+from time import thread_time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from bench import channels, convergence, dirty, limits, links, mailbox, qemu, report, scale, suite
+from bench import channels, convergence, dirty, limits, links, mailbox, profile, qemu, report, scale, suite
 from bench.__main__ import main
 from bench.names import BENCHES
 from bench.namespace import shaped_link
@@ -19,6 +20,7 @@ from bench.pair import Route, Watch, children
 from bench.qemu_machine import QemuFailed
 from bench.qemu_moves import Taken
 from bench.relay import paced_relay
+from bench.stopwatch import Stopwatch
 from bench.table import Table
 from bench.tcp import Plain, run_plain
 
@@ -101,6 +103,38 @@ def test_what_a_child_spends_counts_unless_it_is_spared() -> None:
         child.wait()
         assert counting.side(0).cpu_seconds > 0.15
         assert sparing.side(0).cpu_seconds < 0.15
+
+
+def test_profile_finds_every_kind_of_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "CONTENTS", {"half zero": 0.5})
+    result = tmp_path / "profile.json"
+    profile.main(["--ram", "32MiB", "--channels", "2", "--repeats", "1", "--json", str(result)])
+    figure = json.loads(result.read_text())["figures"]["half zero"]
+    kinds = {kind: tuple(side["median"] for side in sides) for kind, sides in figure["s_per_gib"].items()}
+    assert all(kinds[kind][0] > 0 for kind in (profile.SEND, profile.SEAL, profile.LOOK, profile.PYTHON))
+    assert all(kinds[kind][1] > 0 for kind in (profile.RECEIVE, profile.OPEN, profile.WRITE, profile.PYTHON))
+    assert kinds[profile.SEAL][1] == kinds[profile.OPEN][0] == kinds[profile.WRITE][0] == 0
+    totals = [side["median"] for side in figure["total_s_per_gib"]]
+    assert [sum(sides) for sides in zip(*kinds.values(), strict=True)] == pytest.approx(totals)
+
+
+def test_a_stopwatch_gives_each_call_its_own_time() -> None:
+    def spin(seconds: float) -> None:
+        end = thread_time() + seconds
+        while thread_time() < end:
+            pass
+
+    def outer() -> None:
+        spin(0.02)
+        inner(0.03)
+
+    stopwatch = Stopwatch()
+    inner = stopwatch.timed("inner", spin)
+    stopwatch.timed("outer", outer)()
+    taken = stopwatch.lap()
+    assert taken["outer"].cpu_seconds == pytest.approx(0.02, rel=0.1)
+    assert taken["inner"].cpu_seconds == pytest.approx(0.03, rel=0.1)
+    assert stopwatch.lap() == {}
 
 
 def test_mailbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
