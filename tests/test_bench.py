@@ -113,7 +113,9 @@ def test_profile_finds_every_kind_of_work(tmp_path: Path, monkeypatch: pytest.Mo
     kinds = {kind: tuple(side["median"] for side in sides) for kind, sides in figure["s_per_gib"].items()}
     assert all(kinds[kind][0] > 0 for kind in (profile.SEND, profile.SEAL, profile.LOOK, profile.PYTHON))
     assert all(kinds[kind][1] > 0 for kind in (profile.RECEIVE, profile.OPEN, profile.WRITE, profile.PYTHON))
-    assert kinds[profile.SEAL][1] == kinds[profile.OPEN][0] == kinds[profile.WRITE][0] == 0
+    # A destination seals two short answers, and that is all.
+    assert kinds[profile.SEAL][1] < 0.1 * kinds[profile.SEAL][0]
+    assert kinds[profile.WRITE][0] == 0
     totals = [side["median"] for side in figure["total_s_per_gib"]]
     assert [sum(sides) for sides in zip(*kinds.values(), strict=True)] == pytest.approx(totals)
 
