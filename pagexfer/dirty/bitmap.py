@@ -16,13 +16,14 @@ from ..errors import LocalProtocolError
 from .bits import (
     ALL_ONES,
     BIT_OF,
-    BLOCK_WORDS,
+    SCAN_WORDS,
     WORD_BITS,
     blocks,
     dirty_words,
     edges,
     expand,
     fill_runs,
+    nonzero,
     run_edges,
     spread,
 )
@@ -166,9 +167,9 @@ class DirtyBitmap:
             raise LocalProtocolError(f"a bitmap of {other._pages} pages does not fit one of {self._pages}")
         if not other._touched:
             return
-        for block in blocks(self._words):
+        for block in blocks(self._words, SCAN_WORDS):
             target, added = self._words[block], other._words[block]
-            numbers = np.flatnonzero(added != 0)
+            numbers = nonzero(added)
             if len(numbers) * _SPARSE > len(added):
                 np.bitwise_or(target, added, out=target)
             else:
@@ -219,7 +220,15 @@ class DirtyBitmap:
 
     def clear(self) -> None:
         """Unmark every page."""
-        self._words.fill(0)
+        if not self._touched:
+            return
+        for block in blocks(self._words, SCAN_WORDS):
+            words = self._words[block]
+            numbers = nonzero(words)
+            if len(numbers) * _SPARSE > len(words):
+                words.fill(0)
+            else:
+                words[numbers] = 0
 
     def count(self) -> int:
         """How many pages are marked."""
@@ -227,7 +236,9 @@ class DirtyBitmap:
 
     def any(self) -> bool:
         """Whether a page is marked; looks no further than the first step that finds one."""
-        return self._touched and any(bool(self._words[block].any()) for block in blocks(self._words))
+        return self._touched and any(
+            bool(np.bitwise_or.reduce(self._words[block])) for block in blocks(self._words, SCAN_WORDS)
+        )
 
     # Where the marks are
 
@@ -281,7 +292,7 @@ class DirtyBitmap:
         span = _SPREAD_PAGES // WORD_BITS
         found = [np.zeros(0, dtype=np.int64)]
         while word < end and limit:
-            span = min(span * 8, BLOCK_WORDS)
+            span = min(span * 8, SCAN_WORDS)
             numbers = dirty_words(self._words, word, min(end, word + span))
             word += span
             if not numbers.size:
@@ -412,4 +423,10 @@ def as_run(gfns: NDArray[np.int64]) -> NDArray[np.int64] | range:
 
 
 def _count(words: NDArray[np.uint64]) -> int:
-    return sum(int(np.bitwise_count(words[block]).sum(dtype=np.uint32)) for block in blocks(words))
+    total = 0
+    for block in blocks(words, SCAN_WORDS):
+        part = words[block]
+        numbers = nonzero(part)
+        marked = part if len(numbers) * _SPARSE > len(part) else part[numbers]
+        total += int(np.bitwise_count(marked).sum(dtype=np.uint32))
+    return total
