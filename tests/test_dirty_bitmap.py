@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -237,6 +237,7 @@ def test_chunks_are_those_with_a_mark(case: tuple[DirtyBitmap, set[int]], chunk_
     assert list(bitmap.chunks(chunk_pages)) == expected
 
 
+@example((DirtyBitmap.full(64), set(range(64))), 65)
 @given(bitmaps(), st.integers(1, 70))
 def test_split_covers_all_pages_evenly(case: tuple[DirtyBitmap, set[int]], parts: int) -> None:
     bitmap, marked = case

@@ -22,8 +22,8 @@ from .bits import (
     dirty_words,
     edges,
     expand,
+    few_nonzero,
     fill_runs,
-    nonzero,
     run_edges,
     spread,
 )
@@ -169,8 +169,8 @@ class DirtyBitmap:
             return
         for block in blocks(self._words, SCAN_WORDS):
             target, added = self._words[block], other._words[block]
-            numbers = nonzero(added)
-            if len(numbers) * _SPARSE > len(added):
+            numbers = few_nonzero(added)
+            if numbers is None:
                 np.bitwise_or(target, added, out=target)
             else:
                 target[numbers] |= added[numbers]
@@ -224,8 +224,8 @@ class DirtyBitmap:
             return
         for block in blocks(self._words, SCAN_WORDS):
             words = self._words[block]
-            numbers = nonzero(words)
-            if len(numbers) * _SPARSE > len(words):
+            numbers = few_nonzero(words)
+            if numbers is None:
                 words.fill(0)
             else:
                 words[numbers] = 0
@@ -358,6 +358,9 @@ class DirtyBitmap:
         edges_of_parts = [0]
         for part in range(1, parts):
             goal = int(sums[-1]) * part // parts
+            if not goal:
+                edges_of_parts.append(0)
+                continue
             region = int(np.searchsorted(sums, goal))
             word = region * _SPREAD_PAGES // WORD_BITS
             counts = np.bitwise_count(self._words[word : word + _SPREAD_PAGES // WORD_BITS])
@@ -426,7 +429,7 @@ def _count(words: NDArray[np.uint64]) -> int:
     total = 0
     for block in blocks(words, SCAN_WORDS):
         part = words[block]
-        numbers = nonzero(part)
-        marked = part if len(numbers) * _SPARSE > len(part) else part[numbers]
+        numbers = few_nonzero(part)
+        marked = part if numbers is None else part[numbers]
         total += int(np.bitwise_count(marked).sum(dtype=np.uint32))
     return total

@@ -23,8 +23,8 @@ ALL_ONES: Final = (1 << WORD_BITS) - 1
 # is small beside it.
 BLOCK_WORDS: Final = 1 << 14
 
-# Words per step of a pass that only reads, and where most rows of so many words are zero: 512 KiB and 512 bytes. One look at
-# a row, at memory speed, saves the looks at each of its words, which cost three times as much.
+# Words per step of a pass that only reads, and words of a row: 512 KiB and 512 bytes. One look at a row, at memory speed,
+# saves the looks at each of its words, which cost three times as much; and most rows have no mark.
 SCAN_WORDS: Final = 1 << 16
 ROW_WORDS: Final = 1 << 6
 _ROW_SHIFT: Final = 6
@@ -74,12 +74,18 @@ def dirty_words(words: NDArray[np.uint64], start: int, stop: int) -> NDArray[np.
 
 def nonzero(words: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Numbers of the words that are not zero, sorted, of at most SCAN_WORDS of them."""
+    # numpy finds the true ones of a bool array much faster than the nonzero ones of a uint64 array.
+    found = few_nonzero(words)
+    return np.flatnonzero(words != 0) if found is None else found
+
+
+def few_nonzero(words: NDArray[np.uint64]) -> NDArray[np.int64] | None:
+    """As `nonzero`; None where so many rows have a mark that going over all words costs less than looking for them."""
     end = len(words) // ROW_WORDS * ROW_WORDS
     rows = words[:end].reshape(-1, ROW_WORDS)
     marked = np.flatnonzero(np.bitwise_or.reduce(rows, axis=1))
-    # numpy finds the true ones of a bool array much faster than the nonzero ones of a uint64 array.
     if len(marked) * _DENSE >= len(rows):
-        return np.flatnonzero(words != 0)
+        return None
     found = np.flatnonzero(rows[marked] != 0)
     numbers: NDArray[np.int64] = marked[found >> _ROW_SHIFT] << _ROW_SHIFT
     numbers |= found & (ROW_WORDS - 1)
