@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 from functools import partial
 from time import thread_time
 from typing import TYPE_CHECKING
@@ -235,6 +236,20 @@ def test_a_forecast_is_judged_against_what_came() -> None:
 def test_a_relay_holds_each_flow_to_its_rate() -> None:
     sender, _ = run_plain(Plain(10_000_000, 2), Route(lead=partial(paced_relay, flow_bytes_per_s=20_000_000)))
     assert sender.seconds > 0.8 * 5_000_000 / 20_000_000
+
+
+def test_a_shared_link_holds_each_flow_and_all_together() -> None:
+    link = links.Link(20, 40)
+    seconds = {}
+    for flows in (1, 4):
+        with ExitStack() as stack:
+            try:
+                route = stack.enter_context(link.route())
+            except CannotRun as reason:
+                pytest.skip(str(reason))
+            seconds[flows] = run_plain(Plain(flows * 8_000_000, flows), route)[0].seconds
+    assert seconds[1] > 0.8 * 8 / 20
+    assert seconds[4] > 0.8 * 32 / 40
 
 
 def test_links_more_channels_converge_where_one_does_not(tmp_path: Path) -> None:
