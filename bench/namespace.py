@@ -87,7 +87,7 @@ def _shape(link_bytes_per_s: int, flow_bytes_per_s: int) -> None:
         f"net.ipv4.ip_local_port_range={ports[0]} {ports[-1]}",
     )
     link, flow = f"{link_bytes_per_s}bps", f"{min(flow_bytes_per_s, link_bytes_per_s)}bps"
-    # HTB gives every class its own rate whatever its parent's is, and shares the parent's rate only for what is above. So all
+    # HTB gives every class its own rate whatever its parent has, and shares the parent's rate for what is above. So all
     # classes together have no more than the link of their own, and the limit of a flow is its ceiling.
     share = f"{link_bytes_per_s // _PORTS}bps"
     lines = [
