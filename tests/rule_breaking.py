@@ -85,7 +85,7 @@ def sealed_by_source(
 def one_page(gfn: int) -> bytes:
     return pack_entries(
         np.array([gfn]), np.array([Operation.DATA], dtype=np.uint8), np.array([PRIVATE], dtype=np.uint32)
-    ).tobytes()
+    )
 
 
 def open_pair(move: Move) -> SvsmPair:

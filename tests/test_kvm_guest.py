@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -80,6 +81,9 @@ class TestRun:
         assert (guest.kind, guest.tracker) == ("kvm", None)
         assert guest.memory.ram_bytes == RAM_BYTES
         assert guest.hypervisor.dirty_log is not None
+
+    def test_all_its_ram_has_memory_behind_it(self, source: KvmGuest) -> None:
+        assert os.lseek(source.memory.ram_fd, 0, os.SEEK_HOLE) == RAM_BYTES
 
     async def test_parked_guest_stands_still_and_goes_on(self, source: KvmGuest) -> None:
         await run_and_park(source)

@@ -226,7 +226,7 @@ def test_bits_of_an_entry() -> None:
 
     def packed(gfn: int, operation: int, state: int) -> int:
         columns = np.array([gfn], np.int64), np.array([operation], np.uint8), np.array([state], np.uint32)
-        return int(bundle.pack_entries(*columns)[0])
+        return int.from_bytes(bundle.pack_entries(*columns), "little")
 
     assert packed((1 << constants.GFN_BITS) - 1, 0, 0) == masks["gfn"]
     assert packed(0, 3, 0) == masks["operation"]

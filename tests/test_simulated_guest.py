@@ -113,6 +113,11 @@ async def test_begins_parked_and_stopped() -> None:
         await _until_steps(guest, 1)
 
 
+def test_all_ram_has_memory_behind_it() -> None:
+    with SimulatedGuest.boot(_MIB, 1, write_rate_bytes=0, free=0.9) as guest:
+        assert os.lseek(guest.memory.ram_fd, 0, os.SEEK_HOLE) == _MIB
+
+
 async def test_two_vcpus_write_and_pass_the_check() -> None:
     with SimulatedGuest.boot(2 * _MIB, 2, write_rate_bytes=_UNBOUNDED, seed=5) as guest:
         await _run(guest)

@@ -97,11 +97,11 @@ ENTRY_BYTES: Final = 8
 _OPERATION_SHIFT: Final = 40
 _STATE_SHIFT: Final = 42
 _RESERVED_SHIFT: Final = 61
-_GFN_MASK: Final = np.uint64((1 << GFN_BITS) - 1)
+_GFN_MASK: Final = (1 << GFN_BITS) - 1
 _OPERATION_BITS: Final = _STATE_SHIFT - _OPERATION_SHIFT
 _OPERATION_MASK: Final = (1 << _OPERATION_BITS) - 1
 _UPPER_BITS: Final = _RESERVED_SHIFT - _OPERATION_SHIFT
-_HAS_CONTENT: Final = np.uint32(VALIDATED | SHARED)
+_HAS_CONTENT: Final = VALIDATED | SHARED
 # The operations as numpy scalars: comparing an array with an enum member costs as much as sealing a page.
 DATA: Final = np.uint8(Operation.DATA)
 ZERO: Final = np.uint8(Operation.ZERO)
@@ -113,6 +113,8 @@ MAX_BUNDLE_BYTES: Final = (
     HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + MAX_BUNDLE_PAYLOAD_BYTES + TAG_BYTES
 )
 _NO_RESERVED: Final = bytes(16)
+# Most bundles bring a run of pages that are all alike: then each entry is the first one and its place.
+_PLACES: Final = np.arange(MAX_BUNDLE_ENTRIES, dtype="<u8")
 
 
 class BundleHeader(NamedTuple):
@@ -218,16 +220,19 @@ def parse_header_untrusted(data: bytes, bundle_bytes: int) -> BundleHeader:
     return header
 
 
-def pack_entries(
-    gfns: NDArray[np.int64], operations: NDArray[np.uint8], states: NDArray[np.uint32]
-) -> NDArray[np.uint64]:
-    """Entries as on the wire (uint64, one a page). `gfns` are strictly ascending."""
+def pack_entries(gfns: NDArray[np.int64], operations: NDArray[np.uint8], states: NDArray[np.uint32]) -> bytes:
+    """Entries as on the wire. `gfns` are strictly ascending."""
+    count = len(gfns)
+    is_run = 0 < count <= MAX_BUNDLE_ENTRIES and int(gfns[-1]) - int(gfns[0]) == count - 1
+    if is_run and _alike(operations) and _alike(states):
+        upper = int(states[0]) << _OPERATION_BITS | int(operations[0])
+        return _run(upper << _OPERATION_SHIFT | int(gfns[0]), count)
     entries = states.astype(np.uint64)
     entries <<= _OPERATION_BITS
     entries |= operations
     entries <<= _OPERATION_SHIFT
     entries |= gfns.view(np.uint64)
-    return entries.astype("<u8", copy=False)
+    return entries.astype("<u8", copy=False).tobytes()
 
 
 def parse_entries_untrusted(data: bytes, header: BundleHeader, pages: int) -> Entries:
@@ -237,25 +242,59 @@ def parse_entries_untrusted(data: bytes, header: BundleHeader, pages: int) -> En
     the one before it, an operation is unknown or does not fit the page's state, a reserved bit is set, or the payload is
     not exactly the DATA pages.
     """
-    if not data or len(data) != ENTRY_BYTES * header.entry_count:
-        raise MalformedData(f"PAGES bundle of {header.entry_count} entries in {len(data)} bytes")
-    raw = np.frombuffer(data, dtype="<u8")
-    gfns = (raw & _GFN_MASK).astype(np.int64)
-    upper = (raw >> _OPERATION_SHIFT).astype(np.uint32)
-    operations = (upper & _OPERATION_MASK).astype(np.uint8)
-    states = upper >> np.uint32(_OPERATION_BITS)
-    if int(upper.max()) >> _UPPER_BITS:
-        raise MalformedData("entry with reserved bits set")
-    if not operations.all():
-        raise MalformedData("entry with unknown operation")
-    if int(gfns[-1]) >= pages or (gfns[1:] <= gfns[:-1]).any():
-        raise MalformedData("entries out of RAM or not in ascending order")
-    dropped = operations == DROP
-    if (dropped == ((states & _HAS_CONTENT) != 0)).any():
-        raise MalformedData("entry whose operation does not fit its page state")
-    if np.count_nonzero(operations == DATA) * PAGE_SIZE != header.payload_bytes:
+    count = header.entry_count
+    if not data or len(data) != ENTRY_BYTES * count:
+        raise MalformedData(f"PAGES bundle of {count} entries in {len(data)} bytes")
+    first = int.from_bytes(data[:ENTRY_BYTES], "little")
+    entries = _run_untrusted(first, count) if data == _run(first, count) else _columns_untrusted(data)
+    # Also where the numbers of a run leave their field: no guest has so many pages.
+    if int(entries.gfns[-1]) >= pages:
+        raise MalformedData("entries out of RAM")
+    if np.count_nonzero(entries.operations == DATA) * PAGE_SIZE != header.payload_bytes:
         raise MalformedData("payload is not exactly the DATA pages")
-    return Entries(gfns, operations, states)
+    return entries
+
+
+def _run(first: int, count: int) -> bytes:
+    """Entries of `count` consecutive pages that are all like `first`."""
+    return (_PLACES[:count] + np.uint64(first)).tobytes()
+
+
+def _run_untrusted(first: int, count: int) -> Entries:
+    upper = first >> _OPERATION_SHIFT
+    _check_upper_untrusted(upper)
+    gfn = first & _GFN_MASK
+    return Entries(
+        np.arange(gfn, gfn + count),
+        np.full(count, upper & _OPERATION_MASK, dtype=np.uint8),
+        np.full(count, upper >> _OPERATION_BITS, dtype=np.uint32),
+    )
+
+
+def _columns_untrusted(data: bytes) -> Entries:
+    raw = np.frombuffer(data, dtype="<u8")
+    upper = (raw >> _OPERATION_SHIFT).astype(np.uint32)
+    for distinct in np.unique(upper).tolist():  # pages differ in few ways
+        _check_upper_untrusted(distinct)
+    gfns = (raw & np.uint64(_GFN_MASK)).astype(np.int64)
+    if (gfns[1:] <= gfns[:-1]).any():
+        raise MalformedData("entries that are not in ascending order")
+    return Entries(gfns, (upper & _OPERATION_MASK).astype(np.uint8), upper >> np.uint32(_OPERATION_BITS))
+
+
+def _check_upper_untrusted(upper: int) -> None:
+    """An entry without its gfn."""
+    if upper >> _UPPER_BITS:
+        raise MalformedData("entry with reserved bits set")
+    operation, state = upper & _OPERATION_MASK, upper >> _OPERATION_BITS
+    if not operation:
+        raise MalformedData("entry with unknown operation")
+    if (operation == Operation.DROP) == bool(state & _HAS_CONTENT):
+        raise MalformedData("entry whose operation does not fit its page state")
+
+
+def _alike(column: NDArray[np.uint8] | NDArray[np.uint32]) -> bool:
+    return column.tobytes() == column[:1].tobytes() * len(column)
 
 
 _KINDS: Final = {int(kind): kind for kind in BundleKind}

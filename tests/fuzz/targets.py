@@ -136,7 +136,7 @@ def _bundle(data: bytes) -> None:
     assert header.pack() == data[:HEADER_BYTES]
     if header.kind is BundleKind.PAGES:
         raw = data[HEADER_BYTES : header.aad_bytes]
-        assert pack_entries(*parse_entries_untrusted(raw, header, _RAM_PAGES)).tobytes() == raw
+        assert pack_entries(*parse_entries_untrusted(raw, header, _RAM_PAGES)) == raw
 
 
 def _epoch_totals(data: bytes) -> None:

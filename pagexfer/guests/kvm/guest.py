@@ -53,6 +53,8 @@ class KvmGuest:
         layout = Layout.plan(ram_bytes, vcpus, free=free, seed=seed)
         guest = cls._create(layout)
         try:
+            # All of it, also what stays zero: RAM of a confidential guest is pinned.
+            guest.memory.prefault(0, ram_bytes)
             guest.memory.words[:RESERVED_PAGES] = reserved_pages()
             fill(guest.memory.words, layout)
             guest.memory.launch()

@@ -71,6 +71,8 @@ class SimulatedGuest:
         layout = Layout.plan(ram_bytes, vcpus, free=free, seed=seed)
         guest = cls(ram_bytes, vcpus, write_rate_bytes)
         try:
+            # All of it, also what stays zero: RAM of a confidential guest is pinned.
+            guest.memory.prefault(0, ram_bytes)
             fill(guest.memory.words, layout)
             guest.memory.launch()
             for vcpu in range(vcpus):
