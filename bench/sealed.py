@@ -131,7 +131,7 @@ def receive(
 def send(move: Move, host: str, port: int, on_first_page: Callable[[], None] = lambda: None) -> Moved:
     """The source, in a process of its own. Raises TransferAborted for any other end than the two in `Moved`.
 
-    Its RAM is all there, zero pages too, as a confidential guest's is, which is pinned: reading one meets no page fault.
+    Its RAM is all there from its boot on, zero pages too: reading one meets no page fault.
     """
     seen: list[pagexfer.MigrationInfo] = []
     watch: list[Watch] = []
@@ -180,6 +180,5 @@ def send(move: Move, host: str, port: int, on_first_page: Callable[[], None] = l
     with SimulatedGuest.boot(
         move.ram_bytes, 1, write_rate_bytes=move.write_rate_bytes, free=move.free, seed=move.seed
     ) as guest:
-        guest.memory.prefault(0, move.ram_bytes)
         spared = children()
         return trio.run(main, guest)
