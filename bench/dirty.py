@@ -75,6 +75,8 @@ class Subject:
         self._pages = pages = guest_gib * PAGES_PER_GIB
         self.bitmap = _marked(pages, density, rng)
         self._other = self.bitmap.copy()
+        # As a tracker leaves it, which wrote the words itself: nobody knows where marks are before all were looked at.
+        self._log = self._other.words
         self._taken_from = self.bitmap
         self._pending, self._quiet, self._seen = (DirtyBitmap(pages) for _ in range(3))
         self._starts = (rng.integers(0, pages // CHUNK_PAGES, FIRST_CALLS) * CHUNK_PAGES).tolist()

@@ -491,3 +491,37 @@ def test_a_bitmap_is_compared_by_content_and_has_no_hash() -> None:
     assert bitmap_of({1}, 64) != {1}
     with pytest.raises(TypeError, match="unhashable"):
         hash(DirtyBitmap(1))
+
+
+def test_words_in_other_hands_are_always_looked_at() -> None:
+    bitmap = DirtyBitmap(1 << 20)
+    words = bitmap.words
+    assert bitmap.region_counts(64).sum() == 0
+    bitmap.clear()
+    words[5000] = 0b101
+    marked = [5000 * 64, 5000 * 64 + 2]
+    united = DirtyBitmap(1 << 20)
+    united.union(bitmap)
+    assert bitmap.any()
+    assert bitmap.count() == united.count() == 2
+    assert bitmap.copy() == united == bitmap
+    for found in (bitmap.gfns(), bitmap.first(0, 1 << 20, 10), united.gfns(), united.first(0, 1 << 20, 10)):
+        assert found.tolist() == marked
+    assert bitmap.take().region_counts(1 << 12).nonzero()[0].tolist() == [5000 // 64]
+
+
+@pytest.mark.parametrize("region_pages", [64, 512, 4096, 1 << 15])
+@pytest.mark.parametrize("density", [0.00001, 0.001])
+def test_rows_without_marks_are_forgotten_and_found_again(region_pages: int, density: float) -> None:
+    pages = 1 << 20
+    gfns = np.unique(np.random.default_rng(1).integers(0, pages, round(pages * density)))
+    bitmap = DirtyBitmap.full(pages)
+    bitmap.clear_range(0, pages)
+    for marked in (gfns, gfns[::2], gfns + 0):
+        assert not bitmap.region_counts(region_pages).any()
+        bitmap.set_gfns(marked)
+        assert bitmap.gfns().tolist() == bitmap.first(0, pages, pages).tolist() == marked.tolist()
+        counts = np.bincount(marked // region_pages, minlength=pages // region_pages)
+        assert bitmap.region_counts(region_pages).tolist() == counts.tolist()
+        bitmap.clear_gfns(marked)
+        assert not bitmap.any()

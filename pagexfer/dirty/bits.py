@@ -23,18 +23,16 @@ ALL_ONES: Final = (1 << WORD_BITS) - 1
 # is small beside it.
 BLOCK_WORDS: Final = 1 << 14
 
-# Words per step of a pass that only reads, and words of a row: 512 KiB and 512 bytes. One look at a row, at memory speed,
-# saves the looks at each of its words, which cost three times as much; and most rows have no mark.
-SCAN_WORDS: Final = 1 << 16
-ROW_WORDS: Final = 1 << 6
-_ROW_SHIFT: Final = 6
-# Where more than one row in so many has a mark, all words are looked at.
-_DENSE: Final = 4
+# A row is 64 words, 4096 pages: one look at a row saves the looks at each of its words, and most rows have no mark. Where
+# more than one in DENSE has one, going over all words costs less than going to each of these rows.
+ROW_SHIFT: Final = 6
+ROW_WORDS: Final = 1 << ROW_SHIFT
+DENSE: Final = 4
+# Rows per step of a pass that goes to some of them, or only reads: 512 KiB.
+SCAN_ROWS: Final = 1 << 10
 
 BIT_OF: Final[NDArray[np.uint64]] = np.left_shift(np.uint64(1), np.arange(WORD_BITS, dtype=np.uint64))
 BIT_OF.setflags(write=False)
-
-assert ROW_WORDS == 1 << _ROW_SHIFT
 
 _ALL: Final = np.uint64(ALL_ONES)
 _NONE: Final[NDArray[np.int64]] = np.zeros(0, dtype=np.int64)
@@ -63,35 +61,32 @@ def spread(octets: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.bool_
     return bits[start - octet * 8 : stop - octet * 8].view(np.bool_)
 
 
-def dirty_words(words: NDArray[np.uint64], start: int, stop: int) -> NDArray[np.int64]:
-    """Numbers, from `start` to `stop`, of the words that are not zero, sorted."""
-    part = words[start:stop]
-    found = [nonzero(part[block]) + block.start for block in blocks(part, SCAN_WORDS)]
-    numbers: NDArray[np.int64] = found[0] if len(found) == 1 else np.concatenate([_NONE, *found])
-    numbers += start
-    return numbers
+def marked_rows(table: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Numbers of the rows that are not all zero, sorted."""
+    found = [
+        np.flatnonzero(np.bitwise_or.reduce(table[block], axis=1)) + block.start
+        for block in blocks(table, SCAN_ROWS)
+    ]
+    return np.concatenate(found)
 
 
-def nonzero(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Numbers of the words that are not zero, sorted, of at most SCAN_WORDS of them."""
+def dirty_words(table: NDArray[np.uint64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers of the words that are not zero, sorted, of the rows `rows` (sorted)."""
     # numpy finds the true ones of a bool array much faster than the nonzero ones of a uint64 array.
-    found = few_nonzero(words)
-    return np.flatnonzero(words != 0) if found is None else found
-
-
-def few_nonzero(words: NDArray[np.uint64]) -> NDArray[np.int64] | None:
-    """As `nonzero`; None where so many rows have a mark that going over all words costs less than looking for them."""
-    end = len(words) // ROW_WORDS * ROW_WORDS
-    rows = words[:end].reshape(-1, ROW_WORDS)
-    marked = np.flatnonzero(np.bitwise_or.reduce(rows, axis=1))
-    if len(marked) * _DENSE >= len(rows):
-        return None
-    found = np.flatnonzero(rows[marked] != 0)
-    numbers: NDArray[np.int64] = marked[found >> _ROW_SHIFT] << _ROW_SHIFT
-    numbers |= found & (ROW_WORDS - 1)
-    if end < len(words):
-        return np.concatenate([numbers, np.flatnonzero(words[end:] != 0) + end])
-    return numbers
+    found = [_NONE]
+    for block in blocks(rows, SCAN_ROWS):
+        part = rows[block]
+        if int(part[-1]) - int(part[0]) + 1 == len(part):  # no gap: no copy either
+            numbers = np.flatnonzero(table[int(part[0]) : int(part[-1]) + 1] != 0)
+            numbers += int(part[0]) << ROW_SHIFT
+        else:
+            places = np.flatnonzero(table[part] != 0)
+            numbers = part[places >> ROW_SHIFT]
+            numbers <<= ROW_SHIFT
+            places &= ROW_WORDS - 1
+            numbers |= places
+        found.append(numbers)
+    return found[1] if len(found) == 2 else np.concatenate(found)
 
 
 def expand(words: NDArray[np.uint64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
