@@ -525,3 +525,14 @@ def test_rows_without_marks_are_forgotten_and_found_again(region_pages: int, den
         assert bitmap.region_counts(region_pages).tolist() == counts.tolist()
         bitmap.clear_gfns(marked)
         assert not bitmap.any()
+
+
+def test_marks_of_runs_and_of_a_log_are_found() -> None:
+    bitmap = DirtyBitmap(1 << 20)
+    bitmap.set_runs(np.array([200_000, 70_000]), np.array([9_000, 3]))
+    assert bitmap.gfns().tolist() == [*range(70_000, 70_003), *range(200_000, 209_000)]
+    bitmap.clear()
+    log = np.zeros(12_000, dtype=np.uint64)
+    log[[7, 11_000]] = 1
+    bitmap.union_part(64 * 4_000, log.tobytes())
+    assert bitmap.gfns().tolist() == [64 * 4_007, 64 * 15_000]
