@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from pagexfer.dirty import DirtyBitmap, as_run
+from pagexfer.dirty.bitmap import WORD_BITS
 from pagexfer.engine.plan import plan_chunks
 
 from .measure import Case, Spread, alternate
@@ -84,7 +85,7 @@ class Subject:
 
     def operations(self) -> dict[str, tuple[Case, int]]:
         """Each operation, and the bytes of the words it goes over and of its result."""
-        whole = self.bitmap.words.nbytes
+        whole = -(-self._pages // WORD_BITS) * 8
         marked = self.bitmap.count()
         made = {
             "count": (Case(self.bitmap.count), whole),

@@ -242,7 +242,7 @@ class DirtyBitmap:
 
     def count(self) -> int:
         """How many pages are marked."""
-        rows = self._marked_rows()
+        rows = np.flatnonzero(self._rows)
         if self._is_dense(rows):
             return _count(self._words)
         return sum(_count(self._table[rows[block]].reshape(-1)) for block in blocks(rows, SCAN_ROWS))
