@@ -6,8 +6,8 @@ migration runs with the engine in the guest's process (local) and in one of its 
 RAM, source and destination, of all processes of a side but vCPUs, from the first page to the end. Memory is what they had
 at most beyond guest RAM, interpreters among it.
 
-Three tables: by number of channels, by what is in RAM (zero pages are one part of RAM, the rest cannot be compressed), and
-by pages in a bundle. Zero pages are not sent, so with them TCP is no limit: what is, is a plain read of RAM by one core.
+Four tables: by number of channels, by what is in RAM (zero pages are one part of RAM, the rest cannot be compressed), by
+pages in a bundle, and by shards, which are event loops of a side, each in a thread with its part of the channels. Zero pages are not sent, so with them TCP is no limit: what is, is a plain read of RAM by one core.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ QUICK_CHANNELS: Final = (1, 4, 64)
 CONTENTS: Final = {"incompressible": 0.0, "half zero": 0.5, "mostly zero": 0.95}
 BUNDLES: Final = (16, 32, 64, 128, 256, 512)
 QUICK_BUNDLES: Final = (16, 256)
+SHARDS: Final = (1, 2, 4)
 # Where a table varies something else than channels.
 USUAL_CHANNELS: Final = 4
 
@@ -243,8 +244,16 @@ def main(argv: list[str] | None = None) -> None:
         {str(n): {LOCAL: replace(usual, bundle_pages=n)} for n in bundles},
         options.repeats,
     )
+    by_shards = measure(
+        {
+            str(USUAL_CHANNELS): {
+                "1 shard" if n == 1 else f"{n} shards": replace(usual, shards=n) for n in SHARDS
+            }
+        },
+        options.repeats,
+    )
     read = read_rate(usual.ram_bytes, options.repeats)
-    figures = {"channels": by_channels, "content": by_content, "bundle_pages": by_bundle}
+    figures = {"channels": by_channels, "content": by_content, "bundle_pages": by_bundle, "shards": by_shards}
     of = f"{usual.ram_bytes >> 20} MiB"
     finish(
         options,

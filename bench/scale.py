@@ -211,7 +211,10 @@ def projection_table(lines: Lines, sent_of_ram: float) -> Table:
     rows = [
         ("seconds, as measured here", f"{alone_s:.0f}"),
         (f"seconds, the link full: {cores} cores a side", f"{link_s:.0f}"),
-        ("downtime ms", f"{lines.downtime_ms.at(PROJECTED_GIB):.0f}"),
+        (
+            "downtime ms",
+            f"{lines.downtime_ms.at(PROJECTED_GIB):.0f}" if lines.downtime_ms.per_gib > 0 else "did not grow",
+        ),
     ]
     return Table.of("Projected: 1 TiB over 100 Gbit/s", ("", "value"), rows, ASSUMPTIONS)
 

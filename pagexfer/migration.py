@@ -19,6 +19,7 @@ import trio
 
 from .engine.destination import DestinationEngine
 from .engine.hypervisor import ThrottlingHypervisor
+from .engine.shards import MAX_SHARDS
 from .engine.slots import Slot
 from .engine.source import SourceEngine, SourceOptions
 from .engine.steering import DOWNTIME_LIMIT_S, MigrationParameters, Steering
@@ -84,6 +85,7 @@ async def send_guest(
     journal: Path | None = None,
     isolated: bool = False,
     cpus: tuple[int, ...] = (),
+    shards: int = 1,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
 ) -> MigrationReport:
     """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
@@ -99,6 +101,9 @@ async def send_guest(
 
     With `isolated`, the engine is a process of its own, which shares mailbox memory and doorbells with this one and nothing
     else; `cpus` pins that process, and the threads that serve its slots, to these processors.
+
+    The channels are carried by `shards` event loops, each in a thread of its own: more than one pays where one core cannot
+    fill the link and there are cores to spare.
 
     `ledger` is what the guest's last destination reported as its ledger, empty for a guest that never moved.
 
@@ -123,8 +128,9 @@ async def send_guest(
         raise UsageError(f"freshness is {' or '.join(get_args(FreshnessChoice))}, not {freshness}")
     _check_network(port, 1, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
+    _check_shards(shards)
     audit = freshness == "digest-audit"
-    options = SourceOptions(channels, stall_timeout_s, audit)
+    options = SourceOptions(channels, stall_timeout_s, audit, shards)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
         kept = None if journal is None else FileJournal.for_session(journal)
@@ -185,6 +191,7 @@ async def receive_guest(
     journal: Path | None = None,
     isolated: bool = False,
     cpus: tuple[int, ...] = (),
+    shards: int = 1,
     on_listening: Callable[[int], None] = lambda _port: None,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
     on_stranger: Callable[[str], None] = lambda _line: None,
@@ -192,12 +199,13 @@ async def receive_guest(
     """Receive one guest into `guest`, which has fresh RAM and vCPUs that never ran, listening at `host`:`port`.
 
     `on_listening` gets the port, which the kernel chooses for 0; `on_stranger` one line for each connection that was not
-    the source's; `journal`, `isolated` and `cpus` are as for `send_guest`. When it returns, the guest runs here. Raises
-    UsageError where address or journal cannot be used, and TransferAborted where the migration failed: the guest then never
-    runs here, except with outcome UNDECIDED.
+    the source's; `journal`, `isolated`, `cpus` and `shards` are as for `send_guest`. When it returns, the guest runs here.
+    Raises UsageError where address or journal cannot be used, and TransferAborted where the migration failed: the guest
+    then never runs here, except with outcome UNDECIDED.
     """
     _check_network(port, 0, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
+    _check_shards(shards)
     kept = None if journal is None else FileJournal.for_session(journal)
     svsm = DestinationSvsm(guest.memory, guest.gate, attestor, journal=kept)
     if isolated:
@@ -210,6 +218,7 @@ async def receive_guest(
             guest.hypervisor.dirty_log is not None,
             cpus,
             stall_timeout_s,
+            shards=shards,
         )
         receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
         with kept or nullcontext():
@@ -230,6 +239,7 @@ async def receive_guest(
         on_progress,
         on_stranger,
         stall_timeout_s,
+        shards,
     )
     with kept or nullcontext():
         listener = await listen(host, port, stall_timeout_s)
@@ -270,6 +280,11 @@ def _check_cpus(cpus: tuple[int, ...], *, isolated: bool) -> None:
     missing = sorted(set(cpus) - os.sched_getaffinity(0))
     if missing:
         raise UsageError(f"CPU {missing[0]} does not exist or is not this process's to use")
+
+
+def _check_shards(shards: int) -> None:
+    if not 1 <= shards <= MAX_SHARDS:
+        raise UsageError(f"a migration has 1 to {MAX_SHARDS} shards, not {shards}")
 
 
 async def _prefault(memory: GuestMemory) -> None:

@@ -65,7 +65,13 @@ class Machines:
         self.source.gate.release()
 
     async def send(
-        self, port: int, stall_timeout_s: float, journal: Path | None = None, *, isolated: bool = False
+        self,
+        port: int,
+        stall_timeout_s: float,
+        journal: Path | None = None,
+        *,
+        isolated: bool = False,
+        shards: int = 1,
     ) -> Side:
         """Migrate the source guest; returns how that ended."""
         side = Side()
@@ -81,6 +87,7 @@ class Machines:
                 stall_timeout_s=stall_timeout_s,
                 journal=journal,
                 isolated=isolated,
+                shards=shards,
                 on_progress=side.progress.append,
             )
         except TransferAborted as aborted:
@@ -107,6 +114,7 @@ async def receive(
     stall_timeout_s: float,
     journal: Path | None = None,
     isolated: bool = False,
+    shards: int = 1,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Receive into `guest` and note how it ended; reports the port."""
@@ -119,6 +127,7 @@ async def receive(
             stall_timeout_s=stall_timeout_s,
             journal=journal,
             isolated=isolated,
+            shards=shards,
             on_listening=task_status.started,
             on_progress=side.progress.append,
             on_stranger=side.strangers.append,

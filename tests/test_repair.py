@@ -48,15 +48,18 @@ def machines() -> Iterator[Machines]:
 
 
 async def migrate(
-    machines: Machines, breaks: Callable[[Frame], bool], *, isolated: bool = False
+    machines: Machines, breaks: Callable[[Frame], bool], *, isolated: bool = False, shards: int = 1
 ) -> tuple[Side, Side, Breaker]:
     await machines.start()
     destination = Side()
     with trio.fail_after(PATIENCE_S):
         async with trio.open_nursery() as network, trio.open_nursery() as sides:
-            port = await sides.start(receive, machines.destination, destination, _STALL_S, None, isolated)
+            port = await sides.start(
+                receive, machines.destination, destination, _STALL_S, None, isolated, shards
+            )
             breaker = Breaker(port, breaks)
-            source = await machines.send(await network.start(breaker.serve), _STALL_S, isolated=isolated)
+            broken = await network.start(breaker.serve)
+            source = await machines.send(broken, _STALL_S, isolated=isolated, shards=shards)
             if not isinstance(source.end, MigrationReport):
                 sides.cancel_scope.cancel()
             while destination.end is None and isinstance(source.end, MigrationReport):  # noqa: ASYNC110
@@ -91,12 +94,18 @@ _BREAKS: Final[dict[str, Callable[[], Callable[[Frame], bool]]]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "isolated"), [*((name, False) for name in _BREAKS), ("pages of every channel", True)]
+    ("name", "isolated", "shards"),
+    [
+        *((name, False, 1) for name in _BREAKS),
+        ("pages of every channel", True, 1),
+        ("pages of every channel", False, 2),
+        ("barriers", False, 3),
+    ],
 )
 async def test_r9_guest_arrives_over_connections_that_break(
-    machines: Machines, name: str, isolated: bool
+    machines: Machines, name: str, isolated: bool, shards: int
 ) -> None:
-    source, destination, breaker = await migrate(machines, _BREAKS[name](), isolated=isolated)
+    source, destination, breaker = await migrate(machines, _BREAKS[name](), isolated=isolated, shards=shards)
     assert sum(breaker.broken.values()) >= 1
     assert isinstance(source.end, MigrationReport), source.end
     assert isinstance(destination.end, MigrationReport), destination.end

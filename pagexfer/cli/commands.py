@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, get_args
 import click
 import trio
 
+from ..engine.shards import MAX_SHARDS
 from ..engine.steering import MigrationParameters, Steering
 from ..errors import GuestError, Outcome, UsageError
 from ..guests.checked import boot_guest, empty_guest
@@ -92,10 +93,17 @@ def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _isolation_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--cpus", type=Cpus(), default="", help="Pin an isolated engine and its slots: 0,2-3."),
         click.option("--isolated", is_flag=True, help="Run the engine as a process of its own."),
+        click.option(
+            "--shards",
+            type=click.IntRange(1, MAX_SHARDS),
+            default=1,
+            show_default=True,
+            help="Event loops, each in a thread of its own, that carry the channels.",
+        ),
     ):
         command = option(command)
     return command
@@ -149,7 +157,7 @@ _journal_option = click.option(
 @click.option("--pause-before-switchover", is_flag=True, help="Wait for 'pagexfer control PATH continue'.")
 @steering_options
 @_source_options
-@_isolation_options
+@_engine_options
 @_qmp_option
 @_guest_options
 def send(
@@ -170,6 +178,7 @@ def send(
     ram: int,
     vcpus: int,
     cpus: tuple[int, ...],
+    shards: int,
     *,
     auto_converge: bool,
     pause_before_switchover: bool,
@@ -206,6 +215,7 @@ def send(
             freshness=freshness if monitor is None else "digest-audit",
             isolated=isolated,
             cpus=cpus,
+            shards=shards,
             as_json=as_json,
         )
         if monitor is not None:
@@ -226,7 +236,7 @@ def send(
     help="Let the guest run this long, then check it.",
 )
 @_journal_option
-@_isolation_options
+@_engine_options
 @_qmp_option
 @_guest_options
 def receive(
@@ -240,6 +250,7 @@ def receive(
     ram: int,
     vcpus: int,
     cpus: tuple[int, ...],
+    shards: int,
     *,
     isolated: bool,
     as_json: bool,
@@ -258,6 +269,7 @@ def receive(
         run_for=run_for,
         isolated=isolated,
         cpus=cpus,
+        shards=shards,
         as_json=as_json,
     )
     if monitor is not None:
@@ -271,7 +283,7 @@ def receive(
 @attest_option(AttestorKind.PSK, AttestorKind.EMULATED)
 @steering_options
 @_source_options
-@_isolation_options
+@_engine_options
 @_guest_options
 def demo(
     attest: str,
@@ -286,6 +298,7 @@ def demo(
     ram: int,
     vcpus: int,
     cpus: tuple[int, ...],
+    shards: int,
     *,
     auto_converge: bool,
     isolated: bool,
@@ -307,6 +320,6 @@ def demo(
         *steering_arguments(parameters),
     ]
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
-    both = ["--isolated"] if isolated else []
+    both = [f"--shards={shards}", *(["--isolated"] if isolated else [])]
     both += ["--cpus", ",".join(map(str, cpus))] if cpus else []
     return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, both, as_json=as_json)

@@ -43,6 +43,7 @@ async def send_side(
     freshness: FreshnessChoice,
     isolated: bool,
     cpus: tuple[int, ...],
+    shards: int,
     as_json: bool,
 ) -> int:
     """Start a test guest, or take a QEMU's as it runs, and migrate it; prints the report and returns the exit code."""
@@ -64,6 +65,7 @@ async def send_side(
             freshness=freshness,
             isolated=isolated,
             cpus=cpus,
+            shards=shards,
             on_progress=see,
         )
 
@@ -88,6 +90,7 @@ async def receive_side(
     run_for: float,
     isolated: bool,
     cpus: tuple[int, ...],
+    shards: int,
     as_json: bool,
 ) -> int:
     """Receive one guest, let it run, and check a test guest; prints the report and returns the exit code."""
@@ -100,6 +103,7 @@ async def receive_side(
             journal=journal,
             isolated=isolated,
             cpus=cpus,
+            shards=shards,
             on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
             on_progress=show,
             on_stranger=note,

@@ -14,7 +14,14 @@ import trio
 from ..errors import ChannelClosed, MalformedData, SvsmLost
 from ..wire.bundle import BundleKind
 from ..wire.constants import SESSION_ID_BYTES
-from ..wire.framing import ConnectionHello, FrameHeader, FrameType, Purpose, pack_barrier
+from ..wire.framing import (
+    ConnectionHello,
+    FrameHeader,
+    FrameType,
+    Purpose,
+    pack_barrier,
+    parse_barrier_untrusted,
+)
 from ..wire.slot import NO_BUFFER, Command, SlotStatus
 
 if TYPE_CHECKING:
@@ -67,8 +74,11 @@ class SourceChannel:
 
     async def export(self, chunks: deque[Chunk]) -> None:
         """Take chunks until none is left, and send what is pending in each; one that was not finished is put back."""
-        while chunks:
-            chunk = chunks.popleft()
+        while True:
+            try:
+                chunk = chunks.popleft()
+            except IndexError:  # asked for and not looked at first: a channel of another loop may be quicker
+                return
             try:
                 await self._export_chunk(chunk)
             except BaseException:
@@ -121,34 +131,31 @@ class DestinationChannel:
         self.replaced = trio.Event()
         self.idle = trio.Event()  # no task uses connection or slot for this connection
         self.idle.set()
-        self._waiting = trio.CancelScope()
+        self._working = trio.CancelScope()
         self._slot = slot
         self._tally = tally
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
-        """Around everything that a worker does for this connection."""
+        """Around everything that a worker does for this connection, waits for other channels among it.
+
+        Raises ChannelClosed where this connection was retired meanwhile.
+        """
         self.idle = trio.Event()
         try:
-            yield
+            with self._working:
+                yield
         finally:
             self.idle.set()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around a wait for other channels. Raises ChannelClosed where this connection was retired meanwhile."""
-        with trio.CancelScope() as self._waiting:
-            if self.connection.ended:
-                self._waiting.cancel()
-            yield
-        if self._waiting.cancelled_caught:
+        if self._working.cancelled_caught:
             raise ChannelClosed("another connection takes the place of this one")
 
     async def retire(self) -> None:
-        """End the connection, and return once its worker is done with it."""
-        self.connection.close()
-        self._waiting.cancel()
+        """End the connection, once its worker is done with it."""
+        # Cancelled before it is closed: the worker may wait for it in another loop, which does not hear of the end.
+        self._working.cancel()
         await self.idle.wait()
+        self.connection.close()
 
     async def import_bundle(self, header: FrameHeader) -> BundleKind:
         """Receive one bundle straight into the slot and have it imported; returns what it was."""
@@ -157,6 +164,14 @@ class DestinationChannel:
         if kind is BundleKind.PAGES:
             self._tally.add(answer.result2 >> 32, answer.result2 & 0xFFFFFFFF, header.payload_bytes)
         return kind
+
+    async def import_until_barrier(self, idle_timeout_s: float) -> int:
+        """Import bundles until the source says that an epoch has no more on this channel; returns which epoch."""
+        while True:
+            header = await self.connection.receive_header(idle_timeout_s)
+            if header.type is FrameType.BARRIER:
+                return parse_barrier_untrusted(await self.connection.receive_payload(header))
+            await self.import_bundle(header)
 
     async def answer(self, kind: BundleKind) -> None:
         """Have an answer sealed and send it back."""

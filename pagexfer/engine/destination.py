@@ -41,6 +41,7 @@ from .control import Control
 from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, unfit
 from .progress import ChannelTally, Progress, Status
 from .reception import INTRODUCTION_TIMEOUT_S, Reception
+from .shards import Shards, open_shards
 from .streams import STALL_TIMEOUT_S
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ class DestinationEngine:
         on_progress: Callable[[MigrationInfo], None],
         on_stranger: Callable[[str], None],
         stall_timeout_s: float = STALL_TIMEOUT_S,
+        shards: int = 1,
     ) -> None:
         self._control_slot = control_slot
         self._make_slots = make_slots
@@ -120,6 +122,7 @@ class DestinationEngine:
         self._on_progress = on_progress
         self._on_stranger = on_stranger
         self._stall_timeout_s = stall_timeout_s
+        self._shards = shards
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
         self._attempts = 0
         self._session = b""
@@ -255,11 +258,12 @@ class DestinationEngine:
     async def _receive(self, control: Control) -> None:
         """Import everything until the guest runs."""
         barrier = Barrier(len(self._channels))
-        async with trio.open_nursery() as nursery:
+        loops = min(self._shards, len(self._channels))
+        async with open_shards(loops) as shards, trio.open_nursery() as nursery:
             nursery.start_soon(self._report)
             for channel in self._channels:
                 if channel != 0:
-                    nursery.start_soon(self._serve, channel, partial(self._work, channel, barrier))
+                    nursery.start_soon(self._serve, channel, partial(self._work, channel, shards, barrier))
             await self._serve(0, partial(self._lead, barrier, control))
             nursery.cancel_scope.cancel()
 
@@ -278,17 +282,12 @@ class DestinationEngine:
                 if not link.replaced.is_set():
                     raise ChannelBroken(f"channel {channel} was not replaced: {error}") from error
 
-    async def _work(self, channel: int, barrier: Barrier, link: DestinationChannel) -> None:
+    async def _work(self, channel: int, shards: Shards, barrier: Barrier, link: DestinationChannel) -> None:
         """A channel that carries pages only."""
+        importing = partial(link.import_until_barrier, IDLE_STALLS * self._stall_timeout_s)
         while True:
-            header = await link.connection.receive_header(IDLE_STALLS * self._stall_timeout_s)
-            if header.type is FrameType.BARRIER:
-                epoch = parse_barrier_untrusted(await link.connection.receive_payload(header))
-                barrier.arrive(channel, epoch)
-                with link.waiting():
-                    await barrier.wait_open()
-            else:
-                await link.import_bundle(header)
+            barrier.arrive(channel, await shards.run(channel, importing))
+            await barrier.wait_open()
 
     async def _lead(self, barrier: Barrier, control: Control, link: DestinationChannel) -> None:
         """Channel 0, which also carries vCPU states and tokens; returns when the guest runs."""
@@ -297,8 +296,7 @@ class DestinationEngine:
             if header.type is FrameType.BARRIER:
                 epoch = parse_barrier_untrusted(await link.connection.receive_payload(header))
                 barrier.arrive(0, epoch)
-                with link.waiting():
-                    await barrier.wait_for_all()
+                await barrier.wait_for_all()
                 continue
             kind = await link.import_bundle(header)
             # The source replaces nothing any more once it has begun to send what is no page.

@@ -46,6 +46,7 @@ from .failure import SECOND_HAND, as_aborted, first_failure, hypervisor_call, sa
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
 from .repair import Repair
+from .shards import Shards, open_shards
 from .streams import STALL_TIMEOUT_S, connect
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class SourceOptions:
     channels: int = 4
     stall_timeout_s: float = STALL_TIMEOUT_S
     audit: bool = False
+    shards: int = 1
 
 
 class SourceEngine:
@@ -106,6 +108,7 @@ class SourceEngine:
             Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
         )
         self._epoch = FIRST_EPOCH
+        self._shards = Shards(())
         self._completed = False
 
     async def run(self, host: str, port: int) -> MigrationInfo:
@@ -134,7 +137,8 @@ class SourceEngine:
 
     async def _migrate(self, control: Control, host: str, port: int, done: trio.CancelScope) -> None:
         session = await self._handshake(control)
-        async with trio.open_nursery() as nursery:
+        loops = min(self._options.shards, self._options.channels)
+        async with open_shards(loops) as self._shards, trio.open_nursery() as nursery:
             nursery.start_soon(control.listen)
             await self._open_channels(control, session, host, port)
             # Before any page: a guest that may not move again is refused while it still runs here.
@@ -285,15 +289,17 @@ class SourceEngine:
     async def _send_epoch(self, channel: SourceChannel, repair: Repair, queue: deque[Chunk]) -> None:
         while True:
             try:
-                await channel.export(queue)
-                await channel.barrier(self._epoch)
-                return
+                return await self._shards.run(channel.channel, partial(self._export, channel, queue))
             except ChannelBroken:
                 await self._replace(channel, repair)
             except SvsmRefused as refused:
                 if refused.code is not RefusalCode.EXHAUSTED:
                     raise
                 await self._replace(channel, repair)  # a new connection has a new key
+
+    async def _export(self, channel: SourceChannel, queue: deque[Chunk]) -> None:
+        await channel.export(queue)
+        await channel.barrier(self._epoch)
 
     async def _close_epoch(self, control: Control, repair: Repair) -> None:
         """Send the token until the destination has closed the epoch.
