@@ -7,7 +7,8 @@ RAM, source and destination, of all processes of a side but vCPUs, from the firs
 at most beyond guest RAM, interpreters among it.
 
 Four tables: by number of channels, by what is in RAM (zero pages are one part of RAM, the rest cannot be compressed), by
-pages in a bundle, and by shards, which are event loops of a side, each in a thread with its part of the channels. Zero pages are not sent, so with them TCP is no limit: what is, is a plain read of RAM by one core.
+pages in a bundle, and by shards, which are event loops of a side, each in a thread with its part of the channels. Zero
+pages are not sent, so with them TCP is no limit: what is, is a plain read of RAM by one core.
 """
 
 from __future__ import annotations
