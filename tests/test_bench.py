@@ -76,11 +76,13 @@ def test_dirty(tmp_path: Path) -> None:
 
 def test_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "CONTENTS", {"half zero": 0.5})
+    monkeypatch.setattr(channels, "SHARDS", (2,))
     result, plot = tmp_path / "channels.json", tmp_path / "channels.png"
-    small = ["--ram", "8MiB", "--channels", "1,2", "--bundles", "16", "--repeats", "1"]
+    small = ["--ram", "8MiB", "--channels", "2", "--bundles", "16", "--repeats", "1"]
     channels.main([*small, "--json", str(result), "--plot", str(plot)])
     measured = json.loads(result.read_text())
-    assert measured["channels"].keys() == {"1", "2"}
+    assert measured["channels"].keys() == {"2"}
+    assert measured["shards"]["4"]["engines"].keys() == {"2 shards"}
     assert measured["channels"]["2"]["engines"].keys() == {"local", "isolated"}
     local, isolated = (measured["channels"]["2"]["engines"][engine] for engine in ("local", "isolated"))
     # The engine's process, an interpreter of its own, is counted.
