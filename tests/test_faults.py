@@ -39,7 +39,7 @@ _POINTS: Final[dict[str, Callable[[], Callable[[Frame], bool]]]] = {
     "last-barrier": lambda: at_frame(FrameType.BARRIER, 2, channel=2),
     "epoch-token": lambda: at_bundle(BundleKind.EPOCH_TOKEN),
     "last-epoch-token": lambda: at_bundle(BundleKind.EPOCH_TOKEN, 2),
-    "device-state": lambda: at_frame(FrameType.DEVICE_STATE),
+    "device-state": lambda: at_bundle(BundleKind.DEVICE_STATE),
     "vcpu-state": lambda: at_bundle(BundleKind.VCPU_STATE, 2),
     "manifest": lambda: at_bundle(BundleKind.MANIFEST),
     "ready": lambda: at_bundle(BundleKind.READY),
@@ -57,8 +57,6 @@ _COMPLETED: Final = ({Outcome.COMPLETED}, True)
 
 # Before the start token every fault leaves the guest at the source; these do so, too, or change nothing that matters.
 _EXCEPTIONS: Final = {
-    # A hypervisor's state is opaque and its own business: the SVSM vouches for RAM and vCPUs only.
-    ("device-state", Action.FLIP): _COMPLETED,
     # A destination that is VERIFIED and finds the token damaged says so with an abort token, and the guest goes on.
     ("start-token", Action.FLIP): _ENDED,
     # A channel that is lost while epochs are sent gets a new connection; the last barrier is the last that it has to say.

@@ -48,10 +48,11 @@ def test_every_pending_region_is_in_exactly_one_chunk_in_order(
 def test_a_chunk_has_about_the_same_work_as_the_others(pages: list[int], channels: int) -> None:
     chunks = plan_chunks(_counts(*pages), _REGION_PAGES, len(pages) * _REGION_PAGES, channels)
     target = min(MAX_CHUNK_PAGES, max(MIN_CHUNK_PAGES, sum(pages) // (4 * channels)))
+    # As if a region's pages were spread evenly over it.
+    density = np.repeat(np.array(pages) / _REGION_PAGES, _REGION_PAGES)
     for chunk in chunks:
-        first = chunk.start // _REGION_PAGES
-        # At most one region more than its share, as regions are not divided.
-        assert sum(pages[first : first + -(-chunk.pages // _REGION_PAGES)]) < target + _REGION_PAGES
+        # At most one part more than its share, and no part has more than that.
+        assert density[chunk.start : chunk.start + chunk.pages].sum() <= 2 * target + 1e-3
     assert len(chunks) <= sum(pages) // target + 1
 
 
@@ -60,12 +61,18 @@ def test_an_idle_epoch_has_no_chunk() -> None:
     assert plan_chunks(_counts(), _REGION_PAGES, 0, 4) == []
 
 
-def test_a_hot_region_is_a_chunk_alone() -> None:
-    hot = 1 << 20
-    assert plan_chunks(_counts(0, hot, 0, 1), 1 << 20, 4 << 20, 2) == [
-        Chunk(1 << 20, 1 << 20),
-        Chunk(3 << 20, 1 << 20),
-    ]
+def test_a_hot_region_is_divided() -> None:
+    chunks = plan_chunks(_counts(0, 1 << 20, 0, 1), 1 << 20, 4 << 20, 2)
+    assert len(chunks) == 1024 + 1
+    assert {chunk.pages for chunk in chunks[:-1]} == {1024}
+    assert chunks[0].start == 1 << 20
+    assert chunks[-1] == Chunk(3 << 20, 1 << 20)
+
+
+def test_a_small_dense_epoch_has_work_for_every_channel() -> None:
+    chunks = plan_chunks(_counts(0, _REGION_PAGES), _REGION_PAGES, 2 * _REGION_PAGES, 8)
+    assert len(chunks) == 8
+    assert {chunk.pages for chunk in chunks} == {MIN_CHUNK_PAGES}
 
 
 def test_skewed_work_is_not_left_to_one_channel() -> None:

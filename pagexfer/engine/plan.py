@@ -1,6 +1,9 @@
 """How an epoch's pending pages become chunks of work for the channels. Pure functions.
 
-pending pages of each region of RAM (the SVSM tells them)  ->  chunks: ranges of whole regions with about equal work
+pending pages of each region of RAM (the SVSM tells them)  ->  chunks: ranges with about equal work
+
+A region with more than a chunk's work is divided evenly: where in it the pending pages are is not known, but every division
+is right, and channels that end an epoch together send it sooner.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ if TYPE_CHECKING:
 # A chunk gives a channel a few bundles' worth: enough that asking for work does not show, little enough that all
 # channels end an epoch at about the same time.
 MAX_CHUNK_PAGES: Final = 1024
-MIN_CHUNK_PAGES: Final = 128
+MIN_CHUNK_PAGES: Final = 64
+# Sums of parts fall short of whole numbers by less than this.
+_ROUNDING: Final = 1e-6
 
 
 class Chunk(NamedTuple):
@@ -35,20 +40,21 @@ def plan_chunks(
 ) -> list[Chunk]:
     """Chunks that cover all pending pages of an epoch, in order of gfns; each page is in at most one chunk.
 
-    `counts` has the pending pages of each region of `region_pages`. A chunk has about `chunk_pages`, or one
-    region where that has more.
+    `counts` has the pending pages of each region of `region_pages`. A chunk has about `chunk_pages`.
     """
     dirty = np.flatnonzero(counts)
     if not dirty.size:
         return []
-    before = np.cumsum(counts[dirty], dtype=np.int64) - counts[dirty]
-    pending = int(before[-1] + counts[dirty[-1]])
-    target = chunk_pages(pending, channels)
-    number = before // target
+    pending = counts[dirty].astype(np.int64)
+    target = chunk_pages(int(pending.sum()), channels)
+    parts = np.clip(-(-pending // target), 1, max(region_pages // MIN_CHUNK_PAGES, 1))
+    region, of = np.repeat(dirty, parts), np.repeat(parts, parts)
+    part = np.arange(len(region)) - np.repeat(np.cumsum(parts) - parts, parts)
+    starts = region * region_pages + part * region_pages // of
+    ends = region * region_pages + (part + 1) * region_pages // of
+    work = np.repeat(pending / parts, parts)
+    number = ((np.cumsum(work) - work) / target + _ROUNDING).astype(np.int64)
     first = np.flatnonzero(np.diff(number, prepend=-1))
-    starts = dirty[first] * region_pages
-    ends = (dirty[np.append(first[1:], dirty.size) - 1] + 1) * region_pages
-    return [
-        Chunk(start, min(end, total_pages) - start)
-        for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
-    ]
+    chunks = zip(starts[first].tolist(), ends[np.append(first[1:], len(region)) - 1].tolist(), strict=True)
+    # What lies behind the end of RAM is no chunk's.
+    return [Chunk(start, min(end, total_pages) - start) for start, end in chunks if start < total_pages]
