@@ -275,6 +275,7 @@ def main(argv: list[str] | None = None) -> None:
                 content_note(by_content, read.median),
             ),
             table(f"By pages in a bundle, {of}, {USUAL_CHANNELS} channels", "pages", by_bundle, BUNDLES_NOTE),
+            table(f"By shards, {of}, incompressible", "channels", by_shards),
         ],
         lambda path: draw(by_channels, path),
     )
