@@ -70,6 +70,35 @@ def test_page_that_became_zero_or_was_given_up_is_zero_at_the_destination() -> N
     assert move.memory.states[7:9].tolist() == [PRIVATE, PRIVATE ^ VALIDATED]
 
 
+@pytest.mark.parametrize("kind", [BundleKind.LEDGER, BundleKind.EPOCH_TOKEN])
+def test_what_arrives_while_another_channel_opens_pages(
+    kind: BundleKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    move = open_move()
+    source, destination = move.pair.source, move.pair.destination
+    if kind is BundleKind.LEDGER:
+        word = bytes(BUFFER[: source.ledger(BUFFER)])
+        pages = bytes(BUFFER[: source.export(1, 0, PAGES, BUFFER).length])
+    else:
+        pages = bytes(BUFFER[: source.export(1, 0, PAGES, BUFFER).length])
+        word = bytes(BUFFER[: source.epoch_token(BUFFER)])
+    adopt_states = move.memory.adopt_states
+    arrived: list[Imported] = []
+
+    def adopt_and_import(*arguments: object) -> None:
+        adopt_states(*arguments)  # type: ignore[arg-type]
+        arrived.append(destination.import_untrusted(0, memoryview(word)))
+
+    monkeypatch.setattr(move.memory, "adopt_states", adopt_and_import)
+    if kind is BundleKind.LEDGER:
+        destination.import_untrusted(1, memoryview(pages))
+        assert [imported.kind for imported in arrived] == [kind]
+    else:
+        with pytest.raises(IntegrityError, match="while pages are still being opened"):
+            destination.import_untrusted(1, memoryview(pages))
+        assert destination.state is State.FAILED
+
+
 def test_import_counts_pages() -> None:
     move = open_move()
     exported = move.pair.source.export(0, PAGES // 2 - 10, PAGES // 2 + 10, BUFFER)

@@ -313,7 +313,8 @@ class DestinationSvsm:
     ) -> Imported:
         """Everything that is not pages."""
         self._check_epoch(header)
-        if self._opening:
+        # The ledger says nothing of pages: it is sent before the first, and may be looked at after others' first.
+        if self._opening and header.kind is not BundleKind.LEDGER:
             raise IntegrityError(f"{header.kind.name} bundle while pages are still being opened")
         if header.entry_count or channel != 0:
             raise IntegrityError(f"{header.kind.name} bundle with entries or not on channel 0")
