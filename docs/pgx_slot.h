@@ -17,6 +17,8 @@
 #define PGX_MAX_BUFFER_SHIFT 22
 #define PGX_NO_BUFFER 65535
 #define PGX_CONTROL_SLOT 65535
+#define PGX_MAX_DEVICE_STATE_PART_BYTES 1048576
+#define PGX_MAX_DEVICE_STATE_BYTES 268435456
 
 enum pgx_command {
     PGX_COMMAND_PREPARE = 1,
@@ -110,6 +112,11 @@ struct pgx_status_line {
     uint8_t reserved[32]; /* zero */
 };
 
+struct pgx_device_part {
+    uint32_t total_bytes; /* of the whole device state */
+    uint32_t offset; /* of this part's first byte in it */
+};
+
 struct pgx_registers {
     struct pgx_identity_line identity; /* at 0 */
     struct pgx_command_line command; /* at 64 */
@@ -119,32 +126,35 @@ struct pgx_registers {
     uint8_t reserved[3776];
 };
 
-static_assert(offsetof(struct pgx_identity_line, magic) == 0, "identity.magic");
-static_assert(offsetof(struct pgx_identity_line, version) == 8, "identity.version");
-static_assert(offsetof(struct pgx_identity_line, slot_id) == 10, "identity.slot_id");
-static_assert(offsetof(struct pgx_identity_line, buffers) == 12, "identity.buffers");
-static_assert(offsetof(struct pgx_identity_line, buffer_shift) == 14, "identity.buffer_shift");
-static_assert(offsetof(struct pgx_identity_line, headroom_bytes) == 16, "identity.headroom_bytes");
-static_assert(offsetof(struct pgx_identity_line, reserved) == 18, "identity.reserved");
-static_assert(sizeof(struct pgx_identity_line) == 64, "identity");
-static_assert(offsetof(struct pgx_command_line, sequence) == 0, "command.sequence");
-static_assert(offsetof(struct pgx_command_line, command) == 4, "command.command");
-static_assert(offsetof(struct pgx_command_line, buffer) == 6, "command.buffer");
-static_assert(offsetof(struct pgx_command_line, argument) == 8, "command.argument");
-static_assert(offsetof(struct pgx_command_line, argument2) == 16, "command.argument2");
-static_assert(offsetof(struct pgx_command_line, length) == 24, "command.length");
-static_assert(offsetof(struct pgx_command_line, reserved) == 28, "command.reserved");
-static_assert(sizeof(struct pgx_command_line) == 64, "command");
-static_assert(offsetof(struct pgx_status_line, sequence) == 0, "status.sequence");
-static_assert(offsetof(struct pgx_status_line, status) == 4, "status.status");
-static_assert(offsetof(struct pgx_status_line, error) == 6, "status.error");
-static_assert(offsetof(struct pgx_status_line, session) == 8, "status.session");
-static_assert(offsetof(struct pgx_status_line, buffer) == 10, "status.buffer");
-static_assert(offsetof(struct pgx_status_line, length) == 12, "status.length");
-static_assert(offsetof(struct pgx_status_line, result) == 16, "status.result");
-static_assert(offsetof(struct pgx_status_line, result2) == 24, "status.result2");
-static_assert(offsetof(struct pgx_status_line, reserved) == 32, "status.reserved");
-static_assert(sizeof(struct pgx_status_line) == 64, "status");
+static_assert(offsetof(struct pgx_identity_line, magic) == 0, "identity_line.magic");
+static_assert(offsetof(struct pgx_identity_line, version) == 8, "identity_line.version");
+static_assert(offsetof(struct pgx_identity_line, slot_id) == 10, "identity_line.slot_id");
+static_assert(offsetof(struct pgx_identity_line, buffers) == 12, "identity_line.buffers");
+static_assert(offsetof(struct pgx_identity_line, buffer_shift) == 14, "identity_line.buffer_shift");
+static_assert(offsetof(struct pgx_identity_line, headroom_bytes) == 16, "identity_line.headroom_bytes");
+static_assert(offsetof(struct pgx_identity_line, reserved) == 18, "identity_line.reserved");
+static_assert(sizeof(struct pgx_identity_line) == 64, "identity_line");
+static_assert(offsetof(struct pgx_command_line, sequence) == 0, "command_line.sequence");
+static_assert(offsetof(struct pgx_command_line, command) == 4, "command_line.command");
+static_assert(offsetof(struct pgx_command_line, buffer) == 6, "command_line.buffer");
+static_assert(offsetof(struct pgx_command_line, argument) == 8, "command_line.argument");
+static_assert(offsetof(struct pgx_command_line, argument2) == 16, "command_line.argument2");
+static_assert(offsetof(struct pgx_command_line, length) == 24, "command_line.length");
+static_assert(offsetof(struct pgx_command_line, reserved) == 28, "command_line.reserved");
+static_assert(sizeof(struct pgx_command_line) == 64, "command_line");
+static_assert(offsetof(struct pgx_status_line, sequence) == 0, "status_line.sequence");
+static_assert(offsetof(struct pgx_status_line, status) == 4, "status_line.status");
+static_assert(offsetof(struct pgx_status_line, error) == 6, "status_line.error");
+static_assert(offsetof(struct pgx_status_line, session) == 8, "status_line.session");
+static_assert(offsetof(struct pgx_status_line, buffer) == 10, "status_line.buffer");
+static_assert(offsetof(struct pgx_status_line, length) == 12, "status_line.length");
+static_assert(offsetof(struct pgx_status_line, result) == 16, "status_line.result");
+static_assert(offsetof(struct pgx_status_line, result2) == 24, "status_line.result2");
+static_assert(offsetof(struct pgx_status_line, reserved) == 32, "status_line.reserved");
+static_assert(sizeof(struct pgx_status_line) == 64, "status_line");
+static_assert(offsetof(struct pgx_device_part, total_bytes) == 0, "device_part.total_bytes");
+static_assert(offsetof(struct pgx_device_part, offset) == 4, "device_part.offset");
+static_assert(sizeof(struct pgx_device_part) == 8, "device_part");
 static_assert(offsetof(struct pgx_registers, identity) == 0, "identity");
 static_assert(offsetof(struct pgx_registers, command) == 64, "command");
 static_assert(offsetof(struct pgx_registers, status) == 128, "status");

@@ -2,8 +2,8 @@
 
 python examples/qemu_live.py --json
 
-Both QEMUs emulate (TCG). RAM moves over sealed channels, device state by QEMU's own migration stream. Before the guest goes
-on at the destination, RAM of both sides is compared, byte by byte. Kernel and busybox are Debian's: see linux_guest.
+Both QEMUs emulate (TCG). RAM moves over sealed channels, and so does device state, as QEMU's own stream. Before it goes on
+at the destination, RAM of both sides is compared, byte by byte. Kernel and busybox are Debian's: see linux_guest.
 """
 
 from __future__ import annotations

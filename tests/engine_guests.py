@@ -29,6 +29,7 @@ class TestHypervisor:
     def __init__(self, dirty_log: DirtyTracker | None = None) -> None:
         self.dirty_log = dirty_log
         self.calls: list[str] = []
+        self.device_state = DEVICE_STATE
         self.loaded = b""
         self.before_stop = trio.lowlevel.checkpoint
         self.before_resume = trio.lowlevel.checkpoint
@@ -43,7 +44,7 @@ class TestHypervisor:
 
     async def save_device_state(self) -> bytes:
         await self._call("save", self.before_save)
-        return DEVICE_STATE
+        return self.device_state
 
     async def load_device_state(self, state: bytes) -> None:
         await self._call("load", self.before_load)

@@ -20,7 +20,7 @@ FAULT_POINTS: Final[dict[str, Callable[[], Callable[[Frame], bool]]]] = {
     "last-barrier": lambda: at_frame(FrameType.BARRIER, 2, channel=2),
     "epoch-token": lambda: at_bundle(BundleKind.EPOCH_TOKEN),
     "last-epoch-token": lambda: at_bundle(BundleKind.EPOCH_TOKEN, 2),
-    "device-state": lambda: at_frame(FrameType.DEVICE_STATE),
+    "device-state": lambda: at_bundle(BundleKind.DEVICE_STATE),
     "vcpu-state": lambda: at_bundle(BundleKind.VCPU_STATE, 2),
     "manifest": lambda: at_bundle(BundleKind.MANIFEST),
     "ready": lambda: at_bundle(BundleKind.READY),

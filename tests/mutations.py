@@ -23,6 +23,7 @@ from pagexfer.errors import IntegrityError, RemoteProtocolError
 from pagexfer.svsm import ledger, sealing, service
 from pagexfer.svsm.content import ContentTable
 from pagexfer.svsm.destination import DestinationSvsm
+from pagexfer.svsm.device_state import Carried
 from pagexfer.svsm.epoch import EpochBook, Replaced
 from pagexfer.svsm.keys import KeySchedule
 from pagexfer.svsm.memory import GuestMemory
@@ -33,6 +34,7 @@ from pagexfer.svsm.sweep import Sweep
 from pagexfer.testing.hostile import HostileHost, Violation, make_schedule
 from pagexfer.wire.bundle import HEADER_BYTES, MAX_BUNDLE_BYTES, BundleKind, nonce, parse_entries_untrusted
 from pagexfer.wire.constants import FINAL_EPOCH
+from pagexfer.wire.device_state import parse_device_part_untrusted
 from pagexfer.wire.handshake import AttestorKind
 from pagexfer.wire.slot import SessionStatus as State
 from pagexfer.wire.token import EpochTotals
@@ -258,6 +260,21 @@ def _no_vcpu_needed(stack: ExitStack) -> None:
     stack.enter_context(patch.object(SourceSvsm, "manifest", careless))
 
 
+def _parts_are_enough(stack: ExitStack) -> None:
+    """A device state that was begun counts as whole."""
+    stack.enter_context(patch.object(Carried, "complete", True))
+
+
+def _any_part(stack: ExitStack) -> None:
+    """A part of the device state may stand anywhere in it."""
+
+    def careless(self: Carried, payload: bytes) -> Carried:
+        part = parse_device_part_untrusted(payload)
+        return Carried(part.total_bytes, part.end)
+
+    stack.enter_context(patch.object(Carried, "after_untrusted", careless))
+
+
 # R7
 
 
@@ -440,6 +457,8 @@ MUTATIONS: Final = (
     Mutation("R6", "destination: any start token holds", _any_start_payload),
     Mutation("R6", "source: manifest while pages are unsent", _unsent_is_fine),
     Mutation("R6", "source: manifest without all vCPUs", _no_vcpu_needed),
+    Mutation("R6", "a manifest without the whole device state", _parts_are_enough),
+    Mutation("R6", "parts of the device state in any order", _any_part),
     Mutation("R7", "start token without READY", _no_ready_needed),
     Mutation("R7", "abort after the start token", _abort_after_start),
     Mutation("R7", "abort token without FAILED", _abort_token_without_failing),

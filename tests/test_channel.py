@@ -114,7 +114,7 @@ async def test_every_chunk_is_exported_until_nothing_of_it_is_pending() -> None:
         ]
         for _ in range(3):
             header = await ends.receiver.receive_header()
-            assert await ends.destination.import_bundle(header) is BundleKind.PAGES
+            assert await ends.destination.import_bundle(header) == (BundleKind.PAGES, b"")
         assert [package for _, package in ends.destination_svsm.seen] == [b"first", b"second", b"third"]
         assert parse_barrier_untrusted(await ends.receiver.receive_frame(FrameType.BARRIER)) == 9
         sent = 3 * FRAME_HEADER_BYTES + len(b"firstsecondthird")
@@ -135,7 +135,7 @@ async def test_tokens_and_states_ask_for_what_they_are() -> None:
         ends.destination_svsm.reply = lambda _registers, _package: Reply(result=BundleKind.MANIFEST)
         for _ in range(2):
             header = await ends.receiver.receive_header()
-            assert await ends.destination.import_bundle(header) is BundleKind.MANIFEST
+            assert await ends.destination.import_bundle(header) == (BundleKind.MANIFEST, b"")
         assert ends.destination_tally.bundles == 0  # pages alone are counted
 
 

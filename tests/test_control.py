@@ -2,27 +2,15 @@
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING
-
 import pytest
 import trio
 
 from pagexfer.engine.control import Control, peer_failed
 from pagexfer.errors import ChannelBroken, MalformedData, Outcome, TransferAborted
-from pagexfer.wire.control import ChannelsOpen, DeviceState, EpochClosed, Failed, Prepare, pack_control
-from pagexfer.wire.framing import (
-    MAX_DEVICE_STATE_BYTES,
-    MAX_DEVICE_STATE_FRAME_BYTES,
-    FrameHeader,
-    FrameType,
-    pack_barrier,
-)
+from pagexfer.wire.control import ChannelsOpen, EpochClosed, Failed, Prepare
+from pagexfer.wire.framing import FrameType, pack_barrier
 
 from .loopback import connections
-
-if TYPE_CHECKING:
-    from pagexfer.engine.streams import Connection
 
 
 async def test_messages_arrive_in_order_while_somebody_listens() -> None:
@@ -56,8 +44,6 @@ async def test_a_message_that_does_not_come_has_a_timeout() -> None:
         nursery.start_soon(control.listen)
         with pytest.raises(ChannelBroken, match=r"sent no EpochClosed within 0\.02 s$"):
             await control.receive(EpochClosed, 0.02)
-        with pytest.raises(ChannelBroken, match=r"sent no device state within 0\.02 s$"):
-            await control.receive_device_state(0.02)
         nursery.cancel_scope.cancel()
 
 
@@ -94,7 +80,6 @@ async def test_the_peers_end_is_seen_at_once() -> None:
     ("frame_type", "payload"),
     [
         (FrameType.BARRIER, pack_barrier(1)),
-        (FrameType.DEVICE_STATE, b"never announced"),
         (FrameType.CONTROL, b"no msgpack"),
     ],
 )
@@ -127,84 +112,3 @@ async def test_without_last_words_there_is_none(end: str) -> None:
             await ours.send(b"\xff" * 100)
         with trio.fail_after(1):
             assert await Control(theirs).last_words() is None
-
-
-# Device state
-
-
-async def _send_and_receive(ours: Connection, theirs: Connection, state: bytes) -> bytes:
-    """The source sends all of it before anybody at the destination asks for it."""
-    sender, receiver = Control(ours), Control(theirs)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(receiver.listen)
-        with trio.fail_after(30):
-            await sender.send_device_state(state)
-            received = await receiver.receive_device_state(5)
-        nursery.cancel_scope.cancel()
-    return received
-
-
-@pytest.mark.parametrize(
-    "size", [0, 1, MAX_DEVICE_STATE_FRAME_BYTES, MAX_DEVICE_STATE_FRAME_BYTES + 1, 5_000_000]
-)
-async def test_device_state_arrives_whole(size: int) -> None:
-    state = os.urandom(size)
-    async with connections() as (ours, theirs):
-        assert await _send_and_receive(ours, theirs, state) == state
-
-
-async def test_device_state_of_many_devices_does_not_wait_for_who_takes_it() -> None:
-    state = bytes(100 << 20)
-    async with connections() as (ours, theirs):
-        assert len(await _send_and_receive(ours, theirs, state)) == len(state)
-
-
-async def test_device_state_over_the_cap_is_neither_sent_nor_taken() -> None:
-    async with connections() as (ours, theirs):
-        with pytest.raises(MalformedData, match="over the cap"):
-            await Control(ours).send_device_state(bytes(MAX_DEVICE_STATE_BYTES + 1))
-        await Control(ours).send(DeviceState(MAX_DEVICE_STATE_BYTES + 1))
-        with pytest.raises(MalformedData, match="over the cap"):
-            await Control(theirs).listen()
-
-
-async def test_more_device_state_than_announced() -> None:
-    async with connections() as (ours, theirs):
-        await Control(ours).send(DeviceState(3))
-        await ours.send_frame(FrameType.DEVICE_STATE, b"four")
-        with pytest.raises(MalformedData, match="4 bytes that was announced with 3"):
-            await Control(theirs).listen()
-
-
-async def test_a_second_device_state() -> None:
-    async with connections() as (ours, theirs):
-        await Control(ours).send_device_state(b"one")
-        await Control(ours).send_device_state(b"two")
-        with pytest.raises(MalformedData, match="second device state"):
-            await Control(theirs).listen()
-
-
-async def test_device_state_that_stops_half_way() -> None:
-    async with connections(0.05) as (ours, theirs):
-        await Control(ours).send(DeviceState(10))
-        await ours.send_frame(FrameType.DEVICE_STATE, b"half")
-        with pytest.raises(ChannelBroken, match=r"sends nothing for 0\.05 s"):
-            await Control(theirs).listen()
-
-
-async def test_a_failure_in_the_middle_of_device_state_is_heard() -> None:
-    async with connections() as (ours, theirs):
-        await Control(ours).send(DeviceState(10))
-        await ours.send_frame(FrameType.DEVICE_STATE, b"half")
-        await Control(ours).send(Failed("cancelled", "the operator cancelled"))
-        with pytest.raises(TransferAborted, match="the operator cancelled"):
-            await Control(theirs).listen()
-
-
-async def test_another_message_in_the_middle_of_device_state() -> None:
-    async with connections() as (ours, theirs):
-        await Control(ours).send(DeviceState(10))
-        await ours.send(FrameHeader(FrameType.CONTROL, len(pack_control(EpochClosed(1)))).pack())
-        await ours.send(pack_control(EpochClosed(1)))
-        with pytest.raises(MalformedData, match="EpochClosed message in the middle of device state"):
-            await Control(theirs).listen()

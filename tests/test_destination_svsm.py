@@ -13,7 +13,7 @@ from pagexfer.errors import (
     MalformedData,
     RemoteProtocolError,
 )
-from pagexfer.svsm.destination import DestinationSvsm
+from pagexfer.svsm.destination import DestinationSvsm, Imported
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.testing import BytesGate, SvsmPair
 from pagexfer.wire.bundle import MAX_BUNDLE_BYTES, BundleKind
@@ -73,7 +73,9 @@ def test_page_that_became_zero_or_was_given_up_is_zero_at_the_destination() -> N
 def test_import_counts_pages() -> None:
     move = open_move()
     exported = move.pair.source.export(0, PAGES // 2 - 10, PAGES // 2 + 10, BUFFER)
-    assert move.pair.destination.import_untrusted(0, BUFFER[: exported.length]) == (BundleKind.PAGES, 20, 10)
+    assert move.pair.destination.import_untrusted(0, BUFFER[: exported.length]) == Imported(
+        BundleKind.PAGES, 20, 10
+    )
 
 
 @pytest.mark.parametrize("channel", [2, -1])

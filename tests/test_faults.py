@@ -41,8 +41,6 @@ _COMPLETED: Final = ({Outcome.COMPLETED}, True)
 
 # Before the start token every fault leaves the guest at the source; these do so, too, or change nothing that matters.
 _EXCEPTIONS: Final = {
-    # A hypervisor's state is opaque and its own business: the SVSM vouches for RAM and vCPUs only.
-    ("device-state", Action.FLIP): _COMPLETED,
     # A destination that is VERIFIED and finds the token damaged says so with an abort token, and the guest goes on.
     ("start-token", Action.FLIP): _ENDED,
     # A channel that is lost while epochs are sent gets a new connection; the last barrier is the last that it has to say.

@@ -24,6 +24,7 @@ _ELSEWHERE = {
     "check_replacement_untrusted",
     "open_answer_untrusted",
     "import_untrusted",
+    "carry_untrusted",
 }
 
 

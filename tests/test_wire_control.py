@@ -16,7 +16,6 @@ from pagexfer.wire.control import (
     ChannelsOpen,
     Confirm,
     ControlMessage,
-    DeviceState,
     EpochClosed,
     Established,
     Failed,
@@ -39,7 +38,6 @@ messages: st.SearchStrategy[ControlMessage] = st.one_of(
     st.builds(Established, handshake=st.binary(max_size=1000)),
     st.builds(ChannelsOpen, channels=numbers),
     st.builds(EpochClosed, epoch=numbers),
-    st.builds(DeviceState, size=numbers),
     st.builds(Failed, reason=texts, message=texts),
 )
 plain = st.none() | st.booleans() | numbers | st.floats() | st.text(max_size=9) | st.binary(max_size=9)

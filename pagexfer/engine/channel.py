@@ -7,13 +7,14 @@ is in the cache, the buffer is free again. There is no other queue, so a slow co
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
 from ..errors import ChannelClosed, MalformedData, SvsmLost
-from ..wire.bundle import BundleKind
-from ..wire.constants import SESSION_ID_BYTES
+from ..wire.bundle import HEADER_BYTES, BundleKind
+from ..wire.constants import SESSION_ID_BYTES, TAG_BYTES
+from ..wire.device_state import MAX_DEVICE_STATE_PART_BYTES, PART_HEADER_BYTES, DevicePart
 from ..wire.framing import (
     ConnectionHello,
     FrameHeader,
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from .progress import ChannelTally
     from .slots import Slot
     from .streams import Connection
+
+
+# Of a buffer that holds the bundle of a part, what is left for the part.
+_PART_OVERHEAD_BYTES: Final = HEADER_BYTES + PART_HEADER_BYTES + TAG_BYTES
 
 
 class Lost(NamedTuple):
@@ -97,6 +102,20 @@ class SourceChannel:
         """Have a vCPU's state sealed and send it."""
         await self._send(await self._slot.command(Command.STATE, vcpu))
 
+    async def device_state(self, state: bytes) -> None:
+        """Have the hypervisor's device state sealed and send it, in as many parts as it takes; none where it is empty."""
+        whole, start = memoryview(state), 0
+        while start < len(state):
+            index = self._slot.begin_fill()
+            package = self._slot.package(index)
+            most = min(MAX_DEVICE_STATE_PART_BYTES, len(package) - _PART_OVERHEAD_BYTES)
+            part = whole[start : start + most]
+            length = PART_HEADER_BYTES + len(part)
+            package[:PART_HEADER_BYTES] = DevicePart(len(state), start, len(part)).pack_header()
+            package[PART_HEADER_BYTES:length] = part
+            await self._send(await self._slot.submit(index, length, Command.STATE))
+            start += len(part)
+
     async def receive_answer(self) -> BundleKind:
         """Receive the destination's next answer and have it opened. Raises SvsmRefused where it is forged."""
         header = await self.connection.receive_header()
@@ -121,6 +140,13 @@ class SourceChannel:
 
     async def _send(self, answer: StatusRegisters) -> int:
         return await _send_bundle(self.connection, self._slot, answer)
+
+
+class Arrival(NamedTuple):
+    """What a bundle was, and the part of the device state that it brought."""
+
+    kind: BundleKind
+    device_state: bytes
 
 
 class DestinationChannel:
@@ -157,13 +183,13 @@ class DestinationChannel:
         await self.idle.wait()
         self.connection.close()
 
-    async def import_bundle(self, header: FrameHeader) -> BundleKind:
+    async def import_bundle(self, header: FrameHeader) -> Arrival:
         """Receive one bundle straight into the slot and have it imported; returns what it was."""
         answer = await _import_frame(self.connection, self._slot, header)
         kind = _kind(answer)
         if kind is BundleKind.PAGES:
             self._tally.add(answer.result2 >> 32, answer.result2 & 0xFFFFFFFF, header.payload_bytes)
-        return kind
+        return Arrival(kind, self._slot.take(answer))
 
     async def import_until_barrier(self, idle_timeout_s: float) -> int:
         """Import bundles until the source says that an epoch has no more on this channel; returns which epoch."""

@@ -1,4 +1,4 @@
-"""The control connection: msgpack messages and device state between the two engines."""
+"""The control connection: msgpack messages between the two engines."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import trio
 
 from ..errors import ChannelBroken, MalformedData, Outcome, PagexferError, TransferAborted
-from ..wire.control import ControlMessage, DeviceState, Failed, pack_control, parse_control_untrusted
-from ..wire.framing import MAX_DEVICE_STATE_BYTES, MAX_DEVICE_STATE_FRAME_BYTES, FrameType
+from ..wire.control import ControlMessage, Failed, pack_control, parse_control_untrusted
+from ..wire.framing import FrameType
 
 if TYPE_CHECKING:
     from ..wire.framing import FrameHeader
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MessageT = TypeVar("MessageT", bound=ControlMessage)
 
-# Messages that wait to be taken, a whole device state among them; beyond that the peer waits in TCP.
+# Messages that wait to be taken; beyond that the peer waits in TCP.
 _INBOX: Final = 64
 _LAST_WORDS_S: Final = 1.0
 # Reasons with which a peer refuses for good, rather than fails.
@@ -29,7 +29,7 @@ class Control:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
-        self._send_inbox, self._inbox = trio.open_memory_channel[ControlMessage | bytes](_INBOX)
+        self._send_inbox, self._inbox = trio.open_memory_channel[ControlMessage](_INBOX)
 
     async def send(self, message: ControlMessage) -> None:
         """Send one message."""
@@ -45,21 +45,20 @@ class Control:
         """Take in what the peer sends, for ever. Raises TransferAborted when it says that it failed, ChannelBroken when
         it is gone.
         """
-        device_state_due = True
         while True:
             header = await self.connection.receive_header(math.inf)
-            message = await self._take_message(header)
-            if isinstance(message, DeviceState):
-                if not device_state_due:
-                    raise MalformedData("a second device state")
-                device_state_due = False
-                await self._send_inbox.send(await self._collect_device_state(message.size))
-            else:
-                await self._send_inbox.send(message)
+            await self._send_inbox.send(await self._take_message(header))
 
     async def receive(self, message_type: type[MessageT], timeout: float) -> MessageT:
         """The next message, which must be of this type; for use while `listen` runs."""
-        return _expect(await self._next(message_type.__name__, timeout), message_type)
+        try:
+            with trio.fail_after(timeout):
+                message = await self._inbox.receive()
+        except trio.TooSlowError:
+            raise ChannelBroken(
+                f"{self.connection.peer} sent no {message_type.__name__} within {timeout:g} s"
+            ) from None
+        return _expect(message, message_type)
 
     async def last_words(self) -> TransferAborted | None:
         """What the peer still said of its failure before it went, if anything; for use after `listen` ended."""
@@ -72,32 +71,6 @@ class Control:
                 return None
         return None
 
-    async def send_device_state(self, state: bytes) -> None:
-        """Send the hypervisor's device state. Raises MalformedData where it is over the cap of 256 MiB."""
-        if len(state) > MAX_DEVICE_STATE_BYTES:
-            raise MalformedData(
-                f"device state of {len(state)} bytes is over the cap of {MAX_DEVICE_STATE_BYTES}"
-            )
-        await self.send(DeviceState(len(state)))
-        for start in range(0, len(state), MAX_DEVICE_STATE_FRAME_BYTES):
-            await self.connection.send_frame(
-                FrameType.DEVICE_STATE, state[start : start + MAX_DEVICE_STATE_FRAME_BYTES]
-            )
-
-    async def receive_device_state(self, timeout: float) -> bytes:
-        """The device state that the source's hypervisor saved; for use while `listen` runs."""
-        state = await self._next("device state", timeout)
-        if not isinstance(state, bytes):
-            raise MalformedData(f"{type(state).__name__} message where device state is due")
-        return state
-
-    async def _next(self, what: str, timeout: float) -> ControlMessage | bytes:
-        try:
-            with trio.fail_after(timeout):
-                return await self._inbox.receive()
-        except trio.TooSlowError:
-            raise ChannelBroken(f"{self.connection.peer} sent no {what} within {timeout:g} s") from None
-
     async def _take_message(self, header: FrameHeader) -> ControlMessage:
         if header.type is not FrameType.CONTROL:
             raise MalformedData(f"{header.type.name} frame on the control connection")
@@ -106,21 +79,6 @@ class Control:
             raise peer_failed(message)
         return message
 
-    async def _collect_device_state(self, size: int) -> bytes:
-        # Taken in as it comes: a source sends all of it before the manifest, and only after that somebody asks for it.
-        if size > MAX_DEVICE_STATE_BYTES:
-            raise MalformedData(f"device state of {size} bytes is over the cap of {MAX_DEVICE_STATE_BYTES}")
-        state = bytearray()
-        while len(state) < size:
-            header = await self.connection.receive_header()
-            if header.type is not FrameType.DEVICE_STATE:
-                message = await self._take_message(header)
-                raise MalformedData(f"{type(message).__name__} message in the middle of device state")
-            state += await self.connection.receive_payload(header)
-        if len(state) != size:
-            raise MalformedData(f"device state of {len(state)} bytes that was announced with {size}")
-        return bytes(state)
-
 
 def peer_failed(message: Failed) -> TransferAborted:
     """The peer's own account of its failure, as our error."""
@@ -128,7 +86,7 @@ def peer_failed(message: Failed) -> TransferAborted:
     return TransferAborted(outcome, message.reason, message.message)
 
 
-def _expect(message: ControlMessage | bytes, message_type: type[MessageT]) -> MessageT:
+def _expect(message: ControlMessage, message_type: type[MessageT]) -> MessageT:
     if isinstance(message, Failed) and message_type is not Failed:
         raise peer_failed(message)
     if not isinstance(message, message_type):

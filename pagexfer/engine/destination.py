@@ -33,6 +33,7 @@ from ..wire.control import (
     Established,
     Prepare,
 )
+from ..wire.device_state import MAX_DEVICE_STATE_BYTES
 from ..wire.framing import FrameType, parse_barrier_untrusted
 from ..wire.handshake import parse_established_untrusted
 from ..wire.slot import Command
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 # longer than this many stall timeouts, each of which would have ended its own side, is gone.
 IDLE_STALLS: Final = 4
 PROGRESS_PERIOD_S: Final = 0.2
+_HAND_OVER: Final = (BundleKind.DEVICE_STATE, BundleKind.VCPU_STATE, BundleKind.MANIFEST)
 _CANCELLED: Final = TransferAborted(
     Outcome.ENDED, "cancelled", "the destination's operator cancelled the migration"
 )
@@ -134,6 +136,7 @@ class DestinationEngine:
         self._refused: TransferAborted | None = None
         self._all_open = trio.Event()
         self._handing_over = False
+        self._device_state: list[bytes] = []
         self._running = False
 
     async def run(self, listener: Listener) -> MigrationInfo:
@@ -290,7 +293,7 @@ class DestinationEngine:
             await barrier.wait_open()
 
     async def _lead(self, barrier: Barrier, control: Control, link: DestinationChannel) -> None:
-        """Channel 0, which also carries vCPU states and tokens; returns when the guest runs."""
+        """Channel 0, which also carries states and tokens; returns when the guest runs."""
         while True:
             header = await link.connection.receive_header(IDLE_STALLS * self._stall_timeout_s)
             if header.type is FrameType.BARRIER:
@@ -298,27 +301,34 @@ class DestinationEngine:
                 barrier.arrive(0, epoch)
                 await barrier.wait_for_all()
                 continue
-            kind = await link.import_bundle(header)
-            # The source replaces nothing any more once it has begun to send what is no page.
-            self._handing_over = kind in (BundleKind.VCPU_STATE, BundleKind.MANIFEST)
+            kind, part = await link.import_bundle(header)
+            # The source replaces nothing any more once it has begun to send states.
+            self._handing_over = kind in _HAND_OVER
             match kind:
+                case BundleKind.DEVICE_STATE:
+                    self._keep(part)
                 case BundleKind.EPOCH_TOKEN:
                     closed = barrier.epoch
                     barrier.open()
                     self._progress.begin_epoch(0)
                     await control.send(EpochClosed(closed))
                 case BundleKind.MANIFEST:
-                    await self._get_ready(link, control)
+                    await self._get_ready(link)
                 case BundleKind.START_TOKEN:
                     await self._start(link)
                     return
 
-    async def _get_ready(self, link: DestinationChannel, control: Control) -> None:
+    def _keep(self, part: bytes) -> None:
+        """Put the next part of the device state to those before. The cap is looked at here too: the memory is ours."""
+        self._device_state.append(part)
+        if sum(map(len, self._device_state)) > MAX_DEVICE_STATE_BYTES:
+            raise MalformedData(f"device state over the cap of {MAX_DEVICE_STATE_BYTES} bytes")
+
+    async def _get_ready(self, link: DestinationChannel) -> None:
         """The SVSM found everything complete; READY once the hypervisor has taken its own state over."""
-        state = await control.receive_device_state(self._stall_timeout_s)
         try:
             with hypervisor_call("load the devices"):
-                await self._hypervisor.load_device_state(state)
+                await self._hypervisor.load_device_state(b"".join(self._device_state))
         except GuestError as error:
             raise TransferAborted(Outcome.ENDED, "device-state", str(error)) from error
         await link.answer(BundleKind.READY)

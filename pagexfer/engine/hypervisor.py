@@ -1,7 +1,7 @@
 """Port of the engine to the hypervisor: what runs, stops and describes the virtual machine from outside.
 
 Nothing that a hypervisor says is believed by the SVSM: its stop comes after the SVSM's own park, its device state is an
-opaque blob, its dirty log is a hint.
+opaque blob that it only carries, its dirty log is a hint.
 """
 
 from __future__ import annotations

@@ -80,12 +80,7 @@ class Slot:
             answer = await self.submit(index, len(package), command, argument)
         else:
             answer = await self.command(command, argument)
-        if answer.buffer == NO_BUFFER:
-            return answer, b""
-        self.begin_drain(answer)
-        data = bytes(self.package(answer.buffer)[: answer.length])
-        self.release(answer)
-        return answer, data
+        return answer, self.take(answer)
 
     # A buffer that the host fills
 
@@ -115,6 +110,15 @@ class Slot:
     def begin_drain(self, answer: StatusRegisters) -> None:
         """Take over the buffer that an answer points to."""
         self._memory.begin_drain(answer.buffer, HOST_DATA_OFFSET)
+
+    def take(self, answer: StatusRegisters) -> bytes:
+        """A copy of the package of an answer, empty where it has none; its buffer is free again."""
+        if answer.buffer == NO_BUFFER:
+            return b""
+        self.begin_drain(answer)
+        data = bytes(self.package(answer.buffer)[: answer.length])
+        self.release(answer)
+        return data
 
     def frame(self, answer: StatusRegisters, header: bytes) -> memoryview:
         """The package of an answer with `header` (at most 64 bytes) put right before it, without a copy."""

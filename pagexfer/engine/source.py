@@ -35,6 +35,7 @@ from ..wire.control import (
     Established,
     Prepare,
 )
+from ..wire.device_state import MAX_DEVICE_STATE_BYTES
 from ..wire.framing import ConnectionHello, FrameType, Purpose
 from ..wire.handshake import parse_established_untrusted
 from ..wire.slot import Command, SlotStatus
@@ -153,7 +154,7 @@ class SourceEngine:
                 await self._blackout(control, repair)
                 # Little is left to send from here on, and a connection that breaks ends the migration before START.
                 await repair.stop()
-                await self._hand_over(control)
+                await self._hand_over()
             nursery.cancel_scope.cancel()
         done.cancel()
 
@@ -212,11 +213,15 @@ class SourceEngine:
             pending, chunks = await self._begin_epoch()
             await self._transfer(control, repair, pending, chunks)
 
-    async def _hand_over(self, control: Control) -> None:
+    async def _hand_over(self) -> None:
         with hypervisor_call("save the devices"):
             device_state = await self._hypervisor.save_device_state()
-        await control.send_device_state(device_state)
+        if len(device_state) > MAX_DEVICE_STATE_BYTES:
+            raise GuestError(
+                f"device state of {len(device_state)} bytes is over the cap of {MAX_DEVICE_STATE_BYTES}"
+            )
         first = self._channels[0]
+        await first.device_state(device_state)
         for vcpu in range(self._vcpus):
             await first.vcpu_state(vcpu)
         await first.token(BundleKind.MANIFEST)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from ..errors import LocalProtocolError
-from ..wire.bundle import BundleKind
+from ..errors import LocalProtocolError, MalformedData
+from ..wire.bundle import BundleKind, says_kind_untrusted
 from ..wire.slot import Command, SlotStatus
 from .service import Answer, BadCommand, SlotService
 
@@ -98,7 +98,7 @@ def source_control(slot: SlotMemory, svsm: SourceSvsm, *, shared: bool = True) -
 
 
 def source_channel(slot: SlotMemory, svsm: SourceSvsm, channel: int, *, shared: bool = True) -> SlotService:
-    """The commands of a source's channel slot; vCPU states, tokens and answers go over channel 0's alone."""
+    """The commands of a source's channel slot; states, tokens and answers go over channel 0's alone."""
 
     def setup(call: Call) -> Answer:
         return Answer(svsm.open_channel(channel, call.room()))
@@ -116,7 +116,12 @@ def source_channel(slot: SlotMemory, svsm: SourceSvsm, channel: int, *, shared: 
         return Answer(done.length, done.pages, done.zero_pages, status)
 
     def state(call: Call) -> Answer:
-        return Answer(svsm.export_vcpu(call.argument, call.room()))
+        if not call.has_package:
+            return Answer(svsm.export_vcpu(call.argument, call.room()))
+        try:
+            return Answer(svsm.carry_untrusted(call.package(), call.room()))
+        except MalformedData as error:
+            raise BadCommand(str(error)) from None
 
     def token(call: Call) -> Answer:
         seal = tokens.get(call.argument)
@@ -194,8 +199,12 @@ def destination_channel(
         return Answer()
 
     def import_bundle(call: Call) -> Answer:
-        done = svsm.import_untrusted(channel, call.package())
-        return Answer(result=done.kind, result2=done.pages << 32 | done.zero_pages)
+        package = call.package()
+        # Before anything is opened: where no buffer is free, nothing changes.
+        room = call.room() if says_kind_untrusted(package) == BundleKind.DEVICE_STATE else None
+        done = svsm.import_untrusted(channel, package)
+        given_out = 0 if room is None else _store(done.device_state, room)
+        return Answer(given_out, done.kind, done.pages << 32 | done.zero_pages)
 
     def token(call: Call) -> Answer:
         if call.argument not in BundleKind.__members__.values():

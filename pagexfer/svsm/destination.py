@@ -40,6 +40,7 @@ from ..wire.constants import (
     PAGE_SIZE,
     WORDS_PER_PAGE,
 )
+from ..wire.device_state import PART_HEADER_BYTES
 from ..wire.handshake import Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
@@ -51,6 +52,7 @@ from ..wire.token import (
     split_start_untrusted,
 )
 from .content import ContentTable, vcpu_digest
+from .device_state import Carried
 from .handshake import DestinationAttempt, Established
 from .journal import SessionJournal
 from .ledger import append, check_next, next_body
@@ -81,11 +83,12 @@ _STATE_FOR: Final = {
 
 
 class Imported(NamedTuple):
-    """What a bundle was, and how many pages it brought."""
+    """What a bundle was, and how many pages it brought; `device_state` is the part that is the host's to have."""
 
     kind: BundleKind
-    pages: int
-    zero_pages: int
+    pages: int = 0
+    zero_pages: int = 0
+    device_state: bytes = b""
 
 
 class DestinationSvsm:
@@ -114,6 +117,7 @@ class DestinationSvsm:
         self._seen = DirtyBitmap(memory.pages)
         self._content = ContentTable(memory.states)
         self._vcpu_states: dict[int, bytes] = {}
+        self._device_state = Carried()
         self._manifest = b""
         self._ledger: bytes | None = None
 
@@ -302,6 +306,8 @@ class DestinationSvsm:
         # What the manifest must say counts everything before the manifest's own bundle.
         expected = self._own_manifest() if header.kind is BundleKind.MANIFEST else None
         opener.open_untrusted(header, aad, sealed, plaintext)
+        if header.kind is BundleKind.DEVICE_STATE:
+            return Imported(header.kind, device_state=self._carry(plaintext))
         payload = bytes(plaintext)
         match header.kind:
             case BundleKind.VCPU_STATE:
@@ -317,7 +323,7 @@ class DestinationSvsm:
                 self._start(payload)
             case _:
                 raise IntegrityError(f"{header.kind.name} bundle does not belong here")
-        return Imported(header.kind, 0, 0)
+        return Imported(header.kind)
 
     def _import_pages(
         self, opener: Opener, header: BundleHeader, aad: bytes, sealed: memoryview, plaintext: memoryview
@@ -380,6 +386,11 @@ class DestinationSvsm:
             raise ReplayError("state of an unknown vCPU, or a second one")
         self._vcpu_states[vcpu] = payload[_VCPU.size :]
 
+    def _carry(self, payload: memoryview) -> bytes:
+        self._machine.advance(Event.IMPORT)
+        self._device_state = self._device_state.after_untrusted(payload)
+        return bytes(payload[PART_HEADER_BYTES:])
+
     def _import_ledger(self, payload: bytes) -> None:
         self._machine.advance(Event.IMPORT)
         if self._ledger is not None:
@@ -408,6 +419,8 @@ class DestinationSvsm:
             raise IntegrityError("the state of a vCPU is missing")
         if self._ledger is None:
             raise IntegrityError("the ledger is missing")
+        if not self._device_state.complete:
+            raise IntegrityError("a part of the device state is missing")
         for vcpu, state in sorted(self._vcpu_states.items()):
             self._gate.load_state(vcpu, state)
         self._machine.advance(Event.VERIFY)
@@ -442,7 +455,8 @@ class DestinationSvsm:
         return self._streams
 
     def _require_replaceable(self) -> None:
-        if self._machine.state not in (State.KEYED, State.IMPORTING) or self._vcpu_states:
+        handing_over = self._vcpu_states or self._device_state.begun
+        if handing_over or self._machine.state not in (State.KEYED, State.IMPORTING):
             raise LocalProtocolError(
                 "no connection is replaced before there are keys, nor after the last epoch"
             )

@@ -21,6 +21,7 @@ from ..wire.slot import SessionStatus as State
 from ..wire.token import Manifest, pack_start
 from .audit import Audited, PageDigests
 from .content import ContentTable, vcpu_digest
+from .device_state import Carried
 from .epoch import EpochBook
 from .export import BUNDLE_PAGES, OVERHEAD_BYTES, Exported, Packager
 from .handshake import Established, SourceHandshake
@@ -102,6 +103,7 @@ class SourceSvsm:
         self._content = ContentTable(memory.states)
         self._epoch = EpochBook(memory.pages)
         self._vcpu_states: dict[int, bytes] = {}
+        self._device_state = Carried()
         self._manifest: bytes = b""
         self._peer_ready = False
         self._zero_run = False
@@ -184,7 +186,7 @@ class SourceSvsm:
     def replace_channel(self, channel: int, out: memoryview) -> int:
         """As `open_channel`, for a connection that takes the place of a broken one (R9).
 
-        Nothing goes over the channel before `channel_replaced`. Raises LocalProtocolError once a vCPU's state was sealed,
+        Nothing goes over the channel before `channel_replaced`. Raises LocalProtocolError once a state was sealed,
         KeyExhausted for a channel that breaks again and again.
         """
         self._require_replaceable()
@@ -340,6 +342,16 @@ class SourceSvsm:
         self._vcpu_states[vcpu] = state
         return length
 
+    def carry_untrusted(self, part: memoryview, out: memoryview) -> int:
+        """Seal the next part of the host's device state. Raises MalformedData, changing nothing, for any other part."""
+        self._require_parked()
+        self._require_no_manifest()
+        carried = self._device_state.after_untrusted(part)
+        self._commit_epoch()
+        length = self._seal(BundleKind.DEVICE_STATE, self._epoch.number, part, out)
+        self._device_state = carried
+        return length
+
     def manifest(self, out: memoryview) -> int:
         """Seal the manifest (R6). Raises NotReady while a page is dirty or unsent or a vCPU is not exported."""
         self._require_parked()
@@ -351,6 +363,8 @@ class SourceSvsm:
             raise NotReady("pages are dirty or unsent, or the epoch is open")
         if len(self._vcpu_states) != self._gate.vcpus:
             raise NotReady("not all vCPUs are exported")
+        if not self._device_state.complete:
+            raise NotReady("a part of the device state is missing")
         if self._epoch.ledger is None:
             raise NotReady("the ledger was not sent")
         if self._digests is not None and not self._audit_done():
@@ -450,7 +464,7 @@ class SourceSvsm:
     def _sealer(self, channel: int) -> Sealer:
         return self._session_streams().sealer(channel)
 
-    def _seal(self, kind: BundleKind, epoch: int, payload: bytes, out: memoryview) -> int:
+    def _seal(self, kind: BundleKind, epoch: int, payload: bytes | memoryview, out: memoryview) -> int:
         """Seal what is not pages, which goes over channel 0."""
         return self._sealer(0).seal(kind, epoch, b"", payload, out)
 
@@ -461,7 +475,8 @@ class SourceSvsm:
         self._require_no_manifest()
 
     def _require_replaceable(self) -> None:
-        if self._machine.state not in (State.KEYED, State.PRECOPY, State.PARKED) or self._vcpu_states:
+        handing_over = self._vcpu_states or self._device_state.begun
+        if handing_over or self._machine.state not in (State.KEYED, State.PRECOPY, State.PARKED):
             raise LocalProtocolError(
                 "no connection is replaced before there are keys, nor after the last epoch"
             )

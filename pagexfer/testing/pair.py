@@ -1,7 +1,8 @@
 """Two SVSMs and nothing between them: a whole move in memory, one call a step, with a place for an attacker.
 
 Every sealed bundle becomes a `Message`; `send` shows it to `intercept`, which returns what really arrives: the message
-itself, nothing, a changed copy, an older one, several. What a step sealed is kept in `sent`.
+itself, nothing, a changed copy, an older one, several. What a step sealed is kept in `sent`, and what the destination gave
+out of a device state in `given_out`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from ..svsm.destination import DestinationSvsm
 from ..svsm.source import SourceSvsm
 from ..wire.bundle import MAX_BUNDLE_BYTES, BundleKind, Direction, parse_header_untrusted
 from ..wire.constants import GUEST_ID_BYTES
+from ..wire.device_state import MAX_DEVICE_STATE_PART_BYTES, DevicePart
 from ..wire.handshake import Freshness
 from ..wire.ledger import guest_id_of
 
@@ -98,6 +100,7 @@ class SvsmPair:
         self.channels = channels
         self.intercept = intercept
         self.sent: list[Message] = []
+        self.given_out = b""
         self._opened: set[int] = set()
         self._pages = source_memory.pages
         self._vcpus = source_gate.vcpus
@@ -145,6 +148,12 @@ class SvsmPair:
         """The state of every vCPU."""
         for vcpu in range(self._vcpus):
             self.send(self.seal_vcpu(vcpu))
+
+    def device_state(self, state: bytes, part_bytes: int = MAX_DEVICE_STATE_PART_BYTES) -> None:
+        """The hypervisor's device state, in parts."""
+        for offset in range(0, len(state), part_bytes):
+            part = state[offset : offset + part_bytes]
+            self.send(self.seal_device_part(DevicePart(len(state), offset, len(part)).pack_header() + part))
 
     def manifest(self) -> None:
         """The source's manifest."""
@@ -207,6 +216,10 @@ class SvsmPair:
         """The state of one vCPU."""
         return self._forward(0, self.source.export_vcpu(vcpu, self._buffer))
 
+    def seal_device_part(self, payload: bytes) -> Message:
+        """The next part of the device state, with its header."""
+        return self._forward(0, self.source.carry_untrusted(memoryview(payload), self._buffer))
+
     def seal_token(self, kind: BundleKind) -> Message:
         """Ledger, epoch token, manifest or start token."""
         seal = {
@@ -233,7 +246,7 @@ class SvsmPair:
         if message.direction is Direction.BACKWARD:
             self.source.accept_untrusted(package)
         elif message.channel in self._opened:
-            self.destination.import_untrusted(message.channel, package)
+            self.given_out += self.destination.import_untrusted(message.channel, package).device_state
         else:
             self.destination.open_channel_untrusted(message.channel, package)
             self._opened.add(message.channel)

@@ -47,6 +47,7 @@ class BundleKind(enum.IntEnum):
     CHANNEL_OPEN = 9
     LEDGER = 10
     CHANNEL_STATE = 11
+    DEVICE_STATE = 12
 
 
 class Direction(enum.IntEnum):
@@ -81,6 +82,8 @@ class Operation(enum.IntEnum):
 _HEADER: Final = struct.Struct("<IHBB16sHHIQII16s")
 HEADER_BYTES: Final = 64
 assert _HEADER.size == HEADER_BYTES
+_KIND_OFFSET: Final = 6
+assert struct.calcsize("<IH") == _KIND_OFFSET
 assert struct.calcsize("<IHBB16s") == 24
 assert struct.calcsize("<IHBB16sHHI") == 32
 assert struct.calcsize("<IHBB16sHHIQII") == 48
@@ -218,6 +221,11 @@ def parse_header_untrusted(data: bytes, bundle_bytes: int) -> BundleHeader:
     if header.bundle_bytes != bundle_bytes:
         raise MalformedData(f"bundle of {bundle_bytes} bytes whose header says {header.bundle_bytes}")
     return header
+
+
+def says_kind_untrusted(data: bytes | memoryview) -> int:
+    """The kind that a bundle names in its header, which nobody has checked yet; 0 where there is no header."""
+    return data[_KIND_OFFSET] if len(data) >= HEADER_BYTES else 0
 
 
 def pack_entries(gfns: NDArray[np.int64], operations: NDArray[np.uint8], states: NDArray[np.uint32]) -> bytes:

@@ -58,13 +58,6 @@ class EpochClosed:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceState:
-    """Source: device state of this size follows in frames of its own."""
-
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
 class Failed:
     """Either side: this side ends the migration. `reason` is machine readable, `message` one line for people."""
 
@@ -72,7 +65,7 @@ class Failed:
     message: str
 
 
-ControlMessage = Prepare | Accept | Confirm | Established | ChannelsOpen | EpochClosed | DeviceState | Failed
+ControlMessage = Prepare | Accept | Confirm | Established | ChannelsOpen | EpochClosed | Failed
 
 _NAMES: Final[dict[str, type[ControlMessage]]] = {
     "prepare": Prepare,
@@ -81,7 +74,6 @@ _NAMES: Final[dict[str, type[ControlMessage]]] = {
     "established": Established,
     "channels-open": ChannelsOpen,
     "epoch-closed": EpochClosed,
-    "device-state": DeviceState,
     "failed": Failed,
 }
 _NAME_OF: Final = {message_type: name for name, message_type in _NAMES.items()}

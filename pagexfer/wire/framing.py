@@ -1,7 +1,7 @@
 """Frames of the TCP streams: a length, a type, a payload. Engine to engine, untrusted at both ends.
 
-Every connection opens with a hello frame that says what it is for. A control connection then carries control messages
-and device state, a channel connection carries bundles and barriers.
+Every connection opens with a hello frame that says what it is for. A control connection then carries control messages, a
+channel connection carries bundles and barriers.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from .constants import MAX_CHANNELS, PROTOCOL_VERSION, SESSION_ID_BYTES
 
 
 class FrameType(enum.IntEnum):
-    """Wire numbers: never reused, 0 invalid."""
+    """Wire numbers: never reused, 0 invalid. 5 was device state, which goes in bundles now."""
 
     HELLO = 1
     CONTROL = 2
     BUNDLE = 3
     BARRIER = 4  # all bundles of an epoch on this channel stand before it
-    DEVICE_STATE = 5
 
 
 class Purpose(enum.IntEnum):
@@ -60,16 +59,12 @@ _BARRIER: Final = struct.Struct("<I")
 
 # A control message is a handshake message at most: hello and evidence.
 MAX_CONTROL_BYTES: Final = 1 << 17
-MAX_DEVICE_STATE_FRAME_BYTES: Final = 1 << 20
-# Device state of a large machine is some tens of MiB (each virtio device some KiB, a VGA's RAM 16 MiB).
-MAX_DEVICE_STATE_BYTES: Final = 1 << 28
 
 _MAX_PAYLOAD: Final = {
     FrameType.HELLO: CONNECTION_HELLO_BYTES,
     FrameType.CONTROL: MAX_CONTROL_BYTES,
     FrameType.BUNDLE: MAX_BUNDLE_BYTES,
     FrameType.BARRIER: _BARRIER.size,
-    FrameType.DEVICE_STATE: MAX_DEVICE_STATE_FRAME_BYTES,
 }
 _TYPES: Final = {int(kind): kind for kind in FrameType}
 

@@ -15,6 +15,7 @@ import typing
 from typing import Final, TypeVar
 
 from ..errors import MalformedData, UsageError
+from .device_state import MAX_DEVICE_STATE_BYTES
 
 RecordT = TypeVar("RecordT")
 Fields = dict[str, object]
@@ -23,7 +24,7 @@ Fields = dict[str, object]
 _HEAD: Final = struct.Struct("<II")
 HEAD_BYTES: Final = _HEAD.size
 MAX_JSON_BYTES: Final = 1 << 20
-MAX_PAYLOAD_BYTES: Final = 1 << 28  # the cap of a device state
+MAX_PAYLOAD_BYTES: Final = MAX_DEVICE_STATE_BYTES  # the largest that is asked for
 
 
 def pack_message(fields: Fields, payload: bytes = b"") -> bytes:

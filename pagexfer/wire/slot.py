@@ -47,7 +47,7 @@ class Command(enum.IntEnum):
     EXPORT = 4  # channel: seal pending pages of a gfn range
     IMPORT = 5  # channel: open one bundle
     BLACKOUT = 6  # control: park the vCPUs
-    STATE = 7  # channel 0: seal one vCPU's state
+    STATE = 7  # channel 0: seal one vCPU's state, or a part of the hypervisor's device state
     TOKEN = 8  # channel 0: seal a token
     FINISH = 9  # control: the move is complete; wipe keys
     ABORT = 10  # control: give up; the source's vCPUs go on

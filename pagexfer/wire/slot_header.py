@@ -10,7 +10,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from ..errors import RefusalCode
-from . import slot
+from . import device_state, slot
 
 if TYPE_CHECKING:
     import enum
@@ -20,6 +20,10 @@ _LINES: Final = {
     "identity": (slot.IDENTITY_OFFSET, slot.IDENTITY_FIELDS),
     "command": (slot.COMMAND_OFFSET, slot.COMMAND_FIELDS),
     "status": (slot.STATUS_OFFSET, slot.STATUS_FIELDS),
+}
+_STRUCTS: Final = {
+    **{f"{name}_line": fields for name, (_, fields) in _LINES.items()},
+    "device_part": device_state.PART_FIELDS,  # begins the package of STATE, before the part's bytes
 }
 _DATA_LINES: Final = {"host_data": slot.HOST_DATA_OFFSET, "svsm_data": slot.SVSM_DATA_OFFSET}
 _ENUMS: Final[dict[str, type[enum.IntEnum]]] = {
@@ -39,6 +43,8 @@ _CONSTANTS: Final = {
     "MAX_BUFFER_SHIFT": slot.MAX_BUFFER_SHIFT,
     "NO_BUFFER": slot.NO_BUFFER,
     "CONTROL_SLOT": slot.CONTROL_SLOT,
+    "MAX_DEVICE_STATE_PART_BYTES": device_state.MAX_DEVICE_STATE_PART_BYTES,
+    "MAX_DEVICE_STATE_BYTES": device_state.MAX_DEVICE_STATE_BYTES,
 }
 _LINE_BYTES: Final = 64
 
@@ -59,9 +65,9 @@ def header() -> str:
         *(f"#define PGX_{name} {value}" for name, value in _CONSTANTS.items()),
         "",
         *(line for name, members in _ENUMS.items() for line in _enum(name, members)),
-        *(line for name, (_, fields) in _LINES.items() for line in _line(name, fields)),
+        *(line for name, fields in _STRUCTS.items() for line in _struct(name, fields)),
         *_register_page(),
-        *(line for name, (_, fields) in _LINES.items() for line in _checks(name, fields)),
+        *(line for name, fields in _STRUCTS.items() for line in _checks(name, fields)),
         *(
             f'static_assert(offsetof(struct pgx_registers, {name}) == {offset}, "{name}");'
             for name, offset in _offsets().items()
@@ -82,8 +88,8 @@ def _enum(name: str, members: type[enum.IntEnum]) -> list[str]:
     return [f"enum pgx_{name} {{", *lines, "};", ""]
 
 
-def _line(name: str, fields: tuple[slot.Field, ...]) -> list[str]:
-    return [f"struct pgx_{name}_line {{", *(_member(field) for field in fields), "};", ""]
+def _struct(name: str, fields: tuple[slot.Field, ...]) -> list[str]:
+    return [f"struct pgx_{name} {{", *(_member(field) for field in fields), "};", ""]
 
 
 def _member(field: slot.Field) -> str:
@@ -113,10 +119,10 @@ def _register_page() -> list[str]:
 def _checks(name: str, fields: tuple[slot.Field, ...]) -> list[str]:
     checks, offset = [], 0
     for field in fields:
-        place = f"offsetof(struct pgx_{name}_line, {field.name}) == {offset}"
+        place = f"offsetof(struct pgx_{name}, {field.name}) == {offset}"
         checks.append(f'static_assert({place}, "{name}.{field.name}");')
         offset += struct.calcsize("<" + field.code)
-    return [*checks, f'static_assert(sizeof(struct pgx_{name}_line) == {offset}, "{name}");']
+    return [*checks, f'static_assert(sizeof(struct pgx_{name}) == {offset}, "{name}");']
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ _VECTORS: Final = {
     "journal": ("journal", "records", "refused_records"),
     "ledger": ("ledger", "ledgers", "refused_ledgers"),
     "bundle": ("bundles", "bundles", "refused_headers"),
+    "device-part": ("bundles", "device_parts", "refused_device_parts"),
     "epoch-totals": ("tokens", "epoch_totals", "refused_epoch_totals"),
     "manifest": ("tokens", "manifests", "refused_manifests"),
     "slot-identity": ("slot", "identities", "refused_identities"),

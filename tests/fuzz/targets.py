@@ -24,6 +24,7 @@ from pagexfer.guests.kvm.hypervisor import parse_device_state_untrusted
 from pagexfer.guests.qemu.device_state import split_state_untrusted
 from pagexfer.guests.qemu.messages import parse_message_untrusted
 from pagexfer.guests.simulated.registers import parse_registers_untrusted
+from pagexfer.svsm.device_state import Carried
 from pagexfer.svsm.ledger import read_terms_untrusted
 from pagexfer.wire.bundle import (
     HEADER_BYTES,
@@ -31,8 +32,10 @@ from pagexfer.wire.bundle import (
     pack_entries,
     parse_entries_untrusted,
     parse_header_untrusted,
+    says_kind_untrusted,
 )
 from pagexfer.wire.control import pack_control, parse_control_untrusted
+from pagexfer.wire.device_state import PART_HEADER_BYTES, parse_device_part_untrusted
 from pagexfer.wire.framing import (
     pack_barrier,
     parse_barrier_untrusted,
@@ -132,7 +135,9 @@ def _end(data: bytes) -> None:
 
 
 def _bundle(data: bytes) -> None:
+    said = says_kind_untrusted(data)
     header = parse_header_untrusted(data, len(data))
+    assert header.kind == said
     assert header.pack() == data[:HEADER_BYTES]
     if header.kind is BundleKind.PAGES:
         raw = data[HEADER_BYTES : header.aad_bytes]
@@ -145,6 +150,12 @@ def _epoch_totals(data: bytes) -> None:
 
 def _manifest(data: bytes) -> None:
     assert parse_manifest_untrusted(data).pack() == data
+
+
+def _device_part(data: bytes) -> None:
+    part = parse_device_part_untrusted(data)
+    assert part.pack_header() == data[:PART_HEADER_BYTES]
+    assert Carried(part.total_bytes, part.offset).after_untrusted(data) == (part.total_bytes, part.end)
 
 
 def _records(data: bytes) -> None:
@@ -273,9 +284,10 @@ TARGETS: Final = (
     Target("reply", (split_reply_untrusted,), _reply),
     Target("proof", (split_proof_untrusted,), _proof),
     Target("end", (parse_established_untrusted,), _end),
-    Target("bundle", (parse_header_untrusted, parse_entries_untrusted), _bundle),
+    Target("bundle", (parse_header_untrusted, parse_entries_untrusted, says_kind_untrusted), _bundle),
     Target("epoch-totals", (parse_epoch_totals_untrusted,), _epoch_totals),
     Target("manifest", (parse_manifest_untrusted,), _manifest),
+    Target("device-part", (parse_device_part_untrusted, Carried.after_untrusted), _device_part),
     Target("channel-records", (parse_records_untrusted,), _records),
     Target(
         "monitor-message", (parse_head_untrusted, parse_fields_untrusted, from_fields_untrusted), _monitor

@@ -149,6 +149,8 @@ def slot() -> Json:
         "commands": [
             {"name": "EXPORT", **command_line(1, 4, 0xFFFF, 4096, 512, 0)},
             {"name": "IMPORT", **command_line(u32, 5, 1, 0, 0, package)},
+            {"name": "STATE of vCPU 3", **command_line(8, 7, 0xFFFF, 3, 0, 0)},
+            {"name": "STATE with a part of the device state", **command_line(9, 7, 0, 0, 0, 108)},
             {"name": "unknown command", **command_line(7, 999, 0xFFFF, u64, u64, u32)},
         ],
         "refused_commands": [
@@ -183,7 +185,7 @@ def slot() -> Json:
 
 
 def framing() -> Json:
-    caps = {1: 32, 2: 1 << 17, 3: 64 + 8 * 512 + 512 * 4096 + 16, 4: 4, 5: 1 << 20}
+    caps = {1: 32, 2: 1 << 17, 3: 64 + 8 * 512 + 512 * 4096 + 16, 4: 4}
     hello = struct.pack("<8sHBBHH16s", b"PAGEXFER", 1, 2, 0, 1023, 0, noise("session", 16))
     changes = {
         "magic": (0, b"pagexfer"),
@@ -213,6 +215,7 @@ def framing() -> Json:
                 for kind, cap in caps.items()
             ),
             bad("type 0", struct.pack("<IB3x", 0, 0)),
+            bad("type 5, which is retired", struct.pack("<IB3x", 0, 5)),
             bad("type 6", struct.pack("<IB3x", 0, 6)),
             *(
                 bad(f"reserved byte {index}", patched(struct.pack("<IB3x", 0, 2), 5 + index, b"\1"))
@@ -291,8 +294,6 @@ def control() -> Json:
         ("confirm", "Confirm", {"handshake": noise("evidence", 48)}),
         ("established", "Established", {"handshake": noise("established", 64)}),
         ("channels-open", "ChannelsOpen", {"channels": 8}),
-        ("device-state", "DeviceState", {"size": 0}),
-        ("device-state", "DeviceState", {"size": 1 << 28}),
         (
             "failed",
             "Failed",
@@ -377,6 +378,7 @@ def refused_messages() -> list[Json]:
         "nested 2000 deep": message("prepare", text("handshake"), b"\x91" * 2000 + b"\0"),
         "extension": message("epoch-closed", epoch, b"\xd4\5\0"),
         "timestamp": message("epoch-closed", epoch, b"\xd6\xff\0\0\0\0"),
+        "device-state, which is retired": message("device-state", text("size"), b"\0"),
         "over 128 KiB": message(
             "prepare", text("handshake"), b"\xc6" + struct.pack(">I", 1 << 17) + bytes(1 << 17)
         ),

@@ -18,7 +18,7 @@ from .agreed import (
     sha384,
     traffic_key,
 )
-from .parts import Json, bad, noise, patched
+from .parts import Json, bad, coded, noise, patched
 
 FINAL_EPOCH = 0xFFFFFFFF
 PRIVATE = 2 | 15 << 4  # validated; VMPL1 reads, writes, executes as user and supervisor
@@ -154,8 +154,34 @@ KINDS = {
     "CHANNEL_OPEN": 9,
     "LEDGER": 10,
     "CHANNEL_STATE": 11,
+    "DEVICE_STATE": 12,
 }
 Entry = tuple[int, int, int]  # gfn, operation, page state
+
+
+MIB = 1 << 20
+MOST = 1 << 28
+DEVICE_PARTS = [  # total, offset, bytes
+    (1, 0, 1),
+    (1900, 1000, 900),
+    (MIB, 0, MIB),
+    (MIB + 1, MIB, 1),
+    (MOST, MOST - MIB, MIB),
+    (MOST, 1, 5),
+]
+BAD_DEVICE_PARTS = {
+    "no bytes of none": (0, 0, 0),
+    "no bytes": (1, 0, 0),
+    "no bytes at the end": (1, 1, 0),
+    "bytes of none": (0, 0, 1),
+    "behind the end": (1, 1, 1),
+    "over the end": (8, 4, 5),
+    "far behind the end": (8, (1 << 32) - 1, 1),
+    "over 1 MiB": (MOST, 0, MIB + 1),
+    "total over 2^28": (MOST + 1, 0, 1),
+    "total of 2^32 - 1": ((1 << 32) - 1, 0, 1),
+    "no word but the largest": ((1 << 32) - 1, (1 << 32) - 1, 1),
+}
 
 
 def bundle_header(
@@ -301,6 +327,12 @@ def bundles() -> Json:
                 tuple((gfn, 2, PRIVATE) for gfn in range(1024, 1536)),
             ),
             bundle("vCPU state", "VCPU_STATE", (0, 0, 8, 9), struct.pack("<I", 3) + noise("vcpu", 600)),
+            bundle(
+                "part of a device state",
+                "DEVICE_STATE",
+                (0, 0, 8, 7),
+                struct.pack("<II", 1900, 1000) + noise("devices", 900),
+            ),
             bundle("epoch token", "EPOCH_TOKEN", (0, 0, 1, 6), struct.pack("<QQ", 500, 65536)),
             bundle("manifest", "MANIFEST", (0, 0, 8, 10), manifest_bytes),
             bundle("ready", "READY", (0, 0, FINAL_EPOCH, 0), digest, direction=2),
@@ -321,4 +353,23 @@ def bundles() -> Json:
         ],
         "refused_headers": header_refusals(),
         "refused_entries": entry_refusals(),
+        "device_parts": [
+            {
+                "name": f"{size} bytes at {offset} of {total}",
+                "total_bytes": total,
+                "offset": offset,
+                "part_bytes": size,
+                **coded(
+                    struct.pack("<II", total, offset)
+                    + noise("part", 8)[: min(size, 8)]
+                    + bytes(max(size - 8, 0))
+                ),
+            }
+            for total, offset, size in DEVICE_PARTS
+        ],
+        "refused_device_parts": [
+            bad(name, struct.pack("<II", total, offset) + bytes(size))
+            for name, (total, offset, size) in BAD_DEVICE_PARTS.items()
+        ]
+        + [bad("empty", b""), bad("half a header", bytes(4)), bad("no header", bytes(7))],
     }

@@ -11,6 +11,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
 from ...wire.bundle import BundleKind, Direction
+from ...wire.device_state import DevicePart
 from ...wire.slot import Command, SlotStatus
 from .schedule import Act
 from .world import CONTROL, FIRST
@@ -24,6 +25,8 @@ Script = Generator[None, int, None]
 _CHUNK_PAGES: Final = 8
 _PRECOPY_EPOCHS: Final = 2
 _PARK_PATIENCE: Final = 3
+_DEVICE_STATE: Final = bytes(range(100))
+_FIRST_PART_BYTES: Final = 40
 
 
 class _Refused(Exception):
@@ -71,9 +74,12 @@ def _migration(world: World) -> Script:
         yield from _epoch(world)
     yield from _park(world)
     yield from _epoch(world)
+    # The last part last: so a manifest may be asked for when nothing but that is missing.
+    yield from _device_part(world, 0, _FIRST_PART_BYTES)
     for vcpu in range(world.schedule.vcpus):
         world.send(Direction.FORWARD, 0, _ask(world, world.source, FIRST, Command.STATE, vcpu))
         yield
+    yield from _device_part(world, _FIRST_PART_BYTES, len(_DEVICE_STATE))
     yield from _deliver_all(world, 0)
     yield from _token(world, BundleKind.MANIFEST)
     yield from _token(world, BundleKind.READY)
@@ -187,6 +193,13 @@ def _park(world: World) -> Script:
             raise _Refused
         if reply.status.status is SlotStatus.OK:
             return
+
+
+def _device_part(world: World, start: int, stop: int) -> Script:
+    """Hand in a part of the device state; it arrives with what is sealed after it."""
+    part = DevicePart(len(_DEVICE_STATE), start, stop - start).pack_header() + _DEVICE_STATE[start:stop]
+    world.send(Direction.FORWARD, 0, _ask(world, world.source, FIRST, Command.STATE, package=part))
+    yield
 
 
 def _token(world: World, kind: BundleKind) -> Script:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _MAX_PACKAGE: Final = (1 << 16) - 64
 _NUMBERS: Final = (0, 1, 2, 3, 4, 6, 8, 63, 64, 1 << 31, (1 << 32) - 1, 1 << 63, (1 << 64) - 1)
+# Of a device state: total, offset or bytes, most of them such as a right part has.
+_PLACES: Final = (0, 40, 60, 100, 100, 1, 1 << 28, (1 << 32) - 1)
 _SOURCE_TOKENS: Final = (BundleKind.EPOCH_TOKEN, BundleKind.MANIFEST, BundleKind.START_TOKEN)
 _ANSWERS: Final = (BundleKind.READY, BundleKind.RUNNING)
 
@@ -89,6 +91,18 @@ def _early_token(world: World, step: Step) -> bool:
         return True
     world.tally[step.act.value] += 1
     return False
+
+
+def _device_part(world: World, step: Step) -> bool:
+    """A part of a device state, seldom the one that is due; the host sends whatever it gets for it."""
+    if world.source.svsm.state is not State.PARKED:  # as the status register says
+        return False
+    header = struct.pack("<II", pick(_PLACES, step.x), pick(_PLACES, step.y))
+    part = (header + bytes(pick(_PLACES, step.z) % 128))[: 4 if step.z % 16 == 0 else None]
+    reply = world.command(world.source, FIRST, Command.STATE, package=part)
+    if reply.ok:
+        world.send(Direction.FORWARD, 0, reply.data)
+    return world.source.alive
 
 
 def _hide_dirty(world: World, _step: Step) -> bool:
@@ -163,6 +177,7 @@ HYPERVISOR: Final[Mapping[Act, Attack]] = {
     Act.COMMAND: _command,
     Act.REGISTERS: _registers,
     Act.EARLY_TOKEN: _early_token,
+    Act.DEVICE_PART: _device_part,
     Act.HIDE_DIRTY: _hide_dirty,
     Act.FALSE_HINT: _false_hint,
     Act.SLOW_PARK: _slow_park,

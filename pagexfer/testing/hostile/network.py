@@ -29,6 +29,7 @@ _ALTERABLE: Final = (
     BundleKind.PAGES,
     BundleKind.PAGES,
     BundleKind.VCPU_STATE,
+    BundleKind.DEVICE_STATE,
     BundleKind.EPOCH_TOKEN,
     BundleKind.MANIFEST,
     BundleKind.START_TOKEN,

@@ -90,14 +90,22 @@ class _Book:
     closed: dict[int, set[_Place]] = field(default_factory=dict)
     token: tuple[_Place, set[int]] | None = None  # where this epoch's token is, and the epoch's pages
     vcpus: set[int] = field(default_factory=set)
+    parts: dict[_Place, bytes] = field(default_factory=dict)  # of the device state, as handed in
+    device_bytes: int = 0  # that the parts say of the whole
     at_manifest: Counter[_Channel] = field(default_factory=Counter)
     ready: bool = False
     started: bool = False
     let_go: bool = False
     # A destination's
+    given_out: int = 0  # bytes of the device state
     owes_word: bool = False  # READY may have left: the source may wait for an abort token
     altered: bool = False
     opened: bool = False
+
+    @property
+    def handed_in(self) -> int:
+        """Bytes of the device state that a source has sealed."""
+        return sum(map(len, self.parts.values()))
 
 
 class Referee:
@@ -167,6 +175,7 @@ class Referee:
 
     def _refused(self, side: Side, book: _Book, before: Before, answer: Answered) -> None:
         code, after = answer.status.error, answer.status.session
+        _rule("R8", not answer.data, "a refusal with a package")
         _rule("R8", code not in (None, RefusalCode.INTERNAL), "a refusal without a documented code")
         if before.words is not None and before.states is not None:
             memory = side.machine.memory
@@ -245,13 +254,25 @@ class Referee:
             case BundleKind.VCPU_STATE:
                 _rule("R5", not guest.gate.any_moving, "a vCPU was saved while one runs")
                 book.vcpus.add(answer.argument)
+            case BundleKind.DEVICE_STATE:
+                _rule("R5", not guest.gate.any_moving, "devices were saved while a vCPU runs")
+                self._handed_in(book, header, answer.package)
             case BundleKind.MANIFEST:
                 self._all_sent(book, "manifest")
+                _rule("R6", book.handed_in == book.device_bytes, "a manifest without the whole device state")
                 book.at_manifest = Counter(book.sealed)
             case BundleKind.START_TOKEN:
                 _rule("R7", book.ready, "a start token before READY")
                 self._all_sent(book, "start token")
                 book.started = True
+
+    def _handed_in(self, book: _Book, header: BundleHeader, package: bytes) -> None:
+        total, offset = (int.from_bytes(package[at : at + 4], "little") for at in (0, 4))
+        known = book.device_bytes or total
+        next_one = (total, offset) == (known, book.handed_in) and offset < offset + len(package) - 8 <= total
+        _rule("R6", next_one, "a part of the device state that is not the next one")
+        book.parts[_place(header)] = package[8:]
+        book.device_bytes = total
 
     def _all_sent(self, book: _Book, what: str) -> None:
         _rule("R5", not self._guest.gate.any_moving, f"a {what} while a vCPU runs")
@@ -361,7 +382,16 @@ class Referee:
                 book.epoch += 1
                 book.gfns.clear()
                 book.bundles.clear()
+            case BundleKind.DEVICE_STATE:
+                same = altered or source.parts.get(_place(header)) == answer.data
+                _rule("G2", same, "another device state was given out than was handed in")
+                book.given_out += len(answer.data)
             case BundleKind.MANIFEST:
+                _rule(
+                    "R6",
+                    book.given_out == source.device_bytes,
+                    "a manifest before the device state was given out",
+                )
                 whole = book.taken == source.at_manifest and not book.altered
                 _rule("R6", whole, "a manifest of something else")
             case BundleKind.START_TOKEN:

@@ -50,6 +50,7 @@ class Act(enum.Enum):
     COMMAND = "command out of order"
     REGISTERS = "registers at random"
     EARLY_TOKEN = "token too early"
+    DEVICE_PART = "device state out of order"
     HIDE_DIRTY = "hide dirty bits"
     FALSE_HINT = "invent dirty bits"
     SLOW_PARK = "vCPU slow to park"
@@ -75,6 +76,7 @@ _WEIGHTS: Final = {
     Act.REPLAY: 2.0,
     Act.COMMAND: 2.0,
     Act.EARLY_TOKEN: 2.0,
+    Act.DEVICE_PART: 1.5,
     Act.LIE_PARKED: 2.0,
     Act.LOSE: 3.0,
     Act.ABORT_SOURCE: 0.5,
