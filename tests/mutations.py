@@ -30,7 +30,7 @@ from pagexfer.svsm.memory import GuestMemory
 from pagexfer.svsm.sealing import Opener, Sealer, _Stream
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.svsm.states import SOURCE, Event
-from pagexfer.svsm.sweep import Sweep
+from pagexfer.svsm.sweep import Looked, Sweep
 from pagexfer.testing.hostile import HostileHost, Violation, make_schedule
 from pagexfer.wire.bundle import HEADER_BYTES, MAX_BUNDLE_BYTES, BundleKind, nonce, parse_entries_untrusted
 from pagexfer.wire.constants import FINAL_EPOCH
@@ -179,13 +179,16 @@ def _nothing_pending(stack: ExitStack) -> None:
 def _hint_believed(stack: ExitStack) -> None:
     """What the hypervisor's dirty log does not name is taken for clean, whatever the SVSM's own tracker saw."""
 
-    def gullible(self: SourceSvsm) -> None:
-        if self._tracker is not None:
-            self._tracker.collect()
-        self._pending.union(self._memory.state_changes.take())
-        self._pending.union(self._hinted.take())
+    step = Sweep.step
 
-    stack.enter_context(patch.object(SourceSvsm, "_collect", gullible))
+    def gullible(self: Sweep, _pending: DirtyBitmap) -> Looked:
+        return step(self, DirtyBitmap(self._memory.pages))
+
+    def unasked(self: Sweep, pending: DirtyBitmap, lost: DirtyBitmap) -> None:
+        self.close(pending, lost)
+
+    stack.enter_context(patch.object(Sweep, "step", gullible))
+    stack.enter_context(patch.object(Sweep, "whole", unasked))
 
 
 # R5
@@ -236,7 +239,7 @@ def _unsent_is_fine(stack: ExitStack) -> None:
         pending, self._pending = self._pending, DirtyBitmap(self._memory.pages)
         bundles, self._epoch.bundles = self._epoch.bundles, 0
         try:
-            with patch.object(SourceSvsm, "_collect", lambda _self: None):
+            with patch.object(Sweep, "whole", lambda _self, _pending, _lost: None):
                 return manifest(self, out)
         finally:
             self._pending, self._epoch.bundles = pending, bundles

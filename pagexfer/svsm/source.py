@@ -19,7 +19,7 @@ from ..wire.handshake import Freshness, Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
 from ..wire.token import Manifest, pack_start
-from .audit import Audited, PageDigests
+from .audit import AuditSteps, PageDigests
 from .content import ContentTable, vcpu_digest
 from .device_state import Carried
 from .epoch import EpochBook
@@ -35,6 +35,7 @@ from .sweep import Looked, Sweep
 if TYPE_CHECKING:
     from ..attestation import Attestor, Claims
     from ..dirty import DirtyTracker
+    from .audit import Audited
     from .epoch import Replaced
     from .gate import VcpuGate
     from .journal import Journal
@@ -95,11 +96,9 @@ class SourceSvsm:
         self._packagers: list[Packager] = []
         self._sealing = 0
         self._digests = PageDigests(memory) if audit else None
-        self._audited_pages = 0
+        self._steps = None if self._digests is None else AuditSteps(self._digests, memory.pages)
         self._pending = DirtyBitmap.full(memory.pages)
-        self._hinted = DirtyBitmap(memory.pages)
-        self._found = DirtyBitmap(memory.pages)
-        self._sweep = Sweep(tracker, memory.pages)
+        self._sweep = Sweep(tracker, memory)
         self._content = ContentTable(memory.states)
         self._epoch = EpochBook(memory.pages)
         self._vcpu_states: dict[int, bytes] = {}
@@ -222,7 +221,7 @@ class SourceSvsm:
 
         Raises LocalProtocolError, changing nothing, where it does not fit RAM.
         """
-        self._hinted.union_part(first_gfn, log)
+        self._sweep.hinted.union_part(first_gfn, log)
 
     def collect_part(self) -> Looked:
         """The next step of taking in what was written since the last epoch; `begin_epoch` takes all that are left.
@@ -244,8 +243,7 @@ class SourceSvsm:
         """Take in what was written since the last epoch; returns what is pending now (not to be changed)."""
         while self.collect_part().more:
             pass
-        self._sweep.close()
-        self._collect_reports()
+        self._sweep.close(self._pending, self._epoch.lost)
         return self._pending
 
     def export(self, channel: int, start: int, stop: int, out: memoryview) -> Exported:
@@ -318,18 +316,12 @@ class SourceSvsm:
         Pages that are pending are not looked at, as they are sent anyway.
         """
         self._require_epoch()
-        if self._digests is None:
+        if self._steps is None:
             raise LocalProtocolError("this session has no audit")
-        start = self._audited_pages
-        stop = min(start + self._digests.step_pages, self._memory.pages)
         if self._machine.state is not State.PARKED:
-            self._digests.trial(stop)
-            return Audited(stop, 0, more=False)
-        found = self._digests.changed(start, stop, self._pending)
+            return self._steps.trial()
         # Not pending at once: a page of these may have been sent in this very epoch already (R1).
-        self._found.set_gfns(found)
-        self._audited_pages = stop
-        return Audited(stop - start, len(found), more=not self._audit_done())
+        return self._steps.step(self._pending, self._sweep.found)
 
     def export_vcpu(self, vcpu: int, out: memoryview) -> int:
         """Seal the state of one parked vCPU. Raises GateError where its state cannot be saved."""
@@ -358,7 +350,7 @@ class SourceSvsm:
         self._require_no_manifest()
         self._commit_epoch()
         if self._epoch.bundles == 0:
-            self._collect()
+            self._sweep.whole(self._pending, self._epoch.lost)
         if self._epoch.bundles or self._sealing or self._pending.any() or not self._content.complete():
             raise NotReady("pages are dirty or unsent, or the epoch is open")
         if len(self._vcpu_states) != self._gate.vcpus:
@@ -367,7 +359,7 @@ class SourceSvsm:
             raise NotReady("a part of the device state is missing")
         if self._epoch.ledger is None:
             raise NotReady("the ledger was not sent")
-        if self._digests is not None and not self._audit_done():
+        if not self._audit_done():
             raise NotReady("RAM was not audited since the vCPUs were parked")
         manifest = Manifest(
             self._memory.pages,
@@ -392,7 +384,7 @@ class SourceSvsm:
         self._machine.require(Event.START)
         if not self._peer_ready:
             raise NotReady("the destination did not say READY")
-        self._collect()
+        self._sweep.whole(self._pending, self._epoch.lost)
         if self._pending.any():
             raise NotReady("a page changed after the manifest: abort")
         assert self._session is not None
@@ -440,17 +432,8 @@ class SourceSvsm:
                 raise IntegrityError("answer that does not fit the session's state")
         return header.kind
 
-    def _collect(self) -> None:
-        if self._tracker is not None:
-            self._pending.union(self._tracker.collect())
-        self._collect_reports()
-
-    def _collect_reports(self) -> None:
-        for bitmap in (self._memory.state_changes, self._hinted, self._found, self._epoch.lost):
-            self._pending.union(bitmap.take())
-
     def _audit_done(self) -> bool:
-        return self._audited_pages == self._memory.pages
+        return self._steps is None or self._steps.done
 
     def _commit_epoch(self) -> None:
         if self._epoch.commit():
@@ -478,7 +461,7 @@ class SourceSvsm:
         handing_over = self._vcpu_states or self._device_state.begun
         if handing_over or self._machine.state not in (State.KEYED, State.PRECOPY, State.PARKED):
             raise LocalProtocolError(
-                "no connection is replaced before there are keys, nor after the last epoch"
+                "no connection is replaced before there are keys or after the last epoch"
             )
 
     def _require_no_manifest(self) -> None:
