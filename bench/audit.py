@@ -4,9 +4,10 @@
 
 First, hashing RAM against what was sent, in turn with a plain copy (np.copyto) of the same RAM, both with one thread and
 with one for each core. "of a copy" is bytes per second against the copy with one thread, for each thread, "of copies"
-against the copy with as many threads. Then the digests that export takes, per bundle of 256 pages. Last, a whole move in
-memory, without a network: what tokens and manifest of both sides take of it, and the manifest of a larger guest, as tables
-alone.
+against the copy with as many threads. Then the digests that export takes, per bundle of 256 pages, against its staging
+copy. Last, a whole move in memory, without a network: what tokens and manifest of both sides take of it, against sealing,
+opening and copying all of RAM alone ("x alone"); and the manifest of a larger guest, as tables alone, against a read of
+those tables.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from pagexfer.testing import BytesGate
 from pagexfer.wire.bundle import DATA, MAX_BUNDLE_BYTES, BundleKind
 from pagexfer.wire.constants import WORDS_PER_PAGE
 
+from .limits import parts
 from .measure import Case, Spread, alternate
 from .options import finish, parse, parser, positive, size
 from .table import Table
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 PENDING: Final = 0.05
 LAST_PAGES: Final = 2000
 PAGES_PER_GIB: Final = 1 << 18
+STAGING: Final = "staging copy"
+READ: Final = "a read of both tables"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +112,7 @@ def export_digests(memory: GuestMemory, repeats: int) -> dict[str, Spread]:
 
     cases = {
         "digests": Case(lambda: digests.record(*bundle), calls=100),
-        "staging copy": Case(stage, calls=100),
+        STAGING: Case(stage, calls=100),
     }
     return alternate(cases, repeats)
 
@@ -186,6 +190,13 @@ class _Move:
         self._seconds[step] = self._seconds.get(step, 0.0) + perf_counter() - began
 
 
+def alone_seconds(ram_bytes: int, repeats: int, seed: int) -> float:
+    """What a move in memory cannot do without: all of RAM sealed, opened and copied once."""
+    wanted = ("seal, one core", "open, one core", "copy")
+    cases = {name: case for name, case in parts(ram_bytes, seed).items() if name in wanted}
+    return sum(spread.median for spread in alternate(cases, repeats).values())
+
+
 def manifest_seconds(gib: int, repeats: int) -> dict[str, Spread]:
     """Seconds that the digests of one side take for a guest of `gib`, by what the last epoch brought."""
     pages = gib * PAGES_PER_GIB
@@ -203,7 +214,10 @@ def manifest_seconds(gib: int, repeats: int) -> dict[str, Spread]:
     def after(gfns: NDArray[np.int64]) -> Case:
         return Case(lambda: _digests(table), lambda: table.record(gfns, 0, 0, 1))
 
+    # What a digest looks at: a word for the carrier of each page, and one for its state.
+    carriers, states = np.ones(pages, dtype=np.uint64), np.ones(pages, dtype=np.uint32)
     cases = {
+        READ: Case(lambda: (np.add.reduce(carriers), np.add.reduce(states))),
         "nothing": Case(lambda: _digests(table)),
         "20000 pages in runs of 64": after(in_runs),
         "20000 scattered pages": after(scattered),
@@ -257,12 +271,14 @@ def main(argv: list[str] | None = None) -> None:
         mode: move_shares(memory, options.repeats, audit=mode == "digest-audit")
         for mode in ("host-reported", "digest-audit")
     }
+    alone = alone_seconds(ram_bytes, options.repeats, options.seed)
     larger = options.table or (64 if options.quick else 1024)
     manifests = {gib: manifest_seconds(gib, options.repeats) for gib in sorted({1, larger})}
     figures = {
         "ram_bytes": ram_bytes,
         "rates": [asdict(rate) for rate in rates],
         "per_bundle": {name: asdict(spread) for name, spread in per_bundle.items()},
+        "alone_seconds": alone,
         "move": {mode: [asdict(share) for share in steps] for mode, steps in shares.items()},
         "manifest": {
             gib: {name: asdict(spread) for name, spread in cases.items()} for gib, cases in manifests.items()
@@ -274,13 +290,15 @@ def main(argv: list[str] | None = None) -> None:
             "Digests that export takes, per bundle",
             "us",
             {name: spread.scaled(1e6) for name, spread in per_bundle.items()},
+            STAGING,
         ),
-        *(_share_table(mode, steps) for mode, steps in shares.items()),
+        *(_share_table(mode, steps, alone) for mode, steps in shares.items()),
         *(
             _table(
                 f"Digests of a manifest, {gib} GiB, one side, by what the last epoch brought",
                 "ms",
                 {name: spread.scaled(1e3) for name, spread in cases.items()},
+                READ,
             )
             for gib, cases in manifests.items()
         ),
@@ -307,27 +325,36 @@ def _rate_table(ram_bytes: int, rates: list[Rate]) -> Table:
     )
 
 
-def _share_table(mode: str, steps: list[Share]) -> Table:
-    times = [(share, share.seconds.scaled(1e3)) for share in steps]
+def _share_table(mode: str, steps: list[Share], alone: float) -> Table:
     return Table.of(
         f"A move in memory, {mode}",
-        ("", "median ms", "min", "max", "share"),
+        ("", "median ms", "min", "max", "share", "x alone"),
         [
-            (share.step, f"{ms.median:.2f}", f"{ms.minimum:.2f}", f"{ms.maximum:.2f}", f"{share.part:.2%}")
-            for share, ms in times
+            (
+                share.step,
+                *_three(share.seconds.scaled(1e3)),
+                f"{share.part:.2%}",
+                f"{share.seconds.median / alone:.3f}",
+            )
+            for share in steps
         ],
+        f"All of RAM sealed, opened and copied once takes {alone * 1e3:.1f} ms in this run.",
     )
 
 
-def _table(title: str, unit: str, spreads: dict[str, Spread]) -> Table:
+def _table(title: str, unit: str, spreads: dict[str, Spread], limit: str) -> Table:
     return Table.of(
         title,
-        ("", f"median {unit}", "min", "max"),
+        ("", f"median {unit}", "min", "max", f"x {limit}"),
         [
-            (name, f"{spread.median:.2f}", f"{spread.minimum:.2f}", f"{spread.maximum:.2f}")
+            (name, *_three(spread), f"{spread.median / spreads[limit].median:.2f}")
             for name, spread in spreads.items()
         ],
     )
+
+
+def _three(spread: Spread) -> tuple[str, str, str]:
+    return f"{spread.median:.2f}", f"{spread.minimum:.2f}", f"{spread.maximum:.2f}"
 
 
 if __name__ == "__main__":

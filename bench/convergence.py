@@ -3,7 +3,7 @@
 Which policy makes them converge, at what price, and how well the downtime is foreseen. The link is a bandwidth limit, so
 that the policies differ on any machine. Each write rate meets each policy in turn: plain pre-copy, throttled vCPUs, and
 a downtime limit that is raised. Source and destination are two processes. A row has medians of the moves that
-completed; where none did, of those that ended.
+completed; where none did, of those that ended. "link used" is what was sent a second against the link, black-out and all.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class Run:
     downtime_ms: float
     expected_ms: float
     slowdown_percent: float
+    sent_bytes: int = 0
 
     @property
     def completed(self) -> bool:
@@ -98,8 +99,9 @@ def main(argv: list[str] | None = None) -> None:
             "downtime ms",
             "expected ms",
             "slowdown %",
+            "link used",
         ),
-        [_row(rate, policy, runs) for rate in options.rates for policy in _POLICIES],
+        [_row(rate, policy, options.link, runs) for rate in options.rates for policy in _POLICIES],
         f"Expected downtime within {100 * _GOOD_ERROR:.0f} % of the actual one in {foreseen['within']} of "
         f"{foreseen['completed']} moves; median error {100 * foreseen['median_error']:.0f} %, largest "
         f"{100 * foreseen['largest_error']:.0f} %.",
@@ -163,6 +165,7 @@ def _send(job: Job, host: str, port: int) -> Run:
         info.downtime,
         info.expected_downtime,
         info.throttle.slowdown if info.throttle is not None else 0.0,
+        info.ram.transferred,
     )
 
 
@@ -199,7 +202,7 @@ def _receive(job: Job, host: str, on_listening: Callable[[int], None]) -> None:
         trio.run(serve, guest)
 
 
-def _row(rate: int, policy: str, runs: list[Run]) -> tuple[str, ...]:
+def _row(rate: int, policy: str, link_bytes: int, runs: list[Run]) -> tuple[str, ...]:
     same = [run for run in runs if (run.policy, run.rate_bytes) == (policy, rate)]
     done = [run for run in same if run.completed]
 
@@ -216,6 +219,7 @@ def _row(rate: int, policy: str, runs: list[Run]) -> tuple[str, ...]:
         f"{median('downtime_ms'):.0f}" if done else "-",
         f"{median('expected_ms'):.0f}" if done else "-",
         f"{median('slowdown_percent'):.0f}",
+        f"{statistics.median(run.sent_bytes / run.seconds / link_bytes for run in done or same):.2f}",
     )
 
 

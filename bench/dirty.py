@@ -6,8 +6,9 @@ Each bitmap operation runs in turn with its limit: a plain copy (np.copyto) of a
 operation's result have together; "x copy" is how many times longer than that copy it takes. `first` is one call as export
 makes it for a bundle, on a chunk of 4096 pages, and its copy is one of that chunk's words; there the time itself counts.
 `take` hands its words over and lets the system zero new ones, a cost that later writes bear. `epoch` is all that an epoch
-does to bitmaps on both sides of the slots: unite what was written, count it by regions, plan chunks, and take out each
-bundle's pages. Its time at 1 TiB with 0.001 % is held against a target; with many pages it is all bundles, and left out.
+does to bitmaps: unite what was written, count it by regions, plan chunks, take out each bundle's pages, and at the
+destination see each page once, count them and forget them. Its time at 1 TiB with 0.001 % is held against a target; with
+many pages it is all bundles, and left out.
 
 The trackers' part is in bench.trackers.
 """
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from pagexfer.dirty import DirtyBitmap, as_run
+from pagexfer.dirty.bitmap import WORD_BITS
 from pagexfer.engine.plan import plan_chunks
 
 from .measure import Case, Spread, alternate
@@ -42,8 +44,10 @@ FIRST_CALLS: Final = 1000
 CHANNELS: Final = 4
 # As many regions as a slot's buffer of 2 MiB has room for.
 REGIONS: Final = 1 << 19
-# `gfns` and `runs` of more are left out: nobody asks for so many at once, and three arrays of them have to fit in memory.
-MAX_GFNS: Final = 1 << 27
+# `gfns` and `runs` of more are left out: they take seconds, and nobody asks for so many at once.
+MAX_GFNS: Final = 1 << 24
+# From this density on, marks are made word by word, with a chance of a number of 256ths for each bit.
+WORDWISE: Final = 0.01
 MAX_EPOCH_PAGES: Final = 1 << 18
 TARGET: Final = (1024, 0.00001, 30.0)  # GiB of the guest, part marked, milliseconds
 
@@ -70,18 +74,18 @@ class Subject:
     def __init__(self, guest_gib: int, density: float, seed: int) -> None:
         rng = np.random.default_rng(seed)
         self._pages = pages = guest_gib * PAGES_PER_GIB
-        self.bitmap = DirtyBitmap.full(pages) if density == 1 else DirtyBitmap(pages)
-        if density < 1:
-            self.bitmap.set_gfns(rng.integers(0, pages, round(pages * density)))
+        self.bitmap = _marked(pages, density, rng)
         self._other = self.bitmap.copy()
+        # As a tracker leaves it, which wrote the words itself: nobody knows where marks are before all were looked at.
+        self._log = self._other.words
         self._taken_from = self.bitmap
-        self._pending, self._quiet = DirtyBitmap(pages), DirtyBitmap(pages)
+        self._pending, self._quiet, self._seen = (DirtyBitmap(pages) for _ in range(3))
         self._starts = (rng.integers(0, pages // CHUNK_PAGES, FIRST_CALLS) * CHUNK_PAGES).tolist()
         self._next_start = 0
 
     def operations(self) -> dict[str, tuple[Case, int]]:
         """Each operation, and the bytes of the words it goes over and of its result."""
-        whole = self.bitmap.words.nbytes
+        whole = -(-self._pages // WORD_BITS) * 8
         marked = self.bitmap.count()
         made = {
             "count": (Case(self.bitmap.count), whole),
@@ -118,9 +122,34 @@ class Subject:
             while more:
                 found = pending.first(chunk.start, chunk.start + chunk.pages, BUNDLE_PAGES)
                 if found.size:
-                    pending.clear_gfns(as_run(found))
+                    pages = as_run(found)
+                    pending.clear_gfns(pages)
+                    assert not self._seen.any_of(pages)
+                    self._seen.set_gfns(pages)
                 more = len(found) == BUNDLE_PAGES
         assert not pending.any()
+        assert self._seen.count()
+        self._seen.clear()
+
+
+def _marked(pages: int, density: float, rng: np.random.Generator) -> DirtyBitmap:
+    """A bitmap with marks at random; their number is the density's, or near it where they are many."""
+    if density == 1:
+        return DirtyBitmap.full(pages)
+    bitmap = DirtyBitmap(pages)
+    if density < WORDWISE:
+        bitmap.set_gfns(rng.integers(0, pages, round(pages * density)))
+        return bitmap
+    # Each binary digit of the chance, the last one first, halves what there is and adds a half where it is one.
+    words = np.zeros_like(bitmap.words)
+    chance = round(density * 256)
+    for digit in range(8):
+        drawn = rng.integers(0, 1 << 64, len(words), dtype=np.uint64)
+        np.bitwise_or(words, drawn, out=words) if chance >> digit & 1 else np.bitwise_and(
+            words, drawn, out=words
+        )
+    bitmap.union_words(words)
+    return bitmap
 
 
 def figures(guests_bytes: list[int], repeats: int, seed: int) -> Iterator[Figure]:

@@ -1,9 +1,9 @@
 """What this machine can do, in one run: python -m bench limits [--json FILE] [--quick]
 
-The parts that a sealed migration is made of, each alone and in turn: AES-256-GCM into a buffer of its own (1 MiB records,
-one core and all), one copy, gathering scattered pages, the test for zero pages and a plain read, which is a sum; then a
-ring and its answer over two eventfds, and plain TCP, each between two processes. Seconds per GiB are wall time of the
-part; for TCP they are CPU seconds of both ends.
+The parts that a sealed migration is made of, each alone and in turn: AES-256-GCM into a buffer of its own (1 MiB records;
+sealing with one core and with all, opening with one), one copy, gathering scattered pages, the test for zero pages and a
+plain read, which is a sum; then a ring and its answer over two eventfds, and plain TCP, each between two processes. Seconds
+per GiB are wall time of the part; for TCP they are CPU seconds of both ends.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def parts(ram_bytes: int, seed: int) -> dict[str, Case]:
     cores = len(os.sched_getaffinity(0))
     return {
         "seal, one core": Case(_seal(words)),
+        "open, one core": Case(_open(words)),
         f"seal, {cores} cores": Case(_on_all([_seal(part) for part in np.array_split(words, cores)])),
         "copy": Case(lambda: np.copyto(target, words)),
         "gather": Case(lambda: _gather(words, scattered, target)),
@@ -64,6 +65,21 @@ def _seal(words: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> Callable[[
             cipher.encrypt_into(NONCE, record, None, out[: len(record) + TAG_BYTES])
 
     return seal
+
+
+def _open(words: np.ndarray[tuple[int, int], np.dtype[np.uint64]]) -> Callable[[], None]:
+    """Open one sealed record again and again into other memory, as the destination's staging and buffers do."""
+    cipher = AESGCM(bytes(32))
+    record = memoryview(words.reshape(-1).view(np.uint8).data)[:BUFFER_BYTES]
+    times = max(words.nbytes // BUFFER_BYTES, 1)
+    sealed = cipher.encrypt(NONCE, bytes(record), None)
+    out = memoryview(bytearray(len(record)))
+
+    def open_() -> None:
+        for _ in range(times):
+            cipher.decrypt_into(NONCE, sealed, None, out)
+
+    return open_
 
 
 def _on_all(work: list[Callable[[], None]]) -> Callable[[], None]:

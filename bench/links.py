@@ -3,9 +3,10 @@
 A flow is limited by its window, by one core, by one path, or by the cloud's rule for a single flow. Here a relay paces each
 connection to the same rate (SO_MAX_PACING_RATE), while a guest writes. For each number of channels the write rate rises
 until a migration does not converge, that is until it is given up: the time is then the time until that. Time to switchover
-is from the first page on, up to black-out; "of capacity" is the write rate against what all channels carry together. What a
-guest is told to write and what it comes to differ where it shares its core: "dirtied" are the different pages it wrote
-during the last epoch.
+is from the first page on, up to black-out; "of capacity" is the write rate against what all channels carry together, and
+"link used" what was sent a second against the same: that is the limit of every row, and little RAM fits into buffers on the
+way. What a guest is told to write and what it comes to differ where it shares its core: "dirtied" are the different pages
+it wrote during the last epoch.
 
 As root it also makes two network namespaces with one link between them, shared by all flows, each of which has a class of
 its own (HTB): there more channels help until the link is full. Where that cannot be made, the reason is said.
@@ -89,6 +90,7 @@ class Figure:
     epochs: Spread
     seconds: Spread
     sent_of_ram: Spread
+    link_used: Spread
     downtime_ms: Spread | None
 
     @property
@@ -136,6 +138,7 @@ def _figure(link: Link, ram_bytes: int, channels: int, rate_mb: int, moves: list
         Spread.of([moved.epochs for moved in moves]),
         Spread.of([moved.moving_s - moved.downtime_s for moved in moves]),
         Spread.of([moved.sent_bytes / ram_bytes for moved in moves]),
+        Spread.of([moved.sent_bytes / moved.moving_s / MB / link.carries(channels) for moved in moves]),
         Spread.of([moved.downtime_s * 1000 for moved in done]) if done else None,
     )
 
@@ -153,6 +156,7 @@ def table(link: Link, usual: Move, figures: list[Figure]) -> Table:
         "min",
         "max",
         "sent / RAM",
+        "link used",
         "downtime ms",
         "at most",
     )
@@ -168,6 +172,7 @@ def table(link: Link, usual: Move, figures: list[Figure]) -> Table:
             f"{f.seconds.minimum:.2f}",
             f"{f.seconds.maximum:.2f}",
             f"{f.sent_of_ram.median:.2f}",
+            f"{f.link_used.median:.2f}",
             "-" if f.downtime_ms is None else f"{f.downtime_ms.median:.0f}",
             "-" if f.downtime_ms is None else f"{f.downtime_ms.maximum:.0f}",
         )

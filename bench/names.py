@@ -7,12 +7,14 @@ from typing import Final
 BENCHES: Final = {
     "limits": "what this machine can do: TCP, AES-GCM, memory, doorbells",
     "channels": "a sealed migration against plain TCP, over 1 to 64 channels",
+    "profile": "where the CPU seconds of a migration go, by kind of work",
     "links": "limited flows: which write rate converges over how many channels",
     "scale": "what a larger guest costs, and what follows for 1 TiB",
     "convergence": "write rate against each policy; predicted against actual downtime",
     "dirty": "bitmap operations and dirty trackers against memory bandwidth",
     "mailbox": "slots between two processes: doorbells, handshakes per GiB, handlers, --isolated",
     "qemu": "against QEMU's own multifd migration, plain and with TLS",
+    "compression": "zstd on slow links, against QEMU's multifd with zstd",
     "handshake": "the handshake with a pre-shared key and with reports",
     "audit": "digest audit, tokens and manifest against the move",
 }

@@ -87,13 +87,16 @@ def _shape(link_bytes_per_s: int, flow_bytes_per_s: int) -> None:
         f"net.ipv4.ip_local_port_range={ports[0]} {ports[-1]}",
     )
     link, flow = f"{link_bytes_per_s}bps", f"{min(flow_bytes_per_s, link_bytes_per_s)}bps"
+    # HTB gives every class its own rate whatever its parent has, and shares the parent's rate for what is above. So all
+    # classes together have no more than the link of their own, and the limit of a flow is its ceiling.
+    share = f"{link_bytes_per_s // _PORTS}bps"
     lines = [
         "qdisc add dev a0 root handle 1: htb r2q 1000",
         f"class add dev a0 parent 1: classid 1:1 htb rate {link} burst {_BURST_BYTES} cburst {_BURST_BYTES}",
     ]
     for number, port in enumerate(ports, start=16):
         lines.append(
-            f"class add dev a0 parent 1:1 classid 1:{number:x} htb rate {flow} "
+            f"class add dev a0 parent 1:1 classid 1:{number:x} htb rate {share} ceil {flow} "
             f"burst {_BURST_BYTES} cburst {_BURST_BYTES} quantum 65536"
         )
         lines.append(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from .namespace import enter
@@ -31,24 +32,69 @@ LOOPBACK: Final = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """What one process spent."""
+    """What one side spent, in all of its processes."""
 
     seconds: float
     cpu_seconds: float
     peak_extra_mib: float
+    page_faults: int = 0
 
 
 class Watch:
-    """What this process spends from here on."""
+    """What this process and its children spend from here on; those that are `spared` (a guest's vCPUs) are not counted.
 
-    def __init__(self) -> None:
+    A child counts as it stood at the last `look`: whoever has children looks while they live.
+    """
+
+    def __init__(self, spared: frozenset[int] = frozenset()) -> None:
+        self._spared = spared
         self._began = time.monotonic()
         self._cpu = time.process_time()
+        self._faults = _page_faults()
+        self._children: dict[int, tuple[float, float]] = {}
+        self.look()
+        self._at_first = self._children.copy()
+
+    def look(self) -> None:
+        """See what each child has spent so far."""
+        for child in children() - self._spared:
+            with suppress(OSError):  # gone meanwhile: what was seen last stands
+                self._children[child] = time.clock_gettime(_cpu_clock(child)), _peak_mib(child)
 
     def side(self, guest_bytes: int) -> Side:
-        """Seconds, CPU seconds, and the largest resident memory beyond guest RAM that this process ever had."""
+        """Seconds, CPU seconds, and the largest resident memory beyond guest RAM that the processes ever had."""
+        seconds, cpu = time.monotonic() - self._began, time.process_time() - self._cpu
+        self.look()
+        cpu += sum(
+            now - self._at_first.get(child, (0.0, 0.0))[0] for child, (now, _) in self._children.items()
+        )
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - guest_bytes / 2**20
-        return Side(time.monotonic() - self._began, time.process_time() - self._cpu, peak)
+        peak += sum(mib for _, mib in self._children.values())
+        return Side(seconds, cpu, peak, _page_faults() - self._faults)
+
+
+def children() -> frozenset[int]:
+    """Process ids of this process's children."""
+    return frozenset(
+        int(child)
+        for listed in Path("/proc/self/task").glob("*/children")
+        for child in listed.read_text().split()
+    )
+
+
+def _cpu_clock(process_id: int) -> int:
+    """The clock of all CPU time of a process: MAKE_PROCESS_CPUCLOCK with CPUCLOCK_SCHED, linux/posix-timers.h."""
+    return ~process_id << 3 | 2
+
+
+def _peak_mib(process_id: int) -> float:
+    status = Path(f"/proc/{process_id}/status").read_text()
+    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
+    return int(found[0]) / 1024 if found else 0.0  # a process at its end has no memory
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 @dataclass(frozen=True, slots=True)

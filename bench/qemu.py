@@ -3,8 +3,8 @@
 Every round migrates the same guest between stock QEMUs in each way in turn, over loopback:
   multifd         QEMU's own, neither encrypted nor checked
   multifd TLS     the same with tls-creds-psk and AES-128-GCM
-  pagexfer        sealed, and as QEMU's own it believes the host which pages changed
-  pagexfer audit  sealed, with the digest audit in black-out, which is what the command does with a QEMU
+  pagexfer        sealed, and compared with RAM in black-out (freshness digest-audit), as the command does
+  ... 2 shards    the same with two event loops at each side (--shards 2); multifd has a thread for each channel
 all of them with the destination's RAM preallocated, and all of them without.
 
 Total time is from the order to its end. CPU seconds are user and system time of the QEMUs, and with pagexfer of its two

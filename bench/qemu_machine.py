@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
+from pagexfer.errors import GuestError
 from pagexfer.guests.qemu.qmp import QmpClient
 from pagexfer.testing.linux_guest import find_busybox, find_kernel, pack_initramfs
 
@@ -145,11 +146,11 @@ def start(folder: Path, shape: Shape, *, incoming: bool = False, prealloc: bool 
     try:
         machine = Machine(process.pid, folder)
         deadline = time.monotonic() + _START_TIMEOUT_S
-        while not machine.monitor.exists():
+        # Its socket is there for a moment before anybody listens.
+        while not _answers(machine):
             if process.poll() is not None or time.monotonic() > deadline:
                 raise QemuFailed("a QEMU does not start: its output says why")
             time.sleep(_POLL_S)
-        trio.run(_answer, machine)
         yield machine
     finally:
         process.kill()
@@ -185,6 +186,13 @@ async def monitor(machine: Machine) -> AsyncIterator[QmpClient]:
         qmp.close()
 
 
-async def _answer(machine: Machine) -> None:
-    async with monitor(machine) as qmp:
-        await qmp.execute("query-status", timeout_s=_START_TIMEOUT_S)
+def _answers(machine: Machine) -> bool:
+    async def ask() -> None:
+        async with monitor(machine) as qmp:
+            await qmp.execute("query-status", timeout_s=_START_TIMEOUT_S)
+
+    try:
+        trio.run(ask)
+    except GuestError:
+        return False
+    return True

@@ -1,11 +1,11 @@
-"""The ways from one QEMU to another that bench.qemu compares, and what a migration took in each.
+"""The ways from one QEMU to another that bench.qemu and bench.compression compare, and what a migration took in each.
 
 After every one the source goes on as well, so that the next one has it as it was.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -15,7 +15,7 @@ import pagexfer
 from pagexfer.guests.qemu import QemuGuest
 from pagexfer.guests.qemu.values import record, records, text, whole
 
-from .pair import Watch, run_pair
+from .pair import DIRECT, Route, Watch, run_pair
 from .qemu_machine import CREDENTIALS, QemuFailed, monitor
 
 if TYPE_CHECKING:
@@ -30,18 +30,20 @@ _UNLIMITED: Final = 1 << 40
 _POLL_S: Final = 0.02
 _TIMEOUT_S: Final = 300.0
 DOWNTIME_LIMIT_MS: Final = 300
-# An audit hashes all of RAM in black-out, which QEMU has no counterpart for: it takes what it takes.
-_AUDIT_LIMIT_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """One migration: from the order to its end, the guest's downtime as the source has it, CPU seconds of each side."""
+    """One migration: from the order to its end, the guest's downtime as the source has it, CPU seconds of each side.
+
+    QEMU's source ends once its last byte is on the way. `until_running_s` is until the guest runs at the destination.
+    """
 
     seconds: float
     downtime_s: float
     source_cpu_s: float
     destination_cpu_s: float
+    until_running_s: float
 
     @property
     def cpu_s(self) -> float:
@@ -55,64 +57,95 @@ class Job:
     source: Machine
     destination: Machine
     channels: int
-    audit: bool
+    compression_level: int | None
+    shards: int
 
 
-def by_multifd(source: Machine, destination: Machine, channels: int, *, tls: bool) -> Taken:
+def by_multifd(
+    source: Machine,
+    destination: Machine,
+    channels: int,
+    *,
+    tls: bool = False,
+    zstd_level: int | None = None,
+    route: Route = DIRECT,
+) -> Taken:
     """QEMU's own multifd. Raises QemuFailed where it fails."""
-    return trio.run(_multifd, source, destination, channels, CREDENTIALS if tls else "")
+    settings: dict[str, object] = {
+        "multifd-channels": channels,
+        "max-bandwidth": _UNLIMITED,
+        "downtime-limit": DOWNTIME_LIMIT_MS,
+        "tls-creds": CREDENTIALS if tls else "",
+        "multifd-compression": "none" if zstd_level is None else "zstd",
+    }
+    if zstd_level is not None:
+        settings["multifd-zstd-level"] = zstd_level
+    return trio.run(_multifd, source, destination, settings, route)
 
 
-def by_pagexfer(source: Machine, destination: Machine, channels: int, *, audit: bool) -> Taken:
+def by_pagexfer(
+    source: Machine,
+    destination: Machine,
+    channels: int,
+    *,
+    compression_level: int | None = None,
+    shards: int = 1,
+    route: Route = DIRECT,
+) -> Taken:
     """pagexfer with a process of its own at each side, whose CPU seconds count as well as those of the QEMUs."""
     machines = (source, destination)
     began = [machine.cpu_seconds() for machine in machines]
-    sent, received_cpu_s = run_pair(_receive, _send, Job(source, destination, channels, audit))
+    job = Job(source, destination, channels, compression_level, shards)
+    sent, received_cpu_s = run_pair(_receive, _send, job, route)
     spent = [machine.cpu_seconds() - before for machine, before in zip(machines, began, strict=True)]
     trio.run(_go_on, source)
-    return Taken(sent.seconds, sent.downtime_s, spent[0] + sent.source_cpu_s, spent[1] + received_cpu_s)
+    return replace(
+        sent, source_cpu_s=spent[0] + sent.source_cpu_s, destination_cpu_s=spent[1] + received_cpu_s
+    )
 
 
 WAYS: Final[dict[str, Callable[[Machine, Machine, int], Taken]]] = {
     "multifd": partial(by_multifd, tls=False),
     "multifd TLS": partial(by_multifd, tls=True),
-    "pagexfer": partial(by_pagexfer, audit=False),
-    "pagexfer audit": partial(by_pagexfer, audit=True),
+    "pagexfer": partial(by_pagexfer, shards=1),
+    "pagexfer 2 shards": partial(by_pagexfer, shards=2),
 }
 
 
-async def _multifd(source: Machine, destination: Machine, channels: int, credentials: str) -> Taken:
+async def _multifd(source: Machine, destination: Machine, settings: dict[str, object], route: Route) -> Taken:
     machines = (source, destination)
     async with monitor(source) as here, monitor(destination) as there:
         for qmp in (here, there):
-            await _set(qmp, multifd=True, channels=channels, credentials=credentials)
+            await _set(qmp, multifd=True, settings=settings)
         began = [machine.cpu_seconds() for machine in machines]
         await there.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
         listening = records(record(await there.execute("query-migrate")).get("socket-address"))
-        await here.execute("migrate", {"uri": f"tcp:127.0.0.1:{text(listening[0].get('port'))}"})
-        with trio.fail_after(_TIMEOUT_S):
+        with route.lead(int(text(listening[0].get("port")))) as port, trio.fail_after(_TIMEOUT_S):
+            ordered = trio.current_time()
+            await here.execute("migrate", {"uri": f"tcp:127.0.0.1:{port}"})
             info = await _completed(here)
             while record(await there.execute("query-status")).get("status") != "running":  # noqa: ASYNC110 - polled, as the rest
                 await trio.sleep(_POLL_S)
-        spent = [machine.cpu_seconds() - before for machine, before in zip(machines, began, strict=True)]
-        await _set(here, multifd=False, channels=channels, credentials="")
+            until_running_s = trio.current_time() - ordered
+        here_cpu_s, there_cpu_s = (
+            machine.cpu_seconds() - before for machine, before in zip(machines, began, strict=True)
+        )
+        await _set(here, multifd=False, settings={"tls-creds": ""})
         await here.execute("cont")
-    return Taken(whole(info.get("total-time")) / 1000, whole(info.get("downtime")) / 1000, *spent)
+    return Taken(
+        whole(info.get("total-time")) / 1000,
+        whole(info.get("downtime")) / 1000,
+        here_cpu_s,
+        there_cpu_s,
+        until_running_s,
+    )
 
 
-async def _set(qmp: QmpClient, *, multifd: bool, channels: int, credentials: str) -> None:
+async def _set(qmp: QmpClient, *, multifd: bool, settings: dict[str, object]) -> None:
     await qmp.execute(
         "migrate-set-capabilities", {"capabilities": [{"capability": "multifd", "state": multifd}]}
     )
-    await qmp.execute(
-        "migrate-set-parameters",
-        {
-            "multifd-channels": channels,
-            "max-bandwidth": _UNLIMITED,
-            "downtime-limit": DOWNTIME_LIMIT_MS,
-            "tls-creds": credentials,
-        },
-    )
+    await qmp.execute("migrate-set-parameters", settings)
 
 
 async def _completed(qmp: QmpClient) -> dict[str, object]:
@@ -138,7 +171,13 @@ def _receive(job: Job, host: str, on_listening: Callable[[int], None]) -> float:
         watch = Watch()
         async with QemuGuest.attach(job.destination.monitor, incoming=True) as guest:
             await pagexfer.receive_guest(
-                guest, host, 0, pagexfer.PskAttestor(_PSK), on_listening=on_listening
+                guest,
+                host,
+                0,
+                pagexfer.PskAttestor(_PSK),
+                accept_compression=job.compression_level is not None,
+                shards=job.shards,
+                on_listening=on_listening,
             )
         return watch.side(0).cpu_seconds
 
@@ -157,11 +196,16 @@ def _send(job: Job, host: str, port: int) -> Taken:
                 port,
                 pagexfer.PskAttestor(_PSK),
                 channels=job.channels,
-                freshness="digest-audit" if job.audit else "auto",
-                downtime_limit_s=_AUDIT_LIMIT_S if job.audit else DOWNTIME_LIMIT_MS / 1000,
+                compression_level=job.compression_level,
+                shards=job.shards,
+                downtime_limit_s=DOWNTIME_LIMIT_MS / 1000,
             )
         return Taken(
-            report.info.total_time / 1000, report.info.downtime / 1000, watch.side(0).cpu_seconds, 0.0
+            report.info.total_time / 1000,
+            report.info.downtime / 1000,
+            watch.side(0).cpu_seconds,
+            0.0,
+            report.info.total_time / 1000,
         )
 
     return trio.run(main)

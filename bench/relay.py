@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 from .pair import LOOPBACK
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _SO_MAX_PACING_RATE: Final = 47  # asm-generic/socket.h; Python's socket has no name for it
 # What a pipe holds unless it is told otherwise.
@@ -26,13 +26,18 @@ _QUEUE_BYTES: Final = 1 << 20
 
 
 @contextmanager
-def paced_relay(port: int, flow_bytes_per_s: int) -> Iterator[int]:
-    """A relay to `port` of this machine; yields its own port. All connections end with the context."""
+def paced_relay(
+    port: int, flow_bytes_per_s: int, on_carried: Callable[[int], object] = lambda _bytes: None
+) -> Iterator[int]:
+    """A relay to `port` of this machine; yields its own port. All connections end with the context.
+
+    `on_carried` gets, in a thread of the relay, the number of bytes that each step takes towards that port.
+    """
     sockets: list[socket.socket] = []
     threads: list[threading.Thread] = []
     with socket.create_server((LOOPBACK, 0), backlog=128) as listener:
         accepting = threading.Thread(
-            target=_accept, args=(listener, port, flow_bytes_per_s, sockets, threads), daemon=True
+            target=_accept, args=(listener, port, flow_bytes_per_s, on_carried, sockets, threads), daemon=True
         )
         accepting.start()
         try:
@@ -53,6 +58,7 @@ def _accept(
     listener: socket.socket,
     port: int,
     flow_bytes_per_s: int,
+    on_carried: Callable[[int], object],
     sockets: list[socket.socket],
     threads: list[threading.Thread],
 ) -> None:
@@ -67,16 +73,21 @@ def _accept(
         for sock in (near, far):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sockets += (near, far)
-        for source, target in ((near, far), (far, near)):
-            threads.append(threading.Thread(target=_forward, args=(source, target), daemon=True))
+        for source, target, tell in ((near, far, on_carried), (far, near, _nobody)):
+            threads.append(threading.Thread(target=_forward, args=(source, target, tell), daemon=True))
             threads[-1].start()
 
 
-def _forward(source: socket.socket, target: socket.socket) -> None:
+def _nobody(_bytes: int) -> None:
+    """Answers are not counted."""
+
+
+def _forward(source: socket.socket, target: socket.socket, tell: Callable[[int], object]) -> None:
     """Carry bytes one way until that way ends; where it breaks, both connections do."""
     reader, writer = os.pipe()
     try:
         while moved := os.splice(source.fileno(), writer, _STEP_BYTES):
+            tell(moved)
             while moved:
                 moved -= os.splice(reader, target.fileno(), moved)
         target.shutdown(socket.SHUT_WR)

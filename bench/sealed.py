@@ -1,4 +1,8 @@
-"""A whole migration of a simulated guest between two processes, and what each side spent on it."""
+"""A whole migration of a simulated guest between two processes, and what each side spent on it.
+
+What is counted begins with the first page and ends with the migration: neither start nor handshake is in it. A side is all
+of its processes but vCPUs: where the engine is isolated, its process as well.
+"""
 
 from __future__ import annotations
 
@@ -11,20 +15,22 @@ import pagexfer
 from pagexfer.guests.simulated import SimulatedGuest
 from pagexfer.svsm.export import BUNDLE_PAGES
 
-from .pair import DIRECT, Route, Side, Watch, run_pair
+from .pair import DIRECT, Route, Side, Watch, children, run_pair
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pagexfer.dirty import DirtyBitmap, DirtyTracker
+    from pagexfer.engine.hypervisor import Hypervisor
+    from pagexfer.svsm.gate import VcpuGate
+    from pagexfer.svsm.memory import GuestMemory
 
 _PSK: Final = bytes(range(32))
 
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One migration: of which guest, and how. `free` is the part of RAM that is zero.
-
-    Where it is `isolated`, what the engine's process spends is not counted.
-    """
+    """One migration: of which guest, and how. `free` is the part of RAM that is zero."""
 
     ram_bytes: int
     channels: int
@@ -49,8 +55,36 @@ class Moved:
     moving_s: float
     downtime_s: float
     epochs: int
+    bundles: int
     sent_bytes: int
     dirty_pages_per_s: float
+
+
+class _Announced:
+    """A guest that says when its dirty tracker is started, which is right before the first page is exported."""
+
+    def __init__(self, guest: SimulatedGuest, on_first_page: Callable[[], None]) -> None:
+        self.kind: str = guest.kind
+        self.memory: GuestMemory = guest.memory
+        self.gate: VcpuGate = guest.gate
+        self.hypervisor: Hypervisor = guest.hypervisor
+        self.tracker: DirtyTracker = _AnnouncedTracker(guest.tracker, on_first_page)
+
+
+class _AnnouncedTracker:
+    def __init__(self, tracker: DirtyTracker, on_start: Callable[[], None]) -> None:
+        self._tracker = tracker
+        self._on_start = on_start
+
+    def start(self) -> None:
+        self._on_start()
+        self._tracker.start()
+
+    def collect(self) -> DirtyBitmap:
+        return self._tracker.collect()
+
+    def stop(self) -> None:
+        self._tracker.stop()
 
 
 def run_move(move: Move, route: Route = DIRECT) -> tuple[Moved, Side | None]:
@@ -58,13 +92,21 @@ def run_move(move: Move, route: Route = DIRECT) -> tuple[Moved, Side | None]:
     return run_pair(receive, send, move, route)
 
 
-def receive(move: Move, host: str, on_listening: Callable[[int], None]) -> Side | None:
+def receive(
+    move: Move,
+    host: str,
+    on_listening: Callable[[int], None],
+    on_first_page: Callable[[], None] = lambda: None,
+) -> Side | None:
     """The destination, in a process of its own. Its RAM is provided before the source comes, which does not count."""
     watch: list[Watch] = []
 
     def watch_from_setup(info: pagexfer.MigrationInfo) -> None:
-        if info.status is not pagexfer.Status.SETUP and not watch:
-            watch.append(Watch())
+        if watch:
+            watch[0].look()
+        elif info.status is not pagexfer.Status.SETUP:
+            watch.append(Watch(spared))
+            on_first_page()
 
     async def main(guest: SimulatedGuest) -> Side | None:
         attestor = pagexfer.PskAttestor(_PSK)
@@ -84,21 +126,34 @@ def receive(move: Move, host: str, on_listening: Callable[[int], None]) -> Side 
         return watch[0].side(move.ram_bytes)
 
     with SimulatedGuest.empty(move.ram_bytes, 1) as guest:
+        spared = children()
         return trio.run(main, guest)
 
 
-def send(move: Move, host: str, port: int) -> Moved:
-    """The source, in a process of its own. Raises TransferAborted for any other end than the two in `Moved`."""
+def send(move: Move, host: str, port: int, on_first_page: Callable[[], None] = lambda: None) -> Moved:
+    """The source, in a process of its own. Raises TransferAborted for any other end than the two in `Moved`.
+
+    Its RAM is all there from its boot on, zero pages too: reading one meets no page fault.
+    """
     seen: list[pagexfer.MigrationInfo] = []
+    watch: list[Watch] = []
+
+    def on_progress(info: pagexfer.MigrationInfo) -> None:
+        seen[:] = [info]
+        if watch:
+            watch[0].look()
+
+    def first_page() -> None:
+        watch.append(Watch(spared))
+        on_first_page()
 
     async def main(guest: SimulatedGuest) -> Moved:
         await guest.hypervisor.resume()
         guest.gate.release()
-        watch = Watch()
         converged = True
         try:
             await pagexfer.send_guest(
-                guest,
+                _Announced(guest, first_page),
                 host,
                 port,
                 pagexfer.PskAttestor(_PSK),
@@ -107,7 +162,7 @@ def send(move: Move, host: str, port: int) -> Moved:
                 bundle_pages=move.bundle_pages,
                 isolated=move.isolated,
                 shards=move.shards,
-                on_progress=lambda info: seen.__setitem__(slice(None), [info]),
+                on_progress=on_progress,
             )
         except pagexfer.TransferAborted as aborted:
             if aborted.reason != "not-converging":
@@ -115,11 +170,12 @@ def send(move: Move, host: str, port: int) -> Moved:
             converged = False
         last = seen[0]
         return Moved(
-            watch.side(move.ram_bytes),
+            watch[0].side(move.ram_bytes),
             converged,
             (last.total_time - last.setup_time) / 1000,
             last.downtime / 1000,
             last.ram.dirty_sync_count,
+            sum(channel.bundles for channel in last.channels),
             last.ram.transferred,
             last.ram.dirty_pages_rate,
         )
@@ -127,4 +183,5 @@ def send(move: Move, host: str, port: int) -> Moved:
     with SimulatedGuest.boot(
         move.ram_bytes, 1, write_rate_bytes=move.write_rate_bytes, free=move.free, seed=move.seed
     ) as guest:
+        spared = children()
         return trio.run(main, guest)

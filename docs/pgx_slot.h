@@ -55,6 +55,7 @@ enum pgx_refusal {
     PGX_REFUSAL_INTERNAL = 9,
     PGX_REFUSAL_POLICY = 10,
     PGX_REFUSAL_JOURNAL = 11,
+    PGX_REFUSAL_COMPRESSION = 12,
 };
 
 enum pgx_session {

@@ -144,7 +144,7 @@ async def _migrate(source: QemuGuest, destination: WitnessedGuest, channels: int
     async with trio.open_nursery() as nursery:
         port: int = await nursery.start(receive)
         return await pagexfer.send_guest(
-            source, "127.0.0.1", port, key, channels=channels, freshness="digest-audit", downtime_limit_s=1
+            source, "127.0.0.1", port, key, channels=channels, downtime_limit_s=1
         )
 
 

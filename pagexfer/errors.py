@@ -25,6 +25,7 @@ class RefusalCode(enum.IntEnum):
         10  # the peer proved who it is, and the policy does not accept it; nothing of the session is left
     )
     JOURNAL = 11  # a decision could not be written down, so it was not taken; the session cannot go on
+    COMPRESSION = 12  # the peer is authentic, but would send compressed pages, which this side does not take
 
 
 class PagexferError(Exception):
@@ -86,6 +87,10 @@ class PolicyRefused(AttestationError):
 
 class GeometryError(RemoteProtocolError):
     """The peer is authentic, but its guest has another RAM size, page size or vCPU count."""
+
+
+class CompressionRefused(RemoteProtocolError):
+    """The peer is authentic, but would send compressed pages, and this side was not told to take them."""
 
 
 class GateError(PagexferError):

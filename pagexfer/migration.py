@@ -28,6 +28,7 @@ from .errors import LedgerRefused, MalformedData, TransferAborted, UsageError
 from .isolation.sides import BUFFER_BYTES, BUFFERS, receive_isolated, send_isolated
 from .isolation.task import Task
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
+from .svsm.compression import MAX_LEVEL, MIN_LEVEL, Compressor, need_zstd
 from .svsm.destination import DestinationSvsm
 from .svsm.export import BUNDLE_PAGES
 from .svsm.journal import FileJournal
@@ -82,6 +83,7 @@ async def send_guest(
     steering: Steering | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
     freshness: FreshnessChoice = "auto",
+    compression_level: int | None = None,
     journal: Path | None = None,
     isolated: bool = False,
     cpus: tuple[int, ...] = (),
@@ -109,7 +111,11 @@ async def send_guest(
 
     `freshness` "auto" believes the guest's own tracker, or the hypervisor's dirty log where it has none; "digest-audit"
     believes nobody: the SVSM hashes all of RAM in black-out and sends what is not as it was sent. What that cost is in the
-    report (`info.audit`).
+    report (`info.audit`). A tracker that compares RAM with what was sent makes "auto" a digest audit as well.
+
+    With a `compression_level` of 1 (fastest) to 9, pages are compressed by zstd before they are sealed, for slow links; the
+    destination must accept it. A core compresses some 0.3 GB/s of RAM; with `shards`, several do. The length of a bundle
+    then tells hosts and network how well its pages compress.
 
     When it returns, the guest runs at the destination and stays parked here for good. Raises UsageError for bad arguments
     and TransferAborted otherwise: its `outcome` says whether the guest goes on here (ENDED, REFUSED) or nobody may know
@@ -126,11 +132,12 @@ async def send_guest(
         raise UsageError("the downtime limit is given twice: leave it to the steering")
     if freshness not in get_args(FreshnessChoice):
         raise UsageError(f"freshness is {' or '.join(get_args(FreshnessChoice))}, not {freshness}")
+    compressor = _compressor(compression_level)
     _check_network(port, 1, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
     _check_shards(shards)
     audit = freshness == "digest-audit"
-    options = SourceOptions(channels, stall_timeout_s, audit, shards)
+    options = SourceOptions(channels, stall_timeout_s, audit, shards, compressor is not None)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
         kept = None if journal is None else FileJournal.for_session(journal)
@@ -142,6 +149,7 @@ async def send_guest(
             guest_id,
             audit=audit,
             bundle_pages=bundle_pages,
+            compressor=compressor,
             ledger=ledger,
             journal=kept,
         )
@@ -188,6 +196,7 @@ async def receive_guest(
     attestor: Attestor,
     *,
     stall_timeout_s: float = STALL_TIMEOUT_S,
+    accept_compression: bool = False,
     journal: Path | None = None,
     isolated: bool = False,
     cpus: tuple[int, ...] = (),
@@ -199,15 +208,21 @@ async def receive_guest(
     """Receive one guest into `guest`, which has fresh RAM and vCPUs that never ran, listening at `host`:`port`.
 
     `on_listening` gets the port, which the kernel chooses for 0; `on_stranger` one line for each connection that was not
-    the source's; `journal`, `isolated`, `cpus` and `shards` are as for `send_guest`. When it returns, the guest runs here.
-    Raises UsageError where address or journal cannot be used, and TransferAborted where the migration failed: the guest
-    then never runs here, except with outcome UNDECIDED.
+    the source's; `journal`, `isolated`, `cpus` and `shards` are as for `send_guest`. A source that compresses pages is
+    refused, with reason "compression", without `accept_compression`.
+
+    When it returns, the guest runs here. Raises UsageError where address or journal cannot be used, and TransferAborted
+    where the migration failed: the guest then never runs here, except with outcome UNDECIDED.
     """
     _check_network(port, 0, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
     _check_shards(shards)
+    if accept_compression:
+        need_zstd()
     kept = None if journal is None else FileJournal.for_session(journal)
-    svsm = DestinationSvsm(guest.memory, guest.gate, attestor, journal=kept)
+    svsm = DestinationSvsm(
+        guest.memory, guest.gate, attestor, accept_compression=accept_compression, journal=kept
+    )
     if isolated:
         task = Task(
             False,
@@ -272,6 +287,15 @@ def _check_network(port: int, lowest_port: int, stall_timeout_s: float) -> None:
         raise UsageError(f"a port is {lowest_port} to 65535, not {port}")
     if not 0 < stall_timeout_s < math.inf:
         raise UsageError(f"a stall timeout is above 0 s and finite, not {stall_timeout_s:g} s")
+
+
+def _compressor(level: int | None) -> Compressor | None:
+    if level is None:
+        return None
+    if not MIN_LEVEL <= level <= MAX_LEVEL:
+        raise UsageError(f"a compression level is {MIN_LEVEL} to {MAX_LEVEL}, not {level}")
+    need_zstd()
+    return Compressor(level)
 
 
 def _check_cpus(cpus: tuple[int, ...], *, isolated: bool) -> None:

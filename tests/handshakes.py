@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pagexfer.attestation import Attestor
     from pagexfer.attestation.policy import Policy
     from pagexfer.errors import RefusalCode
+    from pagexfer.svsm.compression import Compressor
 
 GUEST_ID: Final = bytes(range(16))
 OTHER_PSK: Final = PskAttestor(b"another key of at least 16 bytes")
@@ -74,17 +75,27 @@ def attestors(kind: str) -> tuple[Attestor, Attestor]:
             )
 
 
-def source(attestor: Attestor = ATTESTOR, pages: int = 4, vcpus: int = VCPUS) -> SourceSvsm:
+def source(
+    attestor: Attestor = ATTESTOR,
+    pages: int = 4,
+    vcpus: int = VCPUS,
+    compressor: Compressor | None = None,
+) -> SourceSvsm:
     gate = BytesGate([b"x"] * vcpus, running=True)
-    return SourceSvsm(GuestMemory.allocate(pages * PAGE_SIZE), gate, None, attestor, GUEST_ID)
+    memory = GuestMemory.allocate(pages * PAGE_SIZE)
+    return SourceSvsm(memory, gate, None, attestor, GUEST_ID, compressor=compressor)
 
 
-def destination(attestor: Attestor = ATTESTOR, pages: int = 4, vcpus: int = VCPUS) -> DestinationSvsm:
-    return DestinationSvsm(GuestMemory.allocate(pages * PAGE_SIZE), BytesGate.waiting(vcpus), attestor)
+def destination(
+    attestor: Attestor = ATTESTOR, pages: int = 4, vcpus: int = VCPUS, *, accept_compression: bool = False
+) -> DestinationSvsm:
+    memory = GuestMemory.allocate(pages * PAGE_SIZE)
+    gate = BytesGate.waiting(vcpus)
+    return DestinationSvsm(memory, gate, attestor, accept_compression=accept_compression)
 
 
 def source_handshake(attestor: Attestor = ATTESTOR) -> SourceHandshake:
-    return SourceHandshake(attestor, GUEST_ID, 4, VCPUS, 2, Freshness.HOST_REPORTED, 1)
+    return SourceHandshake(attestor, GUEST_ID, 4, VCPUS, 2, Freshness.HOST_REPORTED, 1, compressed=False)
 
 
 def attempt(hello: bytes, attestor: Attestor = ATTESTOR) -> DestinationAttempt:

@@ -27,6 +27,7 @@ from pagexfer.svsm.device_state import Carried
 from pagexfer.svsm.epoch import EpochBook, Replaced
 from pagexfer.svsm.keys import KeySchedule
 from pagexfer.svsm.memory import GuestMemory
+from pagexfer.svsm.pending import PendingPages
 from pagexfer.svsm.sealing import Opener, Sealer, _Stream
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.svsm.states import SOURCE, Event
@@ -128,9 +129,9 @@ def _pages_stay_pending(stack: ExitStack) -> None:
     export = SourceSvsm.export
 
     def forgetful(self: SourceSvsm, channel: int, start: int, stop: int, out: memoryview) -> Exported:
-        before = self._pending.gfns()
+        before = self._pending.pages.gfns()
         exported = export(self, channel, start, stop, out)
-        self._pending.set_gfns(before)
+        self._pending.pages.set_gfns(before)
         return exported
 
     stack.enter_context(patch.object(SourceSvsm, "export", forgetful))
@@ -167,11 +168,12 @@ def _nothing_pending(stack: ExitStack) -> None:
     token = SourceSvsm.epoch_token
 
     def careless(self: SourceSvsm, out: memoryview) -> int:
-        pending, self._pending = self._pending, DirtyBitmap(self._memory.pages)
+        pending = self._pending.pages
+        self._pending.pages = DirtyBitmap(self._memory.pages)
         try:
             return token(self, out)
         finally:
-            self._pending = pending
+            self._pending.pages = pending
 
     stack.enter_context(patch.object(SourceSvsm, "epoch_token", careless))
 
@@ -181,14 +183,14 @@ def _hint_believed(stack: ExitStack) -> None:
 
     step = Sweep.step
 
-    def gullible(self: Sweep, _pending: DirtyBitmap) -> Looked:
-        return step(self, DirtyBitmap(self._memory.pages))
+    def blind(self: Sweep, _pending: DirtyBitmap) -> Looked:
+        return step(self, DirtyBitmap(self._pages))
 
-    def unasked(self: Sweep, pending: DirtyBitmap, lost: DirtyBitmap) -> None:
-        self.close(pending, lost)
+    def gullible(self: PendingPages, lost: DirtyBitmap) -> None:
+        self._take_reports(lost)
 
-    stack.enter_context(patch.object(Sweep, "step", gullible))
-    stack.enter_context(patch.object(Sweep, "whole", unasked))
+    stack.enter_context(patch.object(Sweep, "step", blind))
+    stack.enter_context(patch.object(PendingPages, "collect_reports", gullible))
 
 
 # R5
@@ -236,13 +238,14 @@ def _unsent_is_fine(stack: ExitStack) -> None:
     manifest = SourceSvsm.manifest
 
     def careless(self: SourceSvsm, out: memoryview) -> int:
-        pending, self._pending = self._pending, DirtyBitmap(self._memory.pages)
+        pending = self._pending.pages
+        self._pending.pages = DirtyBitmap(self._memory.pages)
         bundles, self._epoch.bundles = self._epoch.bundles, 0
         try:
-            with patch.object(Sweep, "whole", lambda _self, _pending, _lost: None):
+            with patch.object(PendingPages, "collect_reports", lambda _self, _lost: None):
                 return manifest(self, out)
         finally:
-            self._pending, self._epoch.bundles = pending, bundles
+            self._pending.pages, self._epoch.bundles = pending, bundles
 
     stack.enter_context(patch.object(SourceSvsm, "manifest", careless))
     stack.enter_context(patch.object(ContentTable, "complete", lambda _self: True))

@@ -8,6 +8,7 @@ import numpy as np
 
 from pagexfer.attestation import PskAttestor
 from pagexfer.dirty.byte_map import ByteMapTracker
+from pagexfer.dirty.content import ContentTracker
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.testing import BytesGate, SvsmPair
 from pagexfer.testing.tracker import SteppedMarks
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pagexfer.dirty import DirtyTracker
+    from pagexfer.svsm.compression import Compressor
 
 PAGES: Final = 200  # no whole number of bitmap words
 VCPUS: Final = 2
@@ -60,19 +62,25 @@ class Move:
         channels: int = 2,
         tracked: bool = True,
         audit: bool = False,
+        compared: bool = False,
         step_pages: int = 0,
+        compressor: Compressor | None = None,
     ) -> None:
+        """With `compared`, what changed is found by comparing RAM with what was sent, and no mark of the guest counts."""
         self.guest = SmallGuest(pages, vcpus, step_pages)
         self.memory = GuestMemory.allocate(pages * PAGE_SIZE)
         self.gate = BytesGate.waiting(vcpus)
+        tracker = ContentTracker(self.guest.memory.words) if compared else self.guest.tracker
         self.pair = SvsmPair(
             self.guest.memory,
             self.guest.gate,
             self.memory,
             self.gate,
             ATTESTOR,
-            tracker=self.guest.tracker if tracked else None,
+            tracker=tracker if tracked else None,
             audit=audit,
+            compressor=compressor,
+            accept_compression=compressor is not None,
             channels=channels,
         )
 

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from contextlib import ExitStack
 from functools import partial
+from time import thread_time
 from typing import TYPE_CHECKING
 
 import pytest
 
-from bench import channels, convergence, dirty, limits, links, mailbox, qemu, report, scale, suite
+from bench import (
+    channels,
+    compression,
+    convergence,
+    dirty,
+    limits,
+    links,
+    mailbox,
+    profile,
+    qemu,
+    report,
+    scale,
+    suite,
+)
 from bench.__main__ import main
 from bench.names import BENCHES
 from bench.namespace import shaped_link
 from bench.options import CannotRun
-from bench.pair import Route
+from bench.pair import Route, Watch, children
 from bench.qemu_machine import QemuFailed
 from bench.qemu_moves import Taken
 from bench.relay import paced_relay
+from bench.stopwatch import Stopwatch
 from bench.table import Table
 from bench.tcp import Plain, run_plain
 
@@ -71,14 +89,76 @@ def test_dirty(tmp_path: Path) -> None:
 
 def test_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "CONTENTS", {"half zero": 0.5})
+    monkeypatch.setattr(channels, "SHARDS", (2,))
     result, plot = tmp_path / "channels.json", tmp_path / "channels.png"
-    small = ["--ram", "8MiB", "--channels", "1,2", "--bundles", "16", "--repeats", "1"]
+    small = ["--ram", "8MiB", "--channels", "2", "--bundles", "16", "--repeats", "1"]
     channels.main([*small, "--json", str(result), "--plot", str(plot)])
     measured = json.loads(result.read_text())
-    assert measured["channels"].keys() == {"1", "2"}
+    assert measured["channels"].keys() == {"2"}
+    assert measured["shards"]["4"]["engines"].keys() == {"2 shards"}
+    assert measured["channels"]["2"]["engines"].keys() == {"local", "isolated"}
+    local, isolated = (measured["channels"]["2"]["engines"][engine] for engine in ("local", "isolated"))
+    # The engine's process, an interpreter of its own, is counted.
+    assert isolated["extra_mib"][0]["median"] > 1.3 * local["extra_mib"][0]["median"]
     assert measured["environment"]["revision"]
-    assert [Table.load(table).rows for table in measured["tables"]]
+    tables = [Table.load(table) for table in measured["tables"]]
+    assert [table.title.split(",")[0] for table in tables] == [
+        "By channels",
+        "By content",
+        "By pages in a bundle",
+        "By shards",
+    ]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_child_spends_counts_unless_it_is_spared() -> None:
+    busy = "import time\nwhile time.process_time() < 0.2: pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        counting, sparing = Watch(), Watch(children())
+        child.stdout.readline()
+        counting.look()
+        child.stdin.close()
+        child.wait()
+        assert counting.side(0).cpu_seconds > 0.15
+        assert sparing.side(0).cpu_seconds < 0.15
+
+
+def test_profile_finds_every_kind_of_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "CONTENTS", {"half zero": 0.5})
+    result = tmp_path / "profile.json"
+    profile.main(["--ram", "32MiB", "--channels", "2", "--repeats", "1", "--json", str(result)])
+    figure = json.loads(result.read_text())["figures"]["half zero"]
+    kinds = {kind: tuple(side["median"] for side in sides) for kind, sides in figure["s_per_gib"].items()}
+    assert all(kinds[kind][0] > 0 for kind in (profile.SEND, profile.SEAL, profile.LOOK, profile.PYTHON))
+    assert all(kinds[kind][1] > 0 for kind in (profile.RECEIVE, profile.OPEN, profile.WRITE, profile.PYTHON))
+    # A destination seals two short answers, and that is all.
+    assert kinds[profile.SEAL][1] < 0.1 * kinds[profile.SEAL][0]
+    assert kinds[profile.WRITE][0] == 0
+    totals = [side["median"] for side in figure["total_s_per_gib"]]
+    assert [sum(sides) for sides in zip(*kinds.values(), strict=True)] == pytest.approx(totals)
+
+
+def test_a_stopwatch_gives_each_call_its_own_time() -> None:
+    def spin(seconds: float) -> None:
+        end = thread_time() + seconds
+        while thread_time() < end:
+            pass
+
+    def outer() -> None:
+        spin(0.02)
+        inner(0.03)
+
+    stopwatch = Stopwatch()
+    inner = stopwatch.timed("inner", spin)
+    stopwatch.timed("outer", outer)()
+    taken = stopwatch.lap()
+    assert taken["outer"].cpu_seconds == pytest.approx(0.02, rel=0.1)
+    assert taken["inner"].cpu_seconds == pytest.approx(0.03, rel=0.1)
+    assert stopwatch.lap() == {}
 
 
 def test_mailbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,7 +184,7 @@ def test_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qemu.main([*small, "--json", str(result), "--plot", str(plot)])
     measured = json.loads(result.read_text())
     figures = {figure["way"]: figure for figure in measured["figures"]}
-    assert figures.keys() == {"multifd", "multifd TLS", "pagexfer", "pagexfer audit"}
+    assert figures.keys() == {"multifd", "multifd TLS", "pagexfer", "pagexfer 2 shards"}
     assert all(
         figure["seconds"]["median"] > 0 < figure["downtime_ms"]["median"] for figure in figures.values()
     )
@@ -118,8 +198,28 @@ def test_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_qemu
+def test_compression(tmp_path: Path) -> None:
+    pytest.importorskip("zstandard", reason="compression needs the zstd extra")
+    result = tmp_path / "compression.json"
+    small = ["--ram", "16MiB", "--content", "text", "--links", "200", "--repeats", "1"]
+    compression.main([*small, "--json", str(result)])
+    measured = json.loads(result.read_text())
+    sent = {figure["way"]: figure["sent_of_ram"]["median"] for figure in measured["figures"]}
+    assert sent.keys() == {"multifd", "multifd zstd", "multifd zstd TLS", "pagexfer", "pagexfer zstd"}
+    assert all((part < 0.5) is ("zstd" in way) for way, part in sent.items())
+    assert "text" in measured["tables"][0]["note"]
+
+
+def test_compression_has_levels_up_to_9(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["compression", "--level", "10"])
+    assert end.value.code == 2
+    assert "1 to 9" in capsys.readouterr().err.splitlines()[-1]
+
+
+@needs_qemu
 def test_a_way_that_leaves_ram_behind_is_no_migration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu, "WAYS", {"multifd TLS": lambda *_: Taken(1.0, 0.1, 1.0, 1.0)})
+    monkeypatch.setattr(qemu, "WAYS", {"multifd TLS": lambda *_: Taken(1.0, 0.1, 1.0, 1.0, 1.0)})
     with pytest.raises(QemuFailed, match="RAM of both sides differs"):
         qemu.measure("incompressible", 4 << 20, [1], 1, 1)
 
@@ -177,6 +277,20 @@ def test_a_forecast_is_judged_against_what_came() -> None:
 def test_a_relay_holds_each_flow_to_its_rate() -> None:
     sender, _ = run_plain(Plain(10_000_000, 2), Route(lead=partial(paced_relay, flow_bytes_per_s=20_000_000)))
     assert sender.seconds > 0.8 * 5_000_000 / 20_000_000
+
+
+def test_a_shared_link_holds_each_flow_and_all_together() -> None:
+    link = links.Link(20, 40)
+    seconds = {}
+    for flows in (1, 4):
+        with ExitStack() as stack:
+            try:
+                route = stack.enter_context(link.route())
+            except CannotRun as reason:
+                pytest.skip(str(reason))
+            seconds[flows] = run_plain(Plain(flows * 8_000_000, flows), route)[0].seconds
+    assert seconds[1] > 0.8 * 8 / 20
+    assert seconds[4] > 0.8 * 32 / 40
 
 
 def test_links_more_channels_converge_where_one_does_not(tmp_path: Path) -> None:

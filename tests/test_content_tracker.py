@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from xxhash import xxh3_128_digest
 
-from pagexfer.dirty import SteppedTracker, content
+from pagexfer.dirty import PageCopies, SteppedTracker, content
 from pagexfer.dirty.content import ContentTracker
 from pagexfer.errors import LocalProtocolError
 
@@ -37,9 +37,22 @@ def zeros(pages: int = PAGES) -> NDArray[np.uint64]:
     return np.zeros((pages, WORDS), dtype=np.uint64)
 
 
+def tell(tracker: ContentTracker, gfns: NDArray[np.int64], copy: NDArray[np.uint64]) -> None:
+    """Say that these pages were sent with this content."""
+    copies = PageCopies(len(copy))
+    in_use: NDArray[np.bool_] = np.logical_or.reduce(copy, axis=1)
+    if in_use.any():
+        copies.words[:] = copy
+    else:
+        copies.words.fill(1)  # it is not read
+    tracker.sent(gfns, copies, in_use)
+
+
 def started(ram: NDArray[np.uint64], workers: int = 1) -> ContentTracker:
+    """A tracker of RAM that was sent as it is now."""
     tracker = ContentTracker(ram, workers=workers)
     tracker.start()
+    tell(tracker, np.arange(len(ram)), ram)
     return tracker
 
 
@@ -49,7 +62,7 @@ def send(tracker: ContentTracker, ram: NDArray[np.uint64], target: NDArray[np.ui
     copy = ram[gfns]
     target[gfns] = copy
     if gfns.size:
-        tracker.sent(gfns, copy.data.cast("B"))
+        tell(tracker, gfns, copy)
     return len(gfns)
 
 
@@ -107,10 +120,12 @@ def test_content_that_moves_to_another_page_is_a_change_of_both() -> None:
     assert tracker.collect().gfns().tolist() == [3, 4]
 
 
-def test_what_was_there_before_start_is_no_change() -> None:
+def test_a_page_that_was_never_sent_counts_as_zero() -> None:
     ram = zeros()
     ram[7] = 1
-    tracker = started(ram)
+    tracker = ContentTracker(ram)
+    tracker.start()
+    assert tracker.collect().gfns().tolist() == [7]
     assert not tracker.collect().any()
     ram[7] = 0
     assert tracker.collect().gfns().tolist() == [7]
@@ -122,11 +137,11 @@ def test_a_second_start_changes_nothing_and_one_after_stop_begins_anew() -> None
     ram[7] = 1
     tracker.start()
     assert tracker.collect().gfns().tolist() == [7]
-    tracker.sent(range(9, 10), memoryview(bytes(range(256)) * 16))
+    tell(tracker, np.array([9]), ram[7:8])
     tracker.stop()
     ram[8] = 1
     tracker.start()
-    assert not tracker.collect().any()
+    assert tracker.collect().gfns().tolist() == [7, 8]
 
 
 def test_collect_and_sent_need_start() -> None:
@@ -135,7 +150,7 @@ def test_collect_and_sent_need_start() -> None:
         with pytest.raises(LocalProtocolError, match="not started"):
             tracker.collect()
         with pytest.raises(LocalProtocolError, match="not started"):
-            tracker.sent(range(1), None)
+            tell(tracker, np.arange(1), zeros(1))
         tracker.start()
         tracker.stop()
         tracker.stop()
@@ -150,14 +165,14 @@ def test_nothing_is_read_outside_of_data_unless_it_was_there_before() -> None:
     assert tracker.collect().gfns().tolist() == [5, 130]
     data.append((299, 300))
     assert tracker.collect().gfns().tolist() == [299]
-    data.clear()
+    data[:] = [(130, 131)]
     ram[[5, 299]] = 0  # holes now
     assert tracker.collect().gfns().tolist() == [5, 299]
     ram[130] = 2
-    tracker.sent(range(299, 300), ram[5:6].data.cast("B"))
+    tell(tracker, np.array([299]), ram[5:6])
     assert tracker.collect().gfns().tolist() == [130]
     ram[130] = 0
-    tracker.sent(range(299, 300), ram[130:131].data.cast("B"))
+    tell(tracker, np.array([299]), ram[130:131])
     assert tracker.collect().gfns().tolist() == [130]
 
 
@@ -166,7 +181,7 @@ def test_pages_sent_into_a_hole_are_looked_at() -> None:
     tracker = ContentTracker(ram, data=tuple)
     tracker.start()
     ram[299] = 1
-    tracker.sent(range(299, 300), ram[299:300].copy().data.cast("B"))
+    tell(tracker, np.array([299]), ram[299:300])
     ram[299] = 0
     assert tracker.collect().gfns().tolist() == [299]
     assert not tracker.collect().any()
@@ -176,20 +191,12 @@ def test_sent_with_what_is_there_reports_nothing() -> None:
     ram = np.random.default_rng(1).integers(0, 1 << 63, (PAGES, WORDS), dtype=np.uint64)
     ram[200:210] = 0
     tracker = started(ram)
-    gfns = np.array([3, 250, 128])
-    tracker.sent(gfns, ram[gfns].data.cast("B"))
-    tracker.sent(range(200, 210), None)
+    gfns = np.array([3, 128, 250])
+    tell(tracker, gfns, ram[gfns])
+    tell(tracker, np.arange(200, 210), ram[200:210])
     assert not tracker.collect().any()
-    tracker.sent(gfns, None)
-    assert tracker.collect().gfns().tolist() == sorted(gfns.tolist())
-
-
-@pytest.mark.parametrize(("gfns", "size"), [(range(2), 4096), (range(1), 4095), (range(1), 0)])
-def test_content_of_another_size_is_refused(gfns: range, size: int) -> None:
-    tracker = started(zeros())
-    with pytest.raises(LocalProtocolError, match=f"{len(gfns)} pages are not {size} bytes"):
-        tracker.sent(gfns, memoryview(bytes(size)))
-    assert not tracker.collect().any()
+    tell(tracker, gfns, zeros(3))
+    assert tracker.collect().gfns().tolist() == gfns.tolist()
 
 
 @pytest.mark.parametrize(
@@ -207,6 +214,45 @@ def test_ram_of_another_form_is_refused(ram: NDArray[np.uint64], reason: str) ->
         ContentTracker(ram)
 
 
+def test_runs_that_were_sent_whole_are_hashed_once_and_zero_pages_not_at_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hashed = 0
+
+    def counted(octets: memoryview, seed: int) -> bytes:
+        nonlocal hashed
+        hashed += 1
+        made: bytes = xxh3_128_digest(octets, seed)
+        return made
+
+    ram = np.random.default_rng(1).integers(1, 1 << 63, (PAGES, WORDS), dtype=np.uint64)
+    ram[128:256] = 0
+    tracker = ContentTracker(ram)
+    tracker.start()
+    monkeypatch.setattr(content, "xxh3_128_digest", counted)
+    for first in (0, 128, 256):
+        gfns = np.arange(first, min(first + 128, PAGES))
+        tell(tracker, gfns, ram[gfns])
+        hashed -= len(gfns) + 1 if first != 128 else 0
+    assert hashed == 0
+    assert not tracker.collect().any()
+    assert hashed == 3
+    # A run of which a page was sent alone is looked at closely, once.
+    ram[7, 0] ^= np.uint64(1)
+    tell(tracker, np.array([7]), ram[7:8])
+    assert not tracker.collect().any()
+    hashed = 0
+    assert not tracker.collect().any()
+    assert hashed == 3
+    # Not so where the whole run was sent after it.
+    ram[7, 0] ^= np.uint64(1)
+    tell(tracker, np.array([7]), ram[7:8])
+    tell(tracker, np.arange(128), ram[:128])
+    hashed = 0
+    assert not tracker.collect().any()
+    assert hashed == 3
+
+
 def aba(*, told: bool) -> bool:
     """A page that goes A, B, A around its sending; returns whether the destination has A at the end."""
     ram, target = zeros(), zeros()
@@ -217,7 +263,7 @@ def aba(*, told: bool) -> bool:
     copy = ram[gfns]  # B is sent
     target[gfns] = copy
     if told:
-        tracker.sent(gfns, copy.data.cast("B"))
+        tell(tracker, gfns, copy)
     ram[7] = 1
     gfns = tracker.collect().gfns()
     target[gfns] = ram[gfns]
@@ -286,12 +332,12 @@ class SenderMachine(RuleBasedStateMachine):
 
     @rule()
     def deliver(self) -> None:
-        gfns = np.array(list(self.copies), dtype=np.int64)
-        copies = np.array(list(self.copies.values()), dtype=np.uint64)
+        gfns = np.array(sorted(self.copies), dtype=np.int64)
+        copies = np.array([self.copies[gfn] for gfn in sorted(self.copies)], dtype=np.uint64)
         self.copies.clear()
         if gfns.size:
             self.target[gfns] = copies
-            self.tracker.sent(gfns, copies.data.cast("B") if copies.any() else None)
+            tell(self.tracker, gfns, copies)
 
     @rule()
     def stand_still(self) -> None:

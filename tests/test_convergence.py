@@ -91,6 +91,14 @@ def test_the_audit_counts_as_downtime() -> None:
     assert verdict.expected_downtime_s == pytest.approx(_LIMIT_S + 0.005, rel=1e-3)
 
 
+def test_looking_for_changed_pages_counts_as_downtime() -> None:
+    samples = _epochs([100000], 1.0)
+    assert _decide(samples, 0, 1.0, Costs(look_s=_LIMIT_S - FIXED_DOWNTIME_S)).decision is Decision.SWITCHOVER
+    verdict = _decide(samples, 0, 1.0, Costs(look_s=_LIMIT_S))
+    assert verdict.decision is Decision.TRANSFER
+    assert verdict.expected_downtime_s == pytest.approx(_LIMIT_S + FIXED_DOWNTIME_S)
+
+
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_an_audit_that_is_too_long_is_said_before_anything_is_sent(epochs: int) -> None:
     verdict = _decide(_epochs([100000] * epochs, 1.0), 0, 1.0, Costs(audit_s=_LIMIT_S))
@@ -215,6 +223,25 @@ def test_a_small_epoch_over_many_channels_waits_for_the_last_chunk() -> None:
 
 def test_nothing_faster_than_the_limit_is_expected() -> None:
     assert sending_s([_sample(100 << 20, 1.0)], 10 << 20, 20 << 20) == pytest.approx(0.5)
+
+
+def test_pages_shrink_as_those_of_the_last_epoch_did() -> None:
+    samples = [replace(_sample(100 << 20, 1.0), shrunk=shrunk) for shrunk in (1.0, 0.5)]
+    assert sending_s(samples, 40 << 20, None) == pytest.approx(0.2)
+    assert sending_s(samples, 40 << 20, 50 << 20) == pytest.approx(0.4)
+
+
+def test_a_guest_whose_writes_shrink_enough_is_not_slowed_down() -> None:
+    samples = [replace(sample, shrunk=0.4) for sample in _epochs([_TOO_MANY] * 2, 1.0)]
+    pages = _RATE // PAGE_SIZE  # as many bytes as the channels carry, before they shrink
+    assert press(samples, pages, _THROTTLING, can_throttle=True).throttle == 0
+    unshrunk = [replace(sample, shrunk=1.0, pending_pages=pages) for sample in samples]
+    assert press(unshrunk, pages, _THROTTLING, can_throttle=True).throttle > 0
+
+
+def test_what_the_channels_carry_is_said_in_pages() -> None:
+    samples = [replace(sample, shrunk=0.5) for sample in _epochs([4 * _TOO_MANY] * 20, 1.0)]
+    assert "channels carry 200 MiB/s" in _decide(samples, 4 * _TOO_MANY, 20.0).reason
 
 
 def test_nothing_is_known_before_anything_was_sent() -> None:

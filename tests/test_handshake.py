@@ -227,7 +227,13 @@ def test_guest_of_another_size_is_not_judged_before_the_source_proved_itself(par
 
 @pytest.mark.parametrize(
     "change",
-    [{"guest_id": bytes(16)}, {"channels": 3}, {"freshness": Freshness.SVSM_TRACKED}, {"session_counter": 2}],
+    [
+        {"guest_id": bytes(16)},
+        {"channels": 3},
+        {"freshness": Freshness.SVSM_TRACKED},
+        {"session_counter": 2},
+        {"compressed": True},
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_authentic_destination_that_changes_the_terms_is_refused(change: dict[str, object]) -> None:

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagexfer.dirty import DirtyBitmap
+from pagexfer.dirty.content import ContentTracker
 from pagexfer.guests.qemu.backends import Backend, data_gfns, map_backends
 from pagexfer.svsm.audit import RUN_PAGES, PageDigests
 from pagexfer.svsm.export import Packager
@@ -24,6 +25,8 @@ from pagexfer.wire.constants import PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from numpy.typing import NDArray
 
 PAGES = 3 * RUN_PAGES + 7  # the last run is a part of one
 
@@ -128,6 +131,53 @@ def test_excused_pages_in_holes_and_beside_them() -> None:
         for gfn in (3, 5, RUN_PAGES, PAGES - 1):
             ram.touch(gfn, 9)
         assert changed(digests, 3, 6, RUN_PAGES) == [5, PAGES - 1]
+
+
+@settings(max_examples=40)
+@given(sent=touched_pages, later=touched_pages, gone=touched_pages)
+def test_holes_are_told_and_compared_as_zero_and_stay_holes(
+    sent: set[int], later: set[int], gone: set[int]
+) -> None:
+    with sparse(*sent) as ram:
+        memory = ram.memory
+        tracker = ContentTracker(memory.words, data=lambda: memory.data_ranges)
+        tracker.start()
+        packager = Packager(memory, stage=True)
+
+        def tell(gfns: NDArray[np.int64]) -> None:
+            package = packager.package(gfns, 512)
+            tracker.sent(package.gfns, package.copies, package.in_use)
+
+        def found() -> set[int]:
+            memory.find_holes()
+            return set(tracker.collect().gfns().tolist())
+
+        tell(np.arange(PAGES))
+        assert not found()
+        assert ram.allocated() == len(sent)
+        for gfn in later:
+            ram.touch(gfn, 9)
+        if later:
+            tell(np.array(sorted(later)))  # by the last look: some of them as the holes that they were
+        assert found() == later - sent
+        for gfn in gone:
+            ram.punch(gfn)
+        assert found() == (sent | later) & gone
+        assert not found()
+
+
+def test_ram_without_a_hole_is_not_asked_for_again() -> None:
+    with sparse(*range(PAGES)) as ram:
+        ram.punch(5)
+        ram.memory.find_holes()
+        assert ram.memory.in_holes(range(PAGES)) is None
+        # It is read, and so it is what it is.
+        assert Packager(ram.memory).package(np.arange(3, 7), 512).operations.tolist() == [
+            DATA,
+            DATA,
+            ZERO,
+            DATA,
+        ]
 
 
 @pytest.mark.parametrize("touched", [(), tuple(range(16)), (40,)])

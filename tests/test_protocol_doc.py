@@ -14,7 +14,7 @@ import pytest
 from pagexfer import errors
 from pagexfer.attestation import psk
 from pagexfer.engine import failure, reception
-from pagexfer.svsm import content, destination, keys
+from pagexfer.svsm import compression, content, destination, keys
 from pagexfer.svsm import ledger as svsm_ledger
 from pagexfer.svsm.journal import _DURABLE_FIRST, _REPLACEABLE
 from pagexfer.svsm.recovery import FINAL, judge, judge_both
@@ -209,6 +209,21 @@ def test_transitions(
     assert {
         (slot.SessionStatus[state], Event[event]): slot.SessionStatus[to] for state, event, to in rows
     } == (dict(transitions))
+
+
+def test_frames_of_compressed_pages() -> None:
+    (few, low), (many, high) = table(sections()["Frame of a PAGES_ZSTD bundle"], "d", "frame begins with")
+    magic = f"magic `{compression._MAGIC.hex(' ')}`"
+    for span, form, layout, descriptor in (
+        (few, low, compression._FRAME_2, compression._SIZE_IN_2),
+        (many, high, compression._FRAME_4, compression._SIZE_IN_4),
+    ):
+        first, last = (int(end) for end in span.split(" to "))
+        assert form.startswith(f"{magic}, descriptor 0x{descriptor:X}, u{(layout.size - 5) * 8} d ")
+        assert len(compression.frame_head(first)) == len(compression.frame_head(last)) == layout.size
+    assert low.endswith(str(compression._SIZE_2_OFFSET))
+    assert int(few.split()[-1]) + 1 == int(many.split()[0])
+    assert int(many.split()[-1]) == constants.MAX_BUNDLE_ENTRIES
 
 
 def bits(rows: Rows) -> dict[str, int]:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pagexfer.errors import (
     AttestationError,
+    CompressionRefused,
     GateError,
     GeometryError,
     GuestError,
@@ -235,7 +236,7 @@ def snapshot(move: Move) -> tuple[object, ...]:
         (
             source._epoch.number,
             source._epoch.totals,
-            source._pending.gfns().tolist(),
+            source._pending.pages.gfns().tolist(),
             len(source._vcpu_states),
         ),
         (destination._epoch, destination._epoch_bundles, destination._seen.count()),
@@ -322,6 +323,7 @@ def test_answer_that_does_not_fit_the_buffer_uses_no_number(move: Move) -> None:
         (AttestationError("x"), RefusalCode.AUTHENTICATION),
         (PolicyRefused("x"), RefusalCode.POLICY),
         (GeometryError("x"), RefusalCode.GEOMETRY),
+        (CompressionRefused("x"), RefusalCode.COMPRESSION),
         (KeyExhausted("x"), RefusalCode.EXHAUSTED),
         (MalformedData("x"), RefusalCode.INTEGRITY),
         (IntegrityError("x"), RefusalCode.INTEGRITY),

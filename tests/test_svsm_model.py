@@ -36,15 +36,25 @@ class AnyHost(RuleBasedStateMachine):
     `queue` is what an honest host would deliver next, so that long honest stretches are likely too.
     """
 
-    @initialize(hostile=st.booleans(), audit=st.booleans(), done=st.integers(0, 9))
-    def begin(self, hostile: bool, audit: bool, done: int) -> None:
+    @initialize(
+        hostile=st.booleans(),
+        how=st.sampled_from(["tracked", "audited", "compared"]),
+        done=st.integers(0, 9),
+    )
+    def begin(self, hostile: bool, how: str, done: int) -> None:
         """Where the run begins, and whether the network is an enemy too; a wild one seldom lets a session live for long.
 
-        With an audit nobody tells the SVSM what the guest writes.
+        Nobody tells the SVSM what the guest writes unless it is `tracked`.
         """
         self.hostile = hostile
+        audit, compared = how == "audited", how == "compared"
         self.move = Move(
-            pages=PAGES, channels=CHANNELS, tracked=not audit, audit=audit, step_pages=STEP_PAGES
+            pages=PAGES,
+            channels=CHANNELS,
+            tracked=not audit,
+            audit=audit,
+            compared=compared,
+            step_pages=STEP_PAGES,
         )
         self.pair = self.move.pair
         self.queue: list[Message] = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import pytest
 
-from pagexfer.dirty import DirtyBitmap
+from pagexfer.dirty import DirtyBitmap, PageCopies
 from pagexfer.dirty.content import ContentTracker
 from pagexfer.dirty.pagemap import PagemapTracker
 from pagexfer.errors import LocalProtocolError
@@ -87,12 +87,12 @@ class Subject:
     tracker: DirtyTracker
     ram: NDArray[np.uint64]
     writers: GuestWriters | ThreadWriters
-    sent: Callable[[NDArray[np.int64], memoryview], None] = lambda _gfns, _content: None
+    sent: Callable[[NDArray[np.int64], NDArray[np.uint64]], None] = lambda _gfns, _content: None
 
     def send_all(self) -> NDArray[np.uint64]:
         """A copy of all pages, as the first epoch makes it."""
         target = self.ram.copy()
-        self.sent(np.arange(len(target)), target.data.cast("B"))
+        self.sent(np.arange(len(target)), target)
         return target
 
     def send(self, target: NDArray[np.uint64]) -> int:
@@ -101,7 +101,7 @@ class Subject:
         copy = self.ram[gfns]
         target[gfns] = copy
         if gfns.size:
-            self.sent(gfns, copy.data.cast("B"))
+            self.sent(gfns, copy)
         return len(gfns)
 
 
@@ -110,10 +110,34 @@ def byte_map() -> Iterator[Subject]:
         yield Subject(guest.tracker, guest.memory.words, GuestWriters(guest))
 
 
+class ToldTracker(ContentTracker):
+    """A content tracker that is told at once that all of RAM was sent, so that it has the others' contract."""
+
+    def __init__(self, ram: NDArray[np.uint64]) -> None:
+        super().__init__(ram)
+        self._ram = ram
+        self._told = False
+
+    def start(self) -> None:
+        super().start()
+        if not self._told:
+            self.tell(np.arange(len(self._ram)), self._ram)
+            self._told = True
+
+    def tell(self, gfns: NDArray[np.int64], content: NDArray[np.uint64]) -> None:
+        copies = PageCopies(len(content))
+        copies.words[:] = content
+        self.sent(gfns, copies, np.ones(len(gfns), dtype=np.bool_))
+
+    def stop(self) -> None:
+        super().stop()
+        self._told = False
+
+
 def content() -> Iterator[Subject]:
     with SimulatedGuest.boot(RAM_BYTES, VCPUS, write_rate_bytes=FULL_SPEED) as guest:
-        tracker = ContentTracker(guest.memory.words)
-        yield Subject(tracker, guest.memory.words, GuestWriters(guest), tracker.sent)
+        tracker = ToldTracker(guest.memory.words)
+        yield Subject(tracker, guest.memory.words, GuestWriters(guest), tracker.tell)
 
 
 def kvm_log() -> Iterator[Subject]:

@@ -14,6 +14,7 @@ from pagexfer.wire.bundle import (
     ENTRY_BYTES,
     HEADER_BYTES,
     MAX_BUNDLE_BYTES,
+    PAGE_KINDS,
     BundleHeader,
     BundleKind,
     Direction,
@@ -31,7 +32,7 @@ from .wire_vectors import Vector, data_of, is_refused, load, name_of, only_whole
 
 VECTORS = load("bundles")
 PAGES = VECTORS["session"]["ram_pages"]
-PAGE_BUNDLES = [vector for vector in VECTORS["bundles"] if vector["kind"] == BundleKind.PAGES]
+PAGE_BUNDLES = [vector for vector in VECTORS["bundles"] if vector["kind"] in PAGE_KINDS]
 
 headers = st.builds(
     BundleHeader,

@@ -53,6 +53,7 @@ hellos = st.builds(
     policy_digest=exactly(48),
     ledger_key=exactly(32),
     x25519=exactly(32),
+    compressed=st.booleans(),
 )
 
 

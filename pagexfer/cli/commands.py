@@ -31,7 +31,7 @@ from .qemu import qemu_monitor, refuse_qemu, with_qemu
 from .recover import recover
 from .sides import receive_side, send_side
 from .steering import ControlSocket, control, steering_arguments, steering_options
-from .values import Address, Cpus, Seconds, Size
+from .values import Address, Compression, Cpus, Seconds, Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -132,6 +132,11 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
             show_default=True,
             help="digest-audit re-hashes all RAM in black-out; auto believes tracker or dirty log.",
         ),
+        click.option(
+            "--compress",
+            type=Compression(),
+            help="Compress pages before sealing, for slow links; sizes then tell something of what is in them.",
+        ),
     ):
         command = option(command)
     return command
@@ -173,6 +178,7 @@ def send(
     timeout: float | None,
     control_socket: Path | None,
     freshness: FreshnessChoice,
+    compress: int | None,
     qmp: Path | None,
     kind: GuestKind,
     ram: int,
@@ -211,8 +217,8 @@ def send(
             channels=channels,
             steering=steering,
             listening=listening,
-            # Nobody tells which pages a stock QEMU writes: only the audit finds them all.
-            freshness=freshness if monitor is None else "digest-audit",
+            freshness=freshness,
+            compression_level=compress,
             isolated=isolated,
             cpus=cpus,
             shards=shards,
@@ -235,6 +241,7 @@ def send(
     show_default=True,
     help="Let the guest run this long, then check it.",
 )
+@click.option("--accept-compression", is_flag=True, help="Let the source compress pages.")
 @_journal_option
 @_engine_options
 @_qmp_option
@@ -252,6 +259,7 @@ def receive(
     cpus: tuple[int, ...],
     shards: int,
     *,
+    accept_compression: bool,
     isolated: bool,
     as_json: bool,
     **files: Path | None,
@@ -267,6 +275,7 @@ def receive(
         ledger=ledger,
         journal=journal,
         run_for=run_for,
+        accept_compression=accept_compression,
         isolated=isolated,
         cpus=cpus,
         shards=shards,
@@ -294,6 +303,7 @@ def demo(
     max_bandwidth: int | None,
     timeout: float | None,
     freshness: FreshnessChoice,
+    compress: int | None,
     kind: GuestKind,
     ram: int,
     vcpus: int,
@@ -319,7 +329,10 @@ def demo(
         f"--freshness={freshness}",
         *steering_arguments(parameters),
     ]
+    if compress is not None:
+        options.append(f"--compress=zstd:{compress}")
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
     both = [f"--shards={shards}", *(["--isolated"] if isolated else [])]
     both += ["--cpus", ",".join(map(str, cpus))] if cpus else []
-    return run_demo(AttestorKind[attest.upper()], options, kind, ram, vcpus, both, as_json=as_json)
+    accept = ["--accept-compression"] if compress is not None else []
+    return run_demo(AttestorKind[attest.upper()], options, accept, kind, ram, vcpus, both, as_json=as_json)

@@ -45,6 +45,7 @@ class _Ended(NamedTuple):
 def run_demo(
     attest: AttestorKind,
     source_options: list[str],
+    destination_options: list[str],
     kind: GuestKind,
     ram: int,
     vcpus: int,
@@ -56,7 +57,9 @@ def run_demo(
     guest = ["--guest", resolve_kind(kind), "--ram", str(ram), "--vcpus", str(vcpus), *both, "--json"]
     with tempfile.TemporaryDirectory(prefix="pagexfer-") as folder:
         proof = _attestation(attest, Path(folder))
-        with _Child(["receive", "--listen", "127.0.0.1:0", *proof, *guest]) as destination:
+        with _Child(
+            ["receive", "--listen", "127.0.0.1:0", *proof, *destination_options, *guest]
+        ) as destination:
             address = destination.wait_for(_LISTENING)
             if address is None:
                 ended = destination.end(wait=True)

@@ -9,7 +9,6 @@ from click.core import ParameterSource
 
 from ..errors import UsageError
 from ..guests.qemu import QemuGuest
-from .output import note
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -30,10 +29,6 @@ def qemu_monitor(kind: str, qmp: Path | None) -> Path | None:
     for name in _OF_TEST_GUESTS:
         if name in context.params and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name.replace('_', '-')} is for test guests: a QEMU has its own")
-    if context.params.get("freshness") == "auto":
-        note(
-            "--freshness auto is digest-audit for a QEMU: nobody else would notice every page that it writes"
-        )
     return qmp
 
 

@@ -7,8 +7,11 @@ from typing import Final
 
 import click
 
+from ..svsm.compression import DEFAULT_LEVEL, MAX_LEVEL, MIN_LEVEL
+
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(|B|[KMGT]i?B?)(?:/s)?", re.IGNORECASE)
 _TIME: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(|s|ms)", re.IGNORECASE)
+_COMPRESSION: Final = re.compile(r"zstd(?::(\d{1,2}))?")
 _CPUS: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
 _MAX_CPUS: Final = 8192
 _UNITS: Final = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
@@ -44,6 +47,21 @@ class Seconds(click.ParamType[float]):
         if not 0 < seconds <= _MAX_SECONDS:
             self.fail(f"{value!r} is not a time above zero: write it like 300ms or 2s", param, ctx)
         return seconds
+
+
+class Compression(click.ParamType[int]):
+    """zstd or zstd:LEVEL; the level."""
+
+    name = "zstd[:level]"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = _COMPRESSION.fullmatch(str(value).strip())
+        level = int(match[1] or DEFAULT_LEVEL) if match else 0
+        if not MIN_LEVEL <= level <= MAX_LEVEL:
+            self.fail(f"{value!r} is not zstd or zstd:{MIN_LEVEL} to zstd:{MAX_LEVEL}", param, ctx)
+        return level
 
 
 class Address(click.ParamType[tuple[str, int]]):

@@ -1,6 +1,14 @@
 """The dirty bitmap, and the trackers that fill it."""
 
 from .bitmap import DirtyBitmap, as_run
-from .tracker import DirtyTracker, SteppedTracker
+from .ram import PageCopies
+from .tracker import ComparingTracker, DirtyTracker, SteppedTracker
 
-__all__ = ["DirtyBitmap", "DirtyTracker", "SteppedTracker", "as_run"]
+__all__ = [
+    "ComparingTracker",
+    "DirtyBitmap",
+    "DirtyTracker",
+    "PageCopies",
+    "SteppedTracker",
+    "as_run",
+]

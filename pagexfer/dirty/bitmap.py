@@ -2,8 +2,12 @@
 
 Both sides use it; it does no I/O and imports only errors. Bit g % 64 of word g // 64 is gfn g, which is the
 layout of KVM_GET_DIRTY_LOG on x86-64, so that a raw log is united without conversion. A guest of 1 TiB has
-2^28 pages, hence 32 MiB of words: operations on the whole go over them at memory speed, in steps that fit a
-core's cache, and what is called once per bundle touches only the words between its first and its last gfn.
+2^28 pages, hence 32 MiB of words: what is called once per bundle touches only the words between its first and
+its last gfn, and operations on the whole go to the rows of 64 words that may have a mark, or over all words at
+memory speed where many do.
+
+Which rows may have one is written down beside the words. A row that is not among them is zero; one that is may be
+zero too, since nothing is looked at when marks are cleared: `region_counts`, once an epoch, puts that right.
 """
 
 from __future__ import annotations
@@ -16,13 +20,17 @@ from ..errors import LocalProtocolError
 from .bits import (
     ALL_ONES,
     BIT_OF,
-    BLOCK_WORDS,
+    DENSE,
+    ROW_SHIFT,
+    ROW_WORDS,
+    SCAN_ROWS,
     WORD_BITS,
     blocks,
     dirty_words,
     edges,
     expand,
     fill_runs,
+    marked_rows,
     run_edges,
     spread,
 )
@@ -38,8 +46,9 @@ __all__ = ["WORD_BITS", "DirtyBitmap", "as_run"]
 # dirty words first; a chunk of this size is answered in one step.
 _SPREAD_PAGES: Final = 4096
 
-# Where not even one word in this many has a mark, going to each that has costs less than going over all of them.
-_SPARSE: Final = 64
+_ROW_PAGES_SHIFT: Final = ROW_SHIFT + 6
+# Rows that `first` looks at to begin with, behind those pages.
+_FIRST_ROWS: Final = 8
 
 
 class DirtyBitmap:
@@ -48,15 +57,15 @@ class DirtyBitmap:
     Two bitmaps are equal where pages and marks are. Not safe for use by several threads at once.
     """
 
-    # Not touched: fresh from the system, so that all words are zero and none takes memory before it is read.
-    __slots__ = ("_octets", "_pages", "_touched", "_view", "_words")
+    # Rows that may have marks; a `_shared` bitmap's words are in other hands, which may mark any page at any time.
+    __slots__ = ("_octets", "_pages", "_rows", "_shared", "_table", "_view", "_words")
 
     def __init__(self, pages: int) -> None:
         """No page marked. Raises LocalProtocolError where `pages` is not positive."""
         if pages <= 0:
             raise LocalProtocolError(f"a bitmap needs at least one page, not {pages}")
         self._pages = pages
-        self._adopt(np.zeros(-(-pages // WORD_BITS), dtype=np.uint64), touched=False)
+        self._renew()
 
     @classmethod
     def full(cls, pages: int) -> Self:
@@ -80,7 +89,8 @@ class DirtyBitmap:
     @property
     def words(self) -> NDArray[np.uint64]:
         """The words themselves, uint64 of shape (ceil(pages / 64),). After `take` they are another array."""
-        self._touched = True  # whoever has them may write to them
+        self._rows.fill(True)
+        self._shared = True  # whoever has them may write to them
         return self._words
 
     def __eq__(self, other: object) -> bool:
@@ -103,8 +113,8 @@ class DirtyBitmap:
         if contiguous:
             self._set(first, last + 1)
         else:
-            self._touched = True
             np.bitwise_or.at(self._words, gfns >> 6, BIT_OF[gfns & 63])
+            self._rows[gfns >> _ROW_PAGES_SHIFT] = True
 
     def clear_gfns(self, gfns: NDArray[np.int64] | range) -> None:
         """Unmark `gfns` (any order, repeats allowed). Raises LocalProtocolError where one is out of range."""
@@ -155,8 +165,11 @@ class DirtyBitmap:
         stops = starts + lengths
         if starts.min() < 0 or lengths.min() <= 0 or stops.max() > self._pages:
             raise LocalProtocolError(f"one of these runs is none of a guest of {self._pages} pages")
-        self._touched = True
         fill_runs(self._words, starts, stops)
+        edges_of_runs = np.zeros(len(self._rows) + 1, dtype=np.int64)
+        np.add.at(edges_of_runs, starts >> _ROW_PAGES_SHIFT, 1)
+        np.subtract.at(edges_of_runs, (stops - 1 >> _ROW_PAGES_SHIFT) + 1, 1)
+        self._rows |= np.cumsum(edges_of_runs[:-1]) > 0
 
     # Whole bitmaps
 
@@ -164,16 +177,12 @@ class DirtyBitmap:
         """Mark what `other` marks. Raises LocalProtocolError where it has another number of pages."""
         if other._pages != self._pages:
             raise LocalProtocolError(f"a bitmap of {other._pages} pages does not fit one of {self._pages}")
-        if not other._touched:
-            return
-        for block in blocks(self._words):
-            target, added = self._words[block], other._words[block]
-            numbers = np.flatnonzero(added != 0)
-            if len(numbers) * _SPARSE > len(added):
-                np.bitwise_or(target, added, out=target)
-            else:
-                target[numbers] |= added[numbers]
-        self._touched = True
+        rows = other._marked_rows()
+        if self._is_dense(rows):
+            np.bitwise_or(self._words, other._words, out=self._words)
+        else:
+            self._table[rows] |= other._table[rows]
+        self._rows[rows] = True
 
     def union_part(self, first_gfn: int, log: bytes) -> None:
         """Mark what a part of a raw log marks, from `first_gfn` (a multiple of 64) on. Raises as `union_words` does."""
@@ -200,34 +209,48 @@ class DirtyBitmap:
         used_bits = (self._pages - 1) % WORD_BITS + 1
         if log.size and first_word + len(log) == len(self._words) and int(log[-1]) >> used_bits:
             raise LocalProtocolError(f"the log marks a page behind the last of {self._pages}")
-        np.bitwise_or(target, log, out=target)
-        self._touched = True
+        for block in blocks(log):
+            part = log[block]
+            numbers = np.flatnonzero(part != 0)
+            if len(numbers) * DENSE > len(part):
+                np.bitwise_or(target[block], part, out=target[block])
+            else:
+                target[block][numbers] |= part[numbers]
+            self._rows[numbers + (first_word + block.start) >> ROW_SHIFT] = True
 
     def take(self) -> Self:
         """What is marked now, as a bitmap of its own; nothing stays marked here.
 
         The words change hands and zeroed ones take their place, so nothing is copied.
         """
-        taken = self._like(self._words)
-        # zeros, not zeros_like: these come zeroed from the system and cost nothing until they are written.
-        self._adopt(np.zeros(self._words.shape, dtype=np.uint64), touched=False)
+        taken = self._like(self._table, self._rows, shared=self._shared)
+        self._renew()
         return taken
 
     def copy(self) -> Self:
         """A bitmap of its own with the same marks."""
-        return self._like(self._words.copy())
+        return self._like(self._table.copy(), self._rows.copy(), shared=False)
 
     def clear(self) -> None:
         """Unmark every page."""
-        self._words.fill(0)
+        rows = self._marked_rows()
+        if self._is_dense(rows):
+            self._table.fill(0)
+        else:
+            self._table[rows] = 0
+        self._rows.fill(self._shared)
 
     def count(self) -> int:
         """How many pages are marked."""
-        return _count(self._words)
+        rows = np.flatnonzero(self._rows)
+        if self._is_dense(rows):
+            return _count(self._words)
+        return sum(_count(self._table[rows[block]].reshape(-1)) for block in blocks(rows, SCAN_ROWS))
 
     def any(self) -> bool:
         """Whether a page is marked; looks no further than the first step that finds one."""
-        return self._touched and any(bool(self._words[block].any()) for block in blocks(self._words))
+        rows = np.flatnonzero(self._rows)
+        return any(bool(self._table[rows[block]].any()) for block in blocks(rows, SCAN_ROWS))
 
     # Where the marks are
 
@@ -238,7 +261,7 @@ class DirtyBitmap:
         """
         stop = self._pages if stop is None else stop
         self._check_range(start, stop)
-        numbers = dirty_words(self._words, start // WORD_BITS, -(-stop // WORD_BITS))
+        numbers = dirty_words(self._table, self._rows_between(start, stop))
         gfns = np.empty(sum(_count(self._words[numbers[block]]) for block in blocks(numbers)), dtype=np.int64)
         filled = 0
         for block in blocks(numbers):
@@ -276,14 +299,16 @@ class DirtyBitmap:
         return range(start + lowest, start + lowest + (gap & -gap).bit_length() - 1)
 
     def _first_far(self, start: int, stop: int, limit: int) -> NDArray[np.int64]:
-        """As `first`, from a `start` at a word on: spans grow, so that an empty stretch costs few steps."""
-        word, end = start // WORD_BITS, -(-stop // WORD_BITS)
-        span = _SPREAD_PAGES // WORD_BITS
+        """As `first`, from a `start` at a word on: steps grow, so that many rows without a mark cost few of them."""
+        rows = self._rows_between(start, stop)
+        done, step = 0, _FIRST_ROWS
         found = [np.zeros(0, dtype=np.int64)]
-        while word < end and limit:
-            span = min(span * 8, BLOCK_WORDS)
-            numbers = dirty_words(self._words, word, min(end, word + span))
-            word += span
+        while done < len(rows) and limit:
+            numbers = dirty_words(self._table, rows[done : done + step])
+            if not done:
+                numbers = numbers[np.searchsorted(numbers, start // WORD_BITS) :]
+            done += step
+            step = min(step * 8, SCAN_ROWS)
             if not numbers.size:
                 continue
             sums = np.cumsum(np.bitwise_count(self._words[numbers]), dtype=np.int64)
@@ -295,7 +320,7 @@ class DirtyBitmap:
 
     def runs(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Maximal runs of consecutive marked gfns, sorted: first gfn of each, and length of each in pages."""
-        numbers = dirty_words(self._words, 0, len(self._words))
+        numbers = dirty_words(self._table, self._marked_rows())
         starts = [np.zeros(0, dtype=np.int64)]
         ends = [np.zeros(0, dtype=np.int64)]
         for block in blocks(numbers):
@@ -315,13 +340,21 @@ class DirtyBitmap:
         if region_pages < WORD_BITS or region_pages & (region_pages - 1):
             raise LocalProtocolError(f"a region has a power of two of at least 64 pages, not {region_pages}")
         words = region_pages // WORD_BITS
-        numbers = dirty_words(self._words, 0, len(self._words))
-        if len(numbers) * _SPARSE > len(self._words):
+        rows = self._marked_rows()
+        if self._is_dense(rows) and not self._shared:
+            rows = marked_rows(self._table)
+        if self._is_dense(rows):
             counts = np.bitwise_count(self._words)
             return np.add.reduceat(counts, np.arange(0, len(counts), words), dtype=np.uint32)
-        sums = np.zeros(-(-len(self._words) // words), dtype=np.uint32)
-        np.add.at(sums, numbers // words, np.bitwise_count(self._words[numbers]).astype(np.uint32))
-        return sums
+        if not self._shared:
+            self._rows.fill(False)
+            self._rows[rows] = True
+        in_row = max(ROW_WORDS // words, 1)
+        rows_of_region = max(words // ROW_WORDS, 1)
+        counts = np.bitwise_count(self._table[rows]).reshape(len(rows), in_row, ROW_WORDS // in_row)
+        sums = np.zeros((-(-len(self._rows) // rows_of_region), in_row), dtype=np.uint32)
+        np.add.at(sums, rows // rows_of_region, counts.sum(axis=2, dtype=np.uint32))
+        return sums.reshape(-1)[: -(-len(self._words) // words)]
 
     def chunks(self, chunk_pages: int) -> Iterator[tuple[int, int]]:
         """(start, stop) of every chunk that has a marked page, in order; a chunk begins at a multiple of its size.
@@ -347,6 +380,9 @@ class DirtyBitmap:
         edges_of_parts = [0]
         for part in range(1, parts):
             goal = int(sums[-1]) * part // parts
+            if not goal:
+                edges_of_parts.append(0)
+                continue
             region = int(np.searchsorted(sums, goal))
             word = region * _SPREAD_PAGES // WORD_BITS
             counts = np.bitwise_count(self._words[word : word + _SPREAD_PAGES // WORD_BITS])
@@ -357,18 +393,39 @@ class DirtyBitmap:
 
     # Private
 
-    def _adopt(self, words: NDArray[np.uint64], *, touched: bool) -> None:
-        self._touched = touched
-        self._words = words
-        self._octets = words.view(np.uint8)
-        # Single words as Python's integers: a tenth of the cost of numpy's scalars.
-        self._view = words.data
+    def _renew(self) -> None:
+        """Fresh words. From zeros, not zeros_like: they come zeroed from the system and cost nothing until written."""
+        rows = -(-self._pages >> _ROW_PAGES_SHIFT)
+        self._adopt(
+            np.zeros((rows, ROW_WORDS), dtype=np.uint64), np.zeros(rows, dtype=np.bool_), shared=False
+        )
 
-    def _like(self, words: NDArray[np.uint64]) -> Self:
+    def _adopt(self, table: NDArray[np.uint64], rows: NDArray[np.bool_], *, shared: bool) -> None:
+        self._table = table
+        self._rows = rows
+        self._shared = shared
+        self._words = table.reshape(-1)[: -(-self._pages // WORD_BITS)]
+        self._octets = self._words.view(np.uint8)
+        # Single words as Python's integers: a tenth of the cost of numpy's scalars.
+        self._view = self._words.data
+
+    def _like(self, table: NDArray[np.uint64], rows: NDArray[np.bool_], *, shared: bool) -> Self:
         bitmap = object.__new__(type(self))
         bitmap._pages = self._pages
-        bitmap._adopt(words, touched=self._touched)
+        bitmap._adopt(table, rows, shared=shared)
         return bitmap
+
+    def _marked_rows(self) -> NDArray[np.int64]:
+        """Rows that may have a mark, sorted; where any may, those that have one now."""
+        return marked_rows(self._table) if self._shared else np.flatnonzero(self._rows)
+
+    def _rows_between(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Rows that may have a mark of start <= gfn < stop, sorted."""
+        first = start >> _ROW_PAGES_SHIFT
+        return np.flatnonzero(self._rows[first : -(-stop >> _ROW_PAGES_SHIFT)]) + first
+
+    def _is_dense(self, rows: NDArray[np.int64]) -> bool:
+        return len(rows) * DENSE > len(self._rows)
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self._pages:
@@ -393,7 +450,7 @@ class DirtyBitmap:
 
     def _set(self, start: int, stop: int) -> None:
         first, last, head, tail = edges(start, stop)
-        self._touched = True
+        self._rows[first >> ROW_SHIFT : (last >> ROW_SHIFT) + 1] = True
         self._view[first] |= head
         self._words[first + 1 : last] = ALL_ONES
         self._view[last] |= tail

@@ -23,6 +23,14 @@ ALL_ONES: Final = (1 << WORD_BITS) - 1
 # is small beside it.
 BLOCK_WORDS: Final = 1 << 14
 
+# A row is 64 words, 4096 pages: one look at a row saves the looks at each of its words, and most rows have no mark. Where
+# more than one in DENSE has one, going over all words costs less than going to each of these rows.
+ROW_SHIFT: Final = 6
+ROW_WORDS: Final = 1 << ROW_SHIFT
+DENSE: Final = 4
+# Rows per step of a pass that goes to some of them, or only reads: 512 KiB.
+SCAN_ROWS: Final = 1 << 10
+
 BIT_OF: Final[NDArray[np.uint64]] = np.left_shift(np.uint64(1), np.arange(WORD_BITS, dtype=np.uint64))
 BIT_OF.setflags(write=False)
 
@@ -40,10 +48,10 @@ def edges(start: int, stop: int) -> tuple[int, int, int, int]:
     return start // WORD_BITS, last, head, tail
 
 
-def blocks(array: NDArray[np.generic]) -> Iterator[slice]:
-    """Consecutive slices of at most BLOCK_WORDS that cover `array`."""
-    for start in range(0, len(array), BLOCK_WORDS):
-        yield slice(start, min(start + BLOCK_WORDS, len(array)))
+def blocks(array: NDArray[np.generic], step: int = BLOCK_WORDS) -> Iterator[slice]:
+    """Consecutive slices of at most `step` that cover `array`."""
+    for start in range(0, len(array), step):
+        yield slice(start, min(start + step, len(array)))
 
 
 def spread(octets: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.bool_]:
@@ -53,15 +61,32 @@ def spread(octets: NDArray[np.uint8], start: int, stop: int) -> NDArray[np.bool_
     return bits[start - octet * 8 : stop - octet * 8].view(np.bool_)
 
 
-def dirty_words(words: NDArray[np.uint64], start: int, stop: int) -> NDArray[np.int64]:
-    """Numbers, from `start` to `stop`, of the words that are not zero, sorted."""
-    # numpy finds the true ones of a bool array much faster than the nonzero ones of a uint64 array.
+def marked_rows(table: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Numbers of the rows that are not all zero, sorted."""
     found = [
-        np.flatnonzero(words[start:stop][block] != 0) + block.start for block in blocks(words[start:stop])
+        np.flatnonzero(np.bitwise_or.reduce(table[block], axis=1)) + block.start
+        for block in blocks(table, SCAN_ROWS)
     ]
-    numbers: NDArray[np.int64] = found[0] if len(found) == 1 else np.concatenate([_NONE, *found])
-    numbers += start
-    return numbers
+    return np.concatenate(found)
+
+
+def dirty_words(table: NDArray[np.uint64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Numbers of the words that are not zero, sorted, of the rows `rows` (sorted)."""
+    # numpy finds the true ones of a bool array much faster than the nonzero ones of a uint64 array.
+    found = [_NONE]
+    for block in blocks(rows, SCAN_ROWS):
+        part = rows[block]
+        if int(part[-1]) - int(part[0]) + 1 == len(part):  # no gap: no copy either
+            numbers = np.flatnonzero(table[int(part[0]) : int(part[-1]) + 1] != 0)
+            numbers += int(part[0]) << ROW_SHIFT
+        else:
+            places = np.flatnonzero(table[part] != 0)
+            numbers = part[places >> ROW_SHIFT]
+            numbers <<= ROW_SHIFT
+            places &= ROW_WORDS - 1
+            numbers |= places
+        found.append(numbers)
+    return found[1] if len(found) == 2 else np.concatenate(found)
 
 
 def expand(words: NDArray[np.uint64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:

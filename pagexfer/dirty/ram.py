@@ -1,4 +1,4 @@
-"""What RAM looks like to a tracker that is given the RAM itself."""
+"""What RAM looks like to a tracker that is given the RAM itself, and private memory for copies of its pages."""
 
 from __future__ import annotations
 
@@ -13,6 +13,20 @@ if TYPE_CHECKING:
 
 PAGE_SIZE: Final = 4096
 WORDS_PER_PAGE: Final = PAGE_SIZE // 8
+
+
+class PageCopies:
+    """Private memory for copies of `pages` pages: `words` of shape (pages, 512), as octets, and each page's octets.
+
+    Slicing a page costs half as much as hashing it, so it is done once and not for every copy.
+    """
+
+    def __init__(self, pages: int) -> None:
+        self.words: NDArray[np.uint64] = np.empty((pages, WORDS_PER_PAGE), dtype=np.uint64)
+        self.octets = self.words.reshape(-1).view(np.uint8).data
+        self.each = [
+            self.octets[start : start + PAGE_SIZE] for start in range(0, pages * PAGE_SIZE, PAGE_SIZE)
+        ]
 
 
 def check_form(words: NDArray[np.uint64]) -> None:

@@ -1,4 +1,4 @@
-"""The one protocol of everything that can say which pages were written."""
+"""The protocol of everything that can say which pages were written, and of what knows by what was sent."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .bitmap import DirtyBitmap
+    from .ram import PageCopies
 
 
 class DirtyTracker(Protocol):
@@ -38,4 +39,22 @@ class SteppedTracker(DirtyTracker, Protocol):
 
     def collect_part(self, start: int, stop: int) -> NDArray[np.int64]:
         """As `collect`, of the pages `start` to `stop` - 1 alone, sorted; asked from 0 on, part by part, until the last."""
+        ...
+
+
+@runtime_checkable
+class ComparingTracker(SteppedTracker, Protocol):
+    """Reports pages that are not as they were sent: it sees no write, and needs none reported to it.
+
+    After `start` nothing was sent, and every page counts as zero. A page that `collect` reports counts as it was then until
+    it is sent. So whoever sends all pages once, and then every page that is reported, has sent what RAM is as soon as a
+    `collect` on a guest that stands still reports nothing more.
+    """
+
+    def sent(self, gfns: NDArray[np.int64], copies: PageCopies, in_use: NDArray[np.bool_]) -> None:
+        """Pages `gfns` (ascending) were sent as the first of these `copies`; those not `in_use` are zero and not read.
+
+        Threads may call it at the same time for different pages, but not beside `collect`, which has to see all that was
+        sent before it.
+        """
         ...

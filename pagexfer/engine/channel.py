@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import trio
 
 from ..errors import ChannelClosed, MalformedData, SvsmLost
-from ..wire.bundle import HEADER_BYTES, BundleKind
+from ..wire.bundle import HEADER_BYTES, PAGE_KINDS, BundleKind
 from ..wire.constants import SESSION_ID_BYTES, TAG_BYTES
 from ..wire.device_state import MAX_DEVICE_STATE_PART_BYTES, PART_HEADER_BYTES, DevicePart
 from ..wire.framing import (
@@ -187,7 +187,7 @@ class DestinationChannel:
         """Receive one bundle straight into the slot and have it imported; returns what it was."""
         answer = await _import_frame(self.connection, self._slot, header)
         kind = _kind(answer)
-        if kind is BundleKind.PAGES:
+        if kind in PAGE_KINDS:
             self._tally.add(answer.result2 >> 32, answer.result2 & 0xFFFFFFFF, header.payload_bytes)
         return Arrival(kind, self._slot.take(answer))
 

@@ -64,18 +64,23 @@ class Pressure:
 
 @dataclass(frozen=True, slots=True)
 class EpochSample:
-    """One epoch: pages pending when it began, when that was, what it took to send them, and the pressure meanwhile."""
+    """One epoch: pages pending when it began, when that was, what it took to send them, and the pressure meanwhile.
+
+    `shrunk` is how many bytes were sent for each byte of pages with content: below 1 only where they are compressed. The
+    pages of the next epoch are taken to shrink as those of the last one did.
+    """
 
     pending_pages: int
     began_s: float
     sent_bytes: int
     seconds: float
     pressure: Pressure
+    shrunk: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What black-out is expected to cost beside sending pages: hashing all of RAM, and a round trip.
+    """What black-out is expected to cost beside sending pages: hashing all of RAM, a round trip, looking for changed pages.
 
     `channels` share the pages.
     """
@@ -83,10 +88,11 @@ class Costs:
     channels: int = 1
     audit_s: float = 0.0
     round_trip_s: float = 0.0
+    look_s: float = 0.0
 
     @property
     def fixed_s(self) -> float:
-        return FIXED_DOWNTIME_S + ROUND_TRIPS * self.round_trip_s + self.audit_s
+        return FIXED_DOWNTIME_S + ROUND_TRIPS * self.round_trip_s + self.audit_s + self.look_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +114,7 @@ def bandwidth(samples: Sequence[EpochSample]) -> float:
 def sending_s(
     samples: Sequence[EpochSample], pending_bytes: int, max_bandwidth_bytes: int | None, channels: int = 1
 ) -> float:
-    """Seconds that one more epoch of `pending_bytes` over `channels` is expected to take.
+    """Seconds that one more epoch of pages of `pending_bytes` over `channels` is expected to take.
 
     An epoch takes a fixed time and a time by byte; where the last epochs differ enough in size, they tell both.
     """
@@ -122,7 +128,7 @@ def sending_s(
     )
     if max_bandwidth_bytes is not None:
         per_byte_s = max(per_byte_s, 1 / max_bandwidth_bytes)
-    return fixed_s + _stretched(pending_bytes, channels) * per_byte_s
+    return fixed_s + _stretched(round(pending_bytes * recent[-1].shrunk), channels) * per_byte_s
 
 
 def press(
@@ -223,7 +229,7 @@ def _next_throttle(samples: Sequence[EpochSample], pending_pages: int) -> int:
     written_pages = [*(sample.pending_pages for sample in recent[1:]), pending_pages]
     for sample, pages in zip(recent, written_pages, strict=True):
         settled = sample.pressure.throttle == throttle
-        if not settled or pages * PAGE_SIZE <= THROTTLE_SHARE * sample.sent_bytes:
+        if not settled or pages * PAGE_SIZE * sample.shrunk <= THROTTLE_SHARE * sample.sent_bytes:
             return throttle
     return min(throttle + THROTTLE_STEP, THROTTLE_MAX) if throttle else THROTTLE_INITIAL
 
@@ -263,9 +269,10 @@ def _no_convergence(
     samples: Sequence[EpochSample], pending_pages: int, expected_s: float, pressure: Pressure
 ) -> str:
     written = pending_pages * PAGE_SIZE / 2**20 / max(samples[-1].seconds, 1e-3)
+    carried = bandwidth(samples) / samples[-1].shrunk
     slowed = f", slowed down by {pressure.throttle} %" if pressure.throttle else ""
     return (
         f"pre-copy does not converge: the guest writes about {written:.0f} MiB/s{slowed}, "
-        f"the channels carry {bandwidth(samples) / 2**20:.0f} MiB/s; expected downtime {expected_s * 1000:.0f} ms stays "
+        f"the channels carry {carried / 2**20:.0f} MiB/s; expected downtime {expected_s * 1000:.0f} ms stays "
         f"above the limit of {pressure.downtime_limit_s * 1000:.0f} ms. Raise the downtime limit, or slow the guest down"
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from ..errors import ChannelClosed, Outcome, TransferAborted
+from ..wire.constants import PAGE_SIZE
 from .convergence import Costs, Decision, EpochSample, Pressure, decide, press
 from .failure import hypervisor_call
 from .hypervisor import ThrottlingHypervisor
@@ -41,14 +42,19 @@ class Course:
         progress: Progress,
         channels: int,
         stall_timeout_s: float,
+        *,
+        compressed: bool,
     ) -> None:
         self._channels = channels
+        self._compressed = compressed
         self._steering = steering
         self._throttling = hypervisor if isinstance(hypervisor, ThrottlingHypervisor) else None
         self._progress = progress
         self._stall_timeout_s = stall_timeout_s
         self._samples: list[EpochSample] = []
         self._pressure = Pressure(0, steering.parameters.downtime_limit_s)
+        self._shrunk = 1.0
+        self._data_pages = 0
         self._round_trip_s = math.inf
         self._throttle = 0
         self._precopy = trio.CancelScope()
@@ -65,7 +71,13 @@ class Course:
         if self._samples:
             self._progress.dirty_pages_rate = pending_pages / max(began_s - self._samples[-1].began_s, 1e-6)
         seconds = trio.current_time() - began_s
-        self._samples.append(EpochSample(pending_pages, began_s, sent_bytes, seconds, self._pressure))
+        data_pages = self._progress.data_pages - self._data_pages
+        self._data_pages += data_pages
+        if self._compressed and data_pages:
+            self._shrunk = min(sent_bytes / (data_pages * PAGE_SIZE), 1.0)
+        self._samples.append(
+            EpochSample(pending_pages, began_s, sent_bytes, seconds, self._pressure, self._shrunk)
+        )
 
     # What is decided
 
@@ -82,8 +94,10 @@ class Course:
                 Outcome.ENDED, "timeout", f"pre-copy did not end within the timeout of {timeout_s:g} s"
             )
 
-    async def decide(self, pending_pages: int, audit_s: float) -> Decision:
+    async def decide(self, pending_pages: int, audit_s: float, look_s: float) -> Decision:
         """Whether to transfer what is pending, or to switch over. Raises TransferAborted where neither helps.
+
+        Audit, and looking for changed pages, are expected to take so long in black-out.
 
         Comes back late where the operator wants a pause, and then with one epoch more.
         """
@@ -96,7 +110,7 @@ class Course:
             trio.current_time(),
             self._pressure,
             parameters,
-            Costs(self._channels, audit_s, self._round_trip_s if self._samples else 0.0),
+            Costs(self._channels, audit_s, self._round_trip_s if self._samples else 0.0, look_s),
             can_throttle=can_throttle,
         )
         self._progress.expected_downtime_s = verdict.expected_downtime_s if self._samples else 0.0

@@ -6,6 +6,7 @@ barrier at the end of each epoch, because the epoch token counts over all of the
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -31,6 +32,7 @@ from ..wire.control import (
     Confirm,
     EpochClosed,
     Established,
+    Failed,
     Prepare,
 )
 from ..wire.device_state import MAX_DEVICE_STATE_BYTES
@@ -152,6 +154,8 @@ class DestinationEngine:
                 nursery.start_soon(reception.serve)
                 control = await self._agree()
                 nursery.start_soon(control.listen)
+                # The source has nothing more to say there but that it failed.
+                nursery.start_soon(control.receive, Failed, math.inf)
                 await self._wait_for_channels(control)
                 await self._receive(control)
                 nursery.cancel_scope.cancel()
@@ -185,7 +189,7 @@ class DestinationEngine:
                 aborted = unfit(hello, reply)
             await say_farewell(control, aborted)
             # The peer is the source and this side cannot serve it: waiting for another one would not help.
-            if refused.code not in (RefusalCode.GEOMETRY, RefusalCode.JOURNAL):
+            if refused.code not in (RefusalCode.GEOMETRY, RefusalCode.COMPRESSION, RefusalCode.JOURNAL):
                 raise
             self._refused = aborted
             self._established.set()

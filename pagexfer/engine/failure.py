@@ -49,6 +49,10 @@ _REFUSALS: Final = {
         "one side proved who it is, and the other side's policy does not accept it",
     ),
     RefusalCode.GEOMETRY: ("geometry", "source and destination guests differ in RAM size or number of vCPUs"),
+    RefusalCode.COMPRESSION: (
+        "compression",
+        "the source would compress pages, and the destination was not told to accept that (--accept-compression)",
+    ),
     RefusalCode.EXHAUSTED: ("key-exhausted", "a channel's key reached its limit: use more channels"),
     RefusalCode.GUEST: ("guest", "the guest's vCPU or page state was refused"),
     RefusalCode.INTERNAL: ("internal", "internal fault of the SVSM"),

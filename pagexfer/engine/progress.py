@@ -183,6 +183,11 @@ class Progress:
         return sum(tally.normal + tally.duplicate for tally in self.channels)
 
     @property
+    def data_pages(self) -> int:
+        """Pages with content sent so far."""
+        return sum(tally.normal for tally in self.channels)
+
+    @property
     def transferred(self) -> int:
         """Bytes sent so far."""
         return self.other_bytes + sum(tally.transferred for tally in self.channels)
@@ -232,7 +237,7 @@ class Progress:
             transferred=self.transferred,
             remaining=remaining,
             duplicate=sum(tally.duplicate for tally in self.channels),
-            normal=sum(tally.normal for tally in self.channels),
+            normal=self.data_pages,
             dirty_sync_count=self.dirty_sync_count,
             dirty_pages_rate=round(self.dirty_pages_rate),
             mbps=self.transferred * 8 / 1e6 / moving_s if moving_s else 0.0,

@@ -77,6 +77,7 @@ class SourceOptions:
     stall_timeout_s: float = STALL_TIMEOUT_S
     audit: bool = False
     shards: int = 1
+    compressed: bool = False
 
 
 class SourceEngine:
@@ -104,7 +105,14 @@ class SourceEngine:
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
         self._channels: list[SourceChannel] = []
         self._lost_pages = 0  # since the epoch began
-        self._course = Course(steering, hypervisor, self._progress, options.channels, options.stall_timeout_s)
+        self._course = Course(
+            steering,
+            hypervisor,
+            self._progress,
+            options.channels,
+            options.stall_timeout_s,
+            compressed=options.compressed,
+        )
         self._cancelled = TransferAborted(
             Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
         )
@@ -188,11 +196,19 @@ class SourceEngine:
         if log is not None:
             await trio.to_thread.run_sync(log.start)
         audit_s: float | None = None
+        look_s = 0.0
         while True:
+            began = trio.current_time()
             pending, chunks = await self._begin_epoch()
             if audit_s is None:
-                audit_s = await self._predict_audit()
-            if await self._course.decide(pending, audit_s) is Decision.SWITCHOVER:
+                audit_s = (
+                    await self._predict_audit()
+                )  # the first epoch looks for nothing: all of RAM is to be sent
+            else:
+                # An SVSM that compares RAM with what was sent does so in black-out too.
+                took_s = trio.current_time() - began
+                look_s = min(look_s or took_s, took_s)
+            if await self._course.decide(pending, audit_s, look_s) is Decision.SWITCHOVER:
                 return
             await self._transfer(control, repair, pending, chunks)
 

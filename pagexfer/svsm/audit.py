@@ -212,31 +212,3 @@ class PageDigests:
         """GMAC tags, uint64 of shape (n, 2). Each part is hashed before the next one is asked for."""
         tag = self._cipher.encrypt
         return np.frombuffer(b"".join([tag(_NONCE, b"", part) for part in parts]), np.uint64).reshape(-1, 2)
-
-
-class AuditSteps:
-    """How far the audit by `digests` is, from the first page on; `pages` in all."""
-
-    def __init__(self, digests: PageDigests, pages: int) -> None:
-        self._digests = digests
-        self._pages = pages
-        self._looked = 0
-
-    @property
-    def done(self) -> bool:
-        """Whether all of RAM was audited."""
-        return self._looked == self._pages
-
-    def trial(self) -> Audited:
-        """Hash one step and change nothing, so that what the audit costs can be measured."""
-        stop = min(self._looked + self._digests.step_pages, self._pages)
-        self._digests.trial(stop)
-        return Audited(stop, 0, more=False)
-
-    def step(self, pending: DirtyBitmap, found: DirtyBitmap) -> Audited:
-        """Audit the next pages but those that are `pending`, and mark in `found` what differs."""
-        start, stop = self._looked, min(self._looked + self._digests.step_pages, self._pages)
-        gfns = self._digests.changed(start, stop, pending)
-        found.set_gfns(gfns)
-        self._looked = stop
-        return Audited(stop - start, len(gfns), more=not self.done)

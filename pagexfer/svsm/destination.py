@@ -16,6 +16,7 @@ import numpy as np
 
 from ..dirty import DirtyBitmap, as_run
 from ..errors import (
+    CompressionRefused,
     GeometryError,
     IntegrityError,
     JournalError,
@@ -27,6 +28,7 @@ from ..errors import (
 from ..wire.bundle import (
     DATA,
     HEADER_BYTES,
+    PAGE_KINDS,
     ZERO,
     BundleHeader,
     BundleKind,
@@ -51,6 +53,7 @@ from ..wire.token import (
     parse_manifest_untrusted,
     split_start_untrusted,
 )
+from .compression import Decompressor
 from .content import ContentTable, vcpu_digest
 from .device_state import Carried
 from .handshake import DestinationAttempt, Established
@@ -94,18 +97,28 @@ class Imported(NamedTuple):
 class DestinationSvsm:
     """The trusted side of one incoming migration. The vCPUs behind `gate` are parked and never ran.
 
+    Compressed pages come only with `accept_compression`: otherwise a source that would send them is refused.
+
     Slots may be served by threads of their own: every call is made with `lock` held, but for `import_untrusted`, which
     takes it where it needs it, so that channels open in parallel.
     """
 
     def __init__(
-        self, memory: GuestMemory, gate: VcpuGate, attestor: Attestor, *, journal: Journal | None = None
+        self,
+        memory: GuestMemory,
+        gate: VcpuGate,
+        attestor: Attestor,
+        *,
+        accept_compression: bool = False,
+        journal: Journal | None = None,
     ) -> None:
         self.lock = threading.Lock()
         self.staging = StagingPool()
         self._memory = memory
         self._gate = gate
         self._attestor = attestor
+        self._accept_compression = accept_compression
+        self._decompressor = Decompressor()
         self._journal = SessionJournal(Role.DESTINATION, journal)
         self._machine = StateMachine(DESTINATION, self._journal.before_entering)
         self._attempts: dict[int, DestinationAttempt] = {}
@@ -157,7 +170,8 @@ class DestinationSvsm:
     def answer(self, attempt: int, hello: bytes) -> bytes:
         """Answer a source's hello; `attempt` names this handshake. Refused ones leave no trace."""
         self._machine.require(Event.ESTABLISH)
-        opened = DestinationAttempt(self._attestor, hello, self._memory.pages, self._gate.vcpus)
+        pages, vcpus, accept = self._memory.pages, self._gate.vcpus, self._accept_compression
+        opened = DestinationAttempt(self._attestor, hello, pages, vcpus, accept_compression=accept)
         self._drop_attempt(attempt)
         if len(self._attempts) >= MAX_ATTEMPTS:
             self._drop_attempt(next(iter(self._attempts)))
@@ -167,8 +181,8 @@ class DestinationSvsm:
     def establish(self, attempt: int, proof: bytes) -> bytes:
         """Take a source's proof; returns the last message. A handshake works once, and the first proven one wins.
 
-        Raises MalformedData or AttestationError, after which other attempts are still welcome; GeometryError and
-        JournalError end this side.
+        Raises MalformedData or AttestationError, after which other attempts are still welcome; GeometryError,
+        CompressionRefused and JournalError end this side.
         """
         self._machine.require(Event.ESTABLISH)
         opened = self._attempts.pop(attempt, None)
@@ -178,7 +192,7 @@ class DestinationSvsm:
             self._session, established = opened.finish(proof)
             # Nobody may move a guest on, or let it go, while it is being received, nor after that failed (G5).
             self._memory.claim()
-        except (GeometryError, LocalProtocolError):
+        except (GeometryError, CompressionRefused, LocalProtocolError):
             self.fail()
             raise
         self._drop_attempts()
@@ -283,7 +297,7 @@ class DestinationSvsm:
         aad = bytes(package[: header.aad_bytes])
         sealed = package[len(aad) :]
         plaintext = staging[: header.payload_bytes]
-        if header.kind is BundleKind.PAGES:
+        if header.kind in PAGE_KINDS:
             return self._import_pages(opener, header, aad, sealed, plaintext)
         with self.lock:
             return self._import_word(opener, channel, header, aad, sealed, plaintext)
@@ -330,6 +344,8 @@ class DestinationSvsm:
     ) -> Imported:
         with self.lock:
             self._check_epoch(header)
+            if header.kind is BundleKind.PAGES_ZSTD and not self._established().compressed:
+                raise IntegrityError("compressed pages in a session without compression")
             self._machine.advance(Event.IMPORT)
             gfns, operations, states = parse_entries_untrusted(aad[HEADER_BYTES:], header, self._memory.pages)
             pages = as_run(gfns)
@@ -340,8 +356,9 @@ class DestinationSvsm:
             self._opening += 1
         try:
             opener.open_untrusted(header, aad, sealed, plaintext)
+            content = self._decompressor.content_untrusted(header.kind, plaintext, operations)
             self._memory.adopt_states(pages, states)
-            zero_pages = self._write(pages, gfns, operations, plaintext)
+            zero_pages = self._write(pages, gfns, operations, content)
         finally:
             with self.lock:
                 self._opening -= 1
@@ -355,7 +372,7 @@ class DestinationSvsm:
         pages: NDArray[np.int64] | range,
         gfns: NDArray[np.int64],
         operations: NDArray[np.uint8],
-        plaintext: memoryview,
+        plaintext: bytes | memoryview,
     ) -> int:
         """Bring opened pages to RAM; returns how many of them are zero."""
         content = np.frombuffer(plaintext, dtype=np.uint64).reshape(-1, WORDS_PER_PAGE)

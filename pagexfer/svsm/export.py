@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
 
-from ..dirty import as_run
+from ..dirty import PageCopies, as_run
 from ..wire.bundle import DATA, DROP, ENTRY_BYTES, HEADER_BYTES, ZERO, pack_entries
-from ..wire.constants import MAX_BUNDLE_ENTRIES, TAG_BYTES, WORDS_PER_PAGE
+from ..wire.constants import MAX_BUNDLE_ENTRIES, TAG_BYTES
 from ..wire.page_state import SHARED, VALIDATED
 
 if TYPE_CHECKING:
@@ -31,13 +31,19 @@ _ALL_DATA: Final = np.full(MAX_BUNDLE_ENTRIES, DATA)
 
 
 class Package(NamedTuple):
-    """What goes into one PAGES bundle."""
+    """What goes into one PAGES bundle.
+
+    Where the packager stages, the first of `copies` are all these pages as they were read: those not `in_use` are zero, and
+    need not be there where none is in use.
+    """
 
     gfns: NDArray[np.int64]
     entries: bytes
     payload: memoryview
     operations: NDArray[np.uint8]
     zero_pages: int
+    copies: PageCopies
+    in_use: NDArray[np.bool_]
 
 
 class Exported(NamedTuple):
@@ -59,8 +65,9 @@ class Packager:
     def __init__(self, memory: GuestMemory, *, stage: bool = False) -> None:
         self._memory = memory
         self._stage = stage
-        self._gathered = np.empty((MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE), dtype=np.uint64)
-        self._compacted = np.empty((MAX_BUNDLE_ENTRIES, WORDS_PER_PAGE), dtype=np.uint64)
+        self._copies = PageCopies(MAX_BUNDLE_ENTRIES)
+        self._gathered = self._copies.words
+        self._compacted = np.empty_like(self._gathered)
 
     def package(self, gfns: NDArray[np.int64], max_data_pages: int) -> Package:
         """Package `gfns` (ascending, 1 to 512), or as many of them from the start as have `max_data_pages` DATA pages.
@@ -77,7 +84,7 @@ class Packager:
         in_use = words[:, 0] != 0
         # Counted, as numpy's own all() costs four times as much for so few.
         if len(gfns) <= max_data_pages and np.count_nonzero(in_use & has_content) == len(gfns):
-            return _package(gfns, _ALL_DATA[: len(gfns)], states, words, 0)
+            return self._package(gfns, _ALL_DATA[: len(gfns)], states, words, in_use)
         operations = _classify(words, in_use, has_content)
         is_data = operations == DATA
         data_pages = int(np.count_nonzero(is_data))
@@ -89,15 +96,13 @@ class Packager:
             words = np.take(
                 words, np.flatnonzero(is_data), axis=0, out=self._compacted[:data_pages], mode="clip"
             )
-        return _package(gfns, operations, states, words, int(np.count_nonzero(operations == ZERO)))
+        return self._package(gfns, operations, states, words, operations != ZERO)
 
     def _nothing_there(self, gfns: NDArray[np.int64]) -> Package:
         """A package of pages without memory."""
         states = self._memory.states[gfns]
         operations = np.where((states & _HAS_CONTENT) != 0, np.uint8(ZERO), np.uint8(DROP))
-        return _package(
-            gfns, operations, states, self._gathered[:0], int(np.count_nonzero(operations == ZERO))
-        )
+        return self._package(gfns, operations, states, self._gathered[:0], np.zeros(len(gfns), np.bool_))
 
     def _view(
         self, gfns: NDArray[np.int64] | range, holes: NDArray[np.bool_] | None
@@ -120,6 +125,24 @@ class Packager:
         words = np.take(self._memory.words, gfns, axis=0, out=self._gathered[: len(gfns)], mode="clip")
         return words, self._memory.states[gfns]
 
+    def _package(
+        self,
+        gfns: NDArray[np.int64],
+        operations: NDArray[np.uint8],
+        states: NDArray[np.uint32],
+        words: NDArray[np.uint64],
+        in_use: NDArray[np.bool_],
+    ) -> Package:
+        return Package(
+            gfns,
+            pack_entries(gfns, operations, states),
+            words.reshape(-1).view(np.uint8).data,
+            operations,
+            int(np.count_nonzero(operations == ZERO)),
+            self._copies,
+            in_use,
+        )
+
 
 def _classify(
     words: NDArray[np.uint64], in_use: NDArray[np.bool_], has_content: NDArray[np.bool_]
@@ -131,14 +154,3 @@ def _classify(
         operations[candidates[np.bitwise_or.reduce(suspects, axis=1) == 0]] = ZERO
     operations[~has_content] = DROP
     return operations
-
-
-def _package(
-    gfns: NDArray[np.int64],
-    operations: NDArray[np.uint8],
-    states: NDArray[np.uint32],
-    words: NDArray[np.uint64],
-    zero_pages: int,
-) -> Package:
-    entries = pack_entries(gfns, operations, states)
-    return Package(gfns, entries, words.reshape(-1).view(np.uint8).data, operations, zero_pages)

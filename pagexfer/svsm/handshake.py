@@ -16,7 +16,14 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from ..errors import AttestationError, GeometryError, KeyPoisoned, MalformedData, RemoteProtocolError
+from ..errors import (
+    AttestationError,
+    CompressionRefused,
+    GeometryError,
+    KeyPoisoned,
+    MalformedData,
+    RemoteProtocolError,
+)
 from ..wire.constants import NONCE_BYTES, PAGE_SIZE
 from ..wire.handshake import (
     Hello,
@@ -61,6 +68,10 @@ class Established:
     def freshness(self) -> Freshness:
         return self.hello.freshness
 
+    @property
+    def compressed(self) -> bool:
+        return self.hello.compressed
+
 
 class SourceHandshake:
     """One handshake at the source: `hello`, `prove`, `confirm`, each once and in this order."""
@@ -74,6 +85,7 @@ class SourceHandshake:
         channels: int,
         freshness: Freshness,
         session_counter: int,
+        compressed: bool,
     ) -> None:
         self._attestor = attestor
         self._exchange = SourceExchange.fresh()
@@ -92,6 +104,7 @@ class SourceHandshake:
             self._ledger_key.public,
             self._exchange.x25519_public,
             self._exchange.encapsulation_key,
+            compressed,
         )
         self._proved = b""
         self._session: Established | None = None
@@ -152,8 +165,17 @@ class DestinationAttempt:
     Raises MalformedData or AttestationError for a hello that cannot be answered.
     """
 
-    def __init__(self, attestor: Attestor, hello: bytes, ram_pages: int, vcpus: int) -> None:
+    def __init__(
+        self,
+        attestor: Attestor,
+        hello: bytes,
+        ram_pages: int,
+        vcpus: int,
+        *,
+        accept_compression: bool = False,
+    ) -> None:
         self._attestor = attestor
+        self._accept_compression = accept_compression
         self._source = parse_hello_untrusted(hello)
         if self._source.role is not Role.SOURCE or self._source.attestor is not attestor.kind:
             raise AttestationError("the peer is no source with this kind of evidence")
@@ -180,8 +202,8 @@ class DestinationAttempt:
     def finish(self, message: bytes) -> tuple[Established, bytes]:
         """Check the source's evidence and confirmation; returns the session and the last message.
 
-        Raises MalformedData or AttestationError, GeometryError once the peer has proved itself, and KeyPoisoned where it
-        was called before.
+        Raises MalformedData or AttestationError, GeometryError or CompressionRefused once the peer has proved itself, and
+        KeyPoisoned where it was called before.
         """
         try:
             return self._finish(message)
@@ -200,6 +222,8 @@ class DestinationAttempt:
         try:
             keys.check_confirmation(Role.SOURCE, proved, confirmation)
             _check_geometry(source=self._source, destination=self._own)
+            if self._source.compressed and not self._accept_compression:
+                raise CompressionRefused("the source would send compressed pages")
         except RemoteProtocolError:
             keys.wipe()
             raise
@@ -208,9 +232,9 @@ class DestinationAttempt:
         return session, pack_established(keys.session, keys.confirmation(Role.DESTINATION, proved))
 
 
-def _terms(hello: Hello) -> tuple[bytes, int, Freshness, int]:
+def _terms(hello: Hello) -> tuple[bytes, int, Freshness, int, bool]:
     """What a destination repeats of the source's hello."""
-    return hello.guest_id, hello.channels, hello.freshness, hello.session_counter
+    return hello.guest_id, hello.channels, hello.freshness, hello.session_counter, hello.compressed
 
 
 def _schedule(shared: Secret, attestor: Attestor, transcript: bytes) -> KeySchedule:

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 _VALIDATED: Final = np.uint32(VALIDATED)
 _ACCESSIBLE: Final = np.uint32(VALIDATED | SHARED)
-_MADV_POPULATE_WRITE: Final = 23  # include/uapi/asm-generic/mman-common.h, Linux 5.14
+# include/uapi/asm-generic/mman-common.h, Linux 5.14
+_MADV_POPULATE_READ: Final = 22
+_MADV_POPULATE_WRITE: Final = 23
 
 
 class GuestMemory:
@@ -58,6 +60,8 @@ class GuestMemory:
         self._populating = threading.Lock()
         self._data: Callable[[], Iterable[tuple[int, int]]] | None = None
         self._holes: DirtyBitmap | None = None
+        # (start, stop) of all gfns that had memory behind them at the last look.
+        self.data_ranges: list[tuple[int, int]] = [(0, self.pages)]
         self._claimed = False
         self._sessions = 0
 
@@ -93,14 +97,16 @@ class GuestMemory:
         return memory
 
     def find_holes(self) -> None:
-        """Ask again where memory is, if there is somebody to ask.
+        """Ask again where memory is, if there is somebody to ask and was a hole at the last look.
 
         A page that is written after this is none the less a hole here: whoever looks for changed pages has to have looked
-        before, or must look again.
+        before, or must look again. RAM without a hole is not asked for again, as the answer takes the kernel milliseconds
+        for each GiB: a hole that comes into being there is read, which is right, and has memory again.
         """
-        if self._data is not None:
+        if self._data is not None and (self._holes is None or self._holes.any()):
             holes = DirtyBitmap.full(self.pages)
-            for start, stop in self._data():
+            self.data_ranges = list(self._data())
+            for start, stop in self.data_ranges:
                 holes.clear_range(start, stop)
             self._holes = holes
 
@@ -124,12 +130,16 @@ class GuestMemory:
         an import. A part with holes is left as it is, though: whoever made that RAM did not want it pinned. Takes long for
         much memory and lets other threads run meanwhile. Returns False where the kernel does not do it (Linux before
         5.14, no memory left): then pages are provided one by one as they are written.
+
+        Of RAM whose holes are known, what is provided here is there already, in a file, and has to be mapped only: as if
+        to be read, which maps 16 pages at a time and leaves them writable, and takes a third of the time.
         """
         pages = range(start // PAGE_SIZE, (start + length) // PAGE_SIZE)
         if self._holes is not None and self._holes.any_of(pages):
             return True
         address = self.words.ctypes.data + start
-        failed: int = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
+        advice = _MADV_POPULATE_WRITE if self._data is None else _MADV_POPULATE_READ
+        failed: int = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice)
         return failed == 0
 
     @property

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import (
     AttestationError,
+    CompressionRefused,
     GateError,
     GeometryError,
     JournalError,
@@ -249,6 +250,7 @@ _CODES: Final[tuple[tuple[type[PagexferError], RefusalCode], ...]] = (
     (PolicyRefused, RefusalCode.POLICY),
     (AttestationError, RefusalCode.AUTHENTICATION),
     (GeometryError, RefusalCode.GEOMETRY),
+    (CompressionRefused, RefusalCode.COMPRESSION),
     (KeyExhausted, RefusalCode.EXHAUSTED),
     (KeyPoisoned, RefusalCode.STATE),
     (MalformedData, RefusalCode.INTEGRITY),

@@ -11,15 +11,15 @@ import struct
 import threading
 from typing import TYPE_CHECKING, Final
 
-from ..dirty import DirtyBitmap, as_run
+from ..dirty import as_run
 from ..errors import IntegrityError, LocalProtocolError, NotReady, PagexferError, RemoteProtocolError
 from ..wire.bundle import BundleKind
 from ..wire.constants import FINAL_EPOCH, MAX_BUNDLE_ENTRIES, MAX_CHANNELS, PAGE_SIZE
-from ..wire.handshake import Freshness, Role
+from ..wire.handshake import Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
 from ..wire.token import Manifest, pack_start
-from .audit import AuditSteps, PageDigests
+from .compression import pack
 from .content import ContentTable, vcpu_digest
 from .device_state import Carried
 from .epoch import EpochBook
@@ -27,20 +27,23 @@ from .export import BUNDLE_PAGES, OVERHEAD_BYTES, Exported, Packager
 from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
 from .ledger import check_chain, next_body
+from .pending import PendingPages
 from .staging import StagingPool
 from .states import SOURCE, Event, StateMachine
 from .streams import SourceStreams, open_answer_untrusted
-from .sweep import Looked, Sweep
 
 if TYPE_CHECKING:
     from ..attestation import Attestor, Claims
-    from ..dirty import DirtyTracker
+    from ..dirty import DirtyBitmap, DirtyTracker
+    from ..wire.handshake import Freshness
     from .audit import Audited
+    from .compression import Compressor
     from .epoch import Replaced
     from .gate import VcpuGate
     from .journal import Journal
     from .memory import GuestMemory
     from .sealing import Sealer
+    from .sweep import Looked
 
 _VCPU: Final = struct.Struct("<I")
 
@@ -49,6 +52,8 @@ class SourceSvsm:
     """The trusted side of one outgoing migration of one guest.
 
     With `audit` it relies on no tracker: after the park it hashes all of RAM again and sends what is not as it was sent.
+    With a comparing tracker, the epoch that begins after the park does that already. With a `compressor` pages are
+    compressed before they are sealed.
 
     Every method either does what it says or raises and leaves the guest as it was; errors of the state machine change
     nothing. A bundle that fails to open before the start token ends the session, and the guest goes on here.
@@ -70,6 +75,7 @@ class SourceSvsm:
         *,
         audit: bool = False,
         bundle_pages: int = BUNDLE_PAGES,
+        compressor: Compressor | None = None,
         ledger: bytes = b"",
         journal: Journal | None = None,
     ) -> None:
@@ -82,7 +88,6 @@ class SourceSvsm:
         self._ledger = ledger
         self._memory = memory
         self._gate = gate
-        self._tracker = tracker
         self._attestor = attestor
         self._guest_id = guest_id
         self._journal = SessionJournal(Role.SOURCE, journal)
@@ -91,14 +96,11 @@ class SourceSvsm:
         self._session: Established | None = None
         self._streams: SourceStreams | None = None
         self._bundle_pages = bundle_pages
-        self._audit = audit
+        self._compressor = compressor
         # As many as threads seal at a time: one that was used last is still in the cache.
         self._packagers: list[Packager] = []
         self._sealing = 0
-        self._digests = PageDigests(memory) if audit else None
-        self._steps = None if self._digests is None else AuditSteps(self._digests, memory.pages)
-        self._pending = DirtyBitmap.full(memory.pages)
-        self._sweep = Sweep(tracker, memory)
+        self._pending = PendingPages(memory, tracker, audit=audit)
         self._content = ContentTable(memory.states)
         self._epoch = EpochBook(memory.pages)
         self._vcpu_states: dict[int, bytes] = {}
@@ -107,6 +109,7 @@ class SourceSvsm:
         self._peer_ready = False
         self._zero_run = False
         self._claimed = False
+        self._released = False
 
     @property
     def state(self) -> State:
@@ -115,9 +118,7 @@ class SourceSvsm:
     @property
     def freshness(self) -> Freshness:
         """Who vouches for this guest's dirty pages."""
-        if self._digests is not None:
-            return Freshness.DIGEST_AUDIT
-        return Freshness.HOST_REPORTED if self._tracker is None else Freshness.SVSM_TRACKED
+        return self._pending.freshness
 
     @property
     def peer(self) -> Claims:
@@ -141,15 +142,9 @@ class SourceSvsm:
         session_counter = self._memory.claim()
         self._claimed = True
         self._machine.advance(Event.PREPARE)
-        self._handshake = SourceHandshake(
-            self._attestor,
-            self._guest_id,
-            self._memory.pages,
-            self._gate.vcpus,
-            channels,
-            self.freshness,
-            session_counter,
-        )
+        pages, vcpus, compressed = self._memory.pages, self._gate.vcpus, self._compressor is not None
+        terms = pages, vcpus, channels, self.freshness, session_counter, compressed
+        self._handshake = SourceHandshake(self._attestor, self._guest_id, *terms)
         return self._handshake.hello()
 
     def establish(self, reply: bytes) -> bytes:
@@ -221,7 +216,7 @@ class SourceSvsm:
 
         Raises LocalProtocolError, changing nothing, where it does not fit RAM.
         """
-        self._sweep.hinted.union_part(first_gfn, log)
+        self._pending.hint(first_gfn, log)
 
     def collect_part(self) -> Looked:
         """The next step of taking in what was written since the last epoch; `begin_epoch` takes all that are left.
@@ -229,22 +224,22 @@ class SourceSvsm:
         Raises LocalProtocolError once a bundle of the current epoch was sealed: a page goes at most once an epoch (R1).
         """
         self._machine.require(Event.EPOCH)
-        if not self._sweep.is_open:
+        if not self._pending.is_collecting:
             self._require_no_manifest()
             self._commit_epoch()
             if self._epoch.bundles or self._sealing:
                 raise LocalProtocolError("the epoch is under way: close it with its token first")
-            if self._machine.state is State.KEYED and self._tracker is not None:
-                self._tracker.start()
+            if self._machine.state is State.KEYED:
+                self._pending.start()
             self._machine.advance(Event.EPOCH)
-        return self._sweep.step(self._pending)
+        return self._pending.collect_part()
 
     def begin_epoch(self) -> DirtyBitmap:
         """Take in what was written since the last epoch; returns what is pending now (not to be changed)."""
         while self.collect_part().more:
             pass
-        self._sweep.close(self._pending, self._epoch.lost)
-        return self._pending
+        self._pending.close(self._epoch.lost, parked=self._machine.state is State.PARKED)
+        return self._pending.pages
 
     def export(self, channel: int, start: int, stop: int, out: memoryview) -> Exported:
         """Seal the next bundle of what is pending in gfns `start` to `stop` - 1 into `out`."""
@@ -254,47 +249,53 @@ class SourceSvsm:
             sealer = self._sealer(channel)
             # Zero pages cost 8 bytes each: after a bundle without data, look at as many pages as entries allow.
             look = MAX_BUNDLE_ENTRIES if self._zero_run else capacity
-            found = self._pending.first(start, stop, look)
+            found = self._pending.pages.first(start, stop, look)
             if not found.size:
                 return Exported(0, 0, 0, more=False)
             # Taken at once, so that no other channel takes them; no epoch ends while something is being sealed.
-            self._pending.clear_gfns(as_run(found))
+            self._pending.pages.clear_gfns(as_run(found))
             self._sealing += 1
-            packager = self._packagers.pop() if self._packagers else Packager(self._memory, stage=self._audit)
+            packager = (
+                self._packagers.pop()
+                if self._packagers
+                else Packager(self._memory, stage=self._pending.staged or self._compressor is not None)
+            )
         sent = 0
         try:
-            gfns, entries, payload, operations, zero_pages = packager.package(found, capacity)
-            if self._digests is not None and not self._audit_done():
-                self._digests.record(gfns, operations, payload)
+            package = packager.package(found, capacity)
+            self._pending.record(package)
+            kind, carried = pack(package.payload, self._compressor)
             counter = sealer.counter
-            length = sealer.seal(BundleKind.PAGES, self._epoch.number, entries, payload, out)
-            sent = len(gfns)
+            length = sealer.seal(kind, self._epoch.number, package.entries, carried, out)
+            sent = len(package.gfns)
         finally:
             with self.lock:
                 self._packagers.append(packager)
                 self._sealing -= 1
-                self._pending.set_gfns(found[sent:])
+                self._disclaim()
+                self._pending.pages.set_gfns(found[sent:])
         with self.lock:
             self._require_epoch()  # the session may have ended meanwhile: then nothing leaves
-            self._content.record(as_run(gfns), channel, sealer.incarnation, counter)
+            self._content.record(as_run(package.gfns), channel, sealer.incarnation, counter)
             self._epoch.add(sent)
-            self._zero_run = len(payload) == 0
-        return Exported(length, sent, zero_pages, more=len(found) == look or len(found) > sent)
+            self._zero_run = len(package.payload) == 0
+        return Exported(length, sent, package.zero_pages, more=len(found) == look or len(found) > sent)
 
     def epoch_token(self, out: memoryview) -> int:
         """Seal the token that closes the epoch (R3). Raises NotReady while anything is pending."""
         self._require_epoch()
         self._commit_epoch()
-        if self._pending.any() or self._sealing:
-            raise NotReady(f"{self._pending.count()} pages are pending, {self._sealing} bundles being sealed")
+        if self._pending.pages.any() or self._sealing:
+            raise NotReady(
+                f"{self._pending.pages.count()} pages are pending, {self._sealing} bundles being sealed"
+            )
         if self._epoch.number + 1 >= FINAL_EPOCH:
             raise LocalProtocolError("the epoch counter is used up")
         place = self._sealer(0).place
         length = self._seal(BundleKind.EPOCH_TOKEN, self._epoch.number, self._epoch.totals.pack(), out)
         self._epoch.seal(place)
         self._content.refresh()
-        if self._digests is not None:
-            self._digests.settle()
+        self._pending.settle()
         return length
 
     # Black-out
@@ -302,7 +303,7 @@ class SourceSvsm:
     def park(self) -> tuple[int, int]:
         """Raise the global flag; returns parked and all vCPUs. The guest is parked when they are equal (R5)."""
         self._machine.require(Event.PARK)
-        self._sweep.require_closed()  # an epoch that begins after the park has looked at all pages since
+        self._pending.require_collected()  # an epoch that begins after the park has looked at all pages since
         self._gate.raise_flag()
         parked = self._gate.parked()
         if parked == self._gate.vcpus:
@@ -316,12 +317,7 @@ class SourceSvsm:
         Pages that are pending are not looked at, as they are sent anyway.
         """
         self._require_epoch()
-        if self._steps is None:
-            raise LocalProtocolError("this session has no audit")
-        if self._machine.state is not State.PARKED:
-            return self._steps.trial()
-        # Not pending at once: a page of these may have been sent in this very epoch already (R1).
-        return self._steps.step(self._pending, self._sweep.found)
+        return self._pending.audit(parked=self._machine.state is State.PARKED)
 
     def export_vcpu(self, vcpu: int, out: memoryview) -> int:
         """Seal the state of one parked vCPU. Raises GateError where its state cannot be saved."""
@@ -350,8 +346,8 @@ class SourceSvsm:
         self._require_no_manifest()
         self._commit_epoch()
         if self._epoch.bundles == 0:
-            self._sweep.whole(self._pending, self._epoch.lost)
-        if self._epoch.bundles or self._sealing or self._pending.any() or not self._content.complete():
+            self._pending.collect_reports(self._epoch.lost)
+        if self._epoch.bundles or self._sealing or self._pending.pages.any() or not self._content.complete():
             raise NotReady("pages are dirty or unsent, or the epoch is open")
         if len(self._vcpu_states) != self._gate.vcpus:
             raise NotReady("not all vCPUs are exported")
@@ -359,8 +355,8 @@ class SourceSvsm:
             raise NotReady("a part of the device state is missing")
         if self._epoch.ledger is None:
             raise NotReady("the ledger was not sent")
-        if not self._audit_done():
-            raise NotReady("RAM was not audited since the vCPUs were parked")
+        if not self._pending.compared:
+            raise NotReady("RAM was not compared with what was sent since the vCPUs were parked")
         manifest = Manifest(
             self._memory.pages,
             self._epoch.number - 1,
@@ -384,8 +380,8 @@ class SourceSvsm:
         self._machine.require(Event.START)
         if not self._peer_ready:
             raise NotReady("the destination did not say READY")
-        self._sweep.whole(self._pending, self._epoch.lost)
-        if self._pending.any():
+        self._pending.collect_reports(self._epoch.lost)
+        if self._pending.pages.any():
             raise NotReady("a page changed after the manifest: abort")
         assert self._session is not None
         self._machine.advance(Event.START)
@@ -432,9 +428,6 @@ class SourceSvsm:
                 raise IntegrityError("answer that does not fit the session's state")
         return header.kind
 
-    def _audit_done(self) -> bool:
-        return self._steps is None or self._steps.done
-
     def _commit_epoch(self) -> None:
         if self._epoch.commit():
             self._session_streams().close_epoch()
@@ -454,14 +447,14 @@ class SourceSvsm:
     def _require_epoch(self) -> None:
         if self._machine.state not in (State.PRECOPY, State.PARKED):
             raise LocalProtocolError(f"no epoch is open in a session that is {self._machine.state.name}")
-        self._sweep.require_closed()
+        self._pending.require_collected()
         self._require_no_manifest()
 
     def _require_replaceable(self) -> None:
         handing_over = self._vcpu_states or self._device_state.begun
         if handing_over or self._machine.state not in (State.KEYED, State.PRECOPY, State.PARKED):
             raise LocalProtocolError(
-                "no connection is replaced before there are keys or after the last epoch"
+                "no connection is replaced before there are keys, nor after the last epoch"
             )
 
     def _require_no_manifest(self) -> None:
@@ -471,7 +464,7 @@ class SourceSvsm:
     def _require_parked(self) -> None:
         if self._machine.state is not State.PARKED:
             raise LocalProtocolError(f"the vCPUs are not parked: {self._machine.state.name}")
-        self._sweep.require_closed()
+        self._pending.require_collected()
 
     def _fail(self) -> None:
         # After the start token the guest stays parked: without an authentic answer nobody here may let it go.
@@ -485,11 +478,16 @@ class SourceSvsm:
         # The vCPUs may be parked for another session by now, or for good: only the one that has the guest frees it.
         if not self._claimed:
             return
-        if self._tracker is not None:
-            self._tracker.stop()
+        self._pending.stop()
         self._gate.release()
-        self._memory.disclaim()
         self._claimed = False
+        self._released = True
+        self._disclaim()
+
+    def _disclaim(self) -> None:
+        """Let another session have the guest, once no thread of this one is still telling the tracker what it sent."""
+        if self._released and not self._sealing:
+            self._memory.disclaim()
 
     def _wipe(self) -> None:
         for secrets in (self._streams, self._handshake):

@@ -16,7 +16,6 @@ from ..svsm.source import SourceSvsm
 from ..wire.bundle import MAX_BUNDLE_BYTES, BundleKind, Direction, parse_header_untrusted
 from ..wire.constants import GUEST_ID_BYTES
 from ..wire.device_state import MAX_DEVICE_STATE_PART_BYTES, DevicePart
-from ..wire.handshake import Freshness
 from ..wire.ledger import guest_id_of
 
 if TYPE_CHECKING:
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..attestation import Attestor
     from ..dirty import DirtyTracker
+    from ..svsm.compression import Compressor
     from ..svsm.gate import VcpuGate
     from ..svsm.journal import Journal
     from ..svsm.memory import GuestMemory
@@ -76,6 +76,8 @@ class SvsmPair:
         channels: int = 2,
         ledger: bytes = b"",
         destination_attestor: Attestor | None = None,
+        compressor: Compressor | None = None,
+        accept_compression: bool = False,
         intercept: Callable[[Message], Iterable[Message]] = lambda message: (message,),
         source_journal: Journal | None = None,
         destination_journal: Journal | None = None,
@@ -88,6 +90,7 @@ class SvsmPair:
             attestor,
             guest_id,
             audit=audit,
+            compressor=compressor,
             ledger=ledger,
             journal=source_journal,
         )
@@ -95,8 +98,10 @@ class SvsmPair:
             destination_memory,
             destination_gate,
             destination_attestor or attestor,
+            accept_compression=accept_compression,
             journal=destination_journal,
         )
+        self._audit = audit
         self.channels = channels
         self.intercept = intercept
         self.sent: list[Message] = []
@@ -187,7 +192,7 @@ class SvsmPair:
         """All before the manifest: parked, audited, the last epoch closed, vCPU states sent."""
         self.until_precopy()
         self.park()
-        if self.source.freshness is Freshness.DIGEST_AUDIT:
+        if self._audit:
             self.audit()
         self.epoch()
         self.vcpus()

@@ -48,6 +48,7 @@ class BundleKind(enum.IntEnum):
     LEDGER = 10
     CHANNEL_STATE = 11
     DEVICE_STATE = 12
+    PAGES_ZSTD = 13
 
 
 class Direction(enum.IntEnum):
@@ -112,6 +113,8 @@ DROP: Final = np.uint8(Operation.DROP)
 assert GFN_BITS == _OPERATION_SHIFT
 assert STATE_MASK << _STATE_SHIFT < 1 << _RESERVED_SHIFT
 
+# Those that carry pages.
+PAGE_KINDS: Final = frozenset({BundleKind.PAGES, BundleKind.PAGES_ZSTD})
 MAX_BUNDLE_BYTES: Final = (
     HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + MAX_BUNDLE_PAYLOAD_BYTES + TAG_BYTES
 )
@@ -162,7 +165,7 @@ class BundleHeader(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """The entries of a PAGES bundle as columns: gfn (int64), operation (uint8), page state (uint32)."""
+    """The entries of a bundle of pages as columns: gfn (int64), operation (uint8), page state (uint32)."""
 
     gfns: NDArray[np.int64]
     operations: NDArray[np.uint8]
@@ -244,21 +247,25 @@ def pack_entries(gfns: NDArray[np.int64], operations: NDArray[np.uint8], states:
 
 
 def parse_entries_untrusted(data: bytes, header: BundleHeader, pages: int) -> Entries:
-    """Entries of a PAGES bundle for a guest of `pages` pages; `data` is what stands between its header and payload.
+    """Entries of a bundle of pages for a guest of `pages` pages; `data` is what stands between its header and payload.
 
     Raises MalformedData where `data` is not exactly the entries that the header counts, a gfn is out of range or not above
     the one before it, an operation is unknown or does not fit the page's state, a reserved bit is set, or the payload is
-    not exactly the DATA pages.
+    not exactly the DATA pages: in PAGES_ZSTD, not smaller than they are.
     """
     count = header.entry_count
     if not data or len(data) != ENTRY_BYTES * count:
-        raise MalformedData(f"PAGES bundle of {count} entries in {len(data)} bytes")
+        raise MalformedData(f"{header.kind.name} bundle of {count} entries in {len(data)} bytes")
     first = int.from_bytes(data[:ENTRY_BYTES], "little")
     entries = _run_untrusted(first, count) if data == _run(first, count) else _columns_untrusted(data)
     # Also where the numbers of a run leave their field: no guest has so many pages.
     if int(entries.gfns[-1]) >= pages:
         raise MalformedData("entries out of RAM")
-    if np.count_nonzero(entries.operations == DATA) * PAGE_SIZE != header.payload_bytes:
+    data_bytes = int(np.count_nonzero(entries.operations == DATA)) * PAGE_SIZE
+    if header.kind is BundleKind.PAGES_ZSTD:
+        if not 0 < header.payload_bytes < data_bytes:
+            raise MalformedData("compressed payload is not smaller than the DATA pages")
+    elif header.payload_bytes != data_bytes:
         raise MalformedData("payload is not exactly the DATA pages")
     return entries
 

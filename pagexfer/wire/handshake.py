@@ -95,19 +95,22 @@ class Freshness(enum.IntEnum):
 #       68     4  vCPUs
 #       72     2  channels
 #       74     1  freshness mode
-#       75     5  reserved, zero
+#       75     1  flags: bit 0 says that PAGES_ZSTD bundles may come, the other bits are reserved, zero
+#       76     4  reserved, zero
 #       80     8  session counter
 #       88    48  policy digest
 #      136    32  ledger key
 #      168    32  X25519 public key
 # Then the KEM part: of a source the encapsulation key, of a destination the ciphertext.
-_HELLO: Final = struct.Struct("<IHBB32s16sQIIHB5sQ48s32s32s")
+_HELLO: Final = struct.Struct("<IHBB32s16sQIIHBB4sQ48s32s32s")
+_COMPRESSED: Final = 1
 _KEM_BYTES: Final = {Role.SOURCE: ENCAPSULATION_KEY_BYTES, Role.DESTINATION: CIPHERTEXT_BYTES}
 SOURCE_HELLO_BYTES: Final = 1384
 DESTINATION_HELLO_BYTES: Final = 1288
 assert _HELLO.size == 200
 assert struct.calcsize("<IHBB32s16s") == 56
-assert struct.calcsize("<IHBB32s16sQIIHB5sQ48s") == 136
+assert struct.calcsize("<IHBB32s16sQIIHB") == 75
+assert struct.calcsize("<IHBB32s16sQIIHBB4sQ48s") == 136
 assert _HELLO.size + ENCAPSULATION_KEY_BYTES == SOURCE_HELLO_BYTES
 assert _HELLO.size + CIPHERTEXT_BYTES == DESTINATION_HELLO_BYTES
 
@@ -120,7 +123,8 @@ assert _ESTABLISHED.size == SESSION_ID_BYTES + CONFIRMATION_BYTES == 64
 class Hello:
     """What one side says of itself before anything is proved.
 
-    A destination repeats the source's guest id, channels, freshness mode and session counter: it accepts them by going on.
+    A destination repeats the source's guest id, channels, freshness mode, session counter and `compressed`, which says that
+    PAGES_ZSTD bundles may come: it accepts them by going on.
     `policy_digest` is that of the policy under which this side judges its peer, `ledger_key` what this side will sign its
     ledger record with. `kem` is an encapsulation key of 1184 bytes from a source, a ciphertext of 1088 from a destination.
     """
@@ -138,6 +142,7 @@ class Hello:
     ledger_key: bytes
     x25519: bytes
     kem: bytes
+    compressed: bool = False
 
     def pack(self) -> bytes:
         head = _HELLO.pack(
@@ -152,7 +157,8 @@ class Hello:
             self.vcpus,
             self.channels,
             self.freshness,
-            bytes(5),
+            _COMPRESSED if self.compressed else 0,
+            bytes(4),
             self.session_counter,
             self.policy_digest,
             self.ledger_key,
@@ -177,6 +183,7 @@ def parse_hello_untrusted(data: bytes) -> Hello:
         vcpus,
         channels,
         freshness,
+        flags,
         reserved,
         session_counter,
         policy_digest,
@@ -193,8 +200,8 @@ def parse_hello_untrusted(data: bytes) -> Hello:
         raise MalformedData("hello with RAM, vCPUs or channels out of range")
     if not session_counter:
         raise MalformedData("hello with session counter 0, the first one is 1")
-    if reserved != bytes(5):
-        raise MalformedData("hello with reserved bytes set")
+    if reserved != bytes(4) or flags & ~_COMPRESSED:
+        raise MalformedData("hello with reserved bits set")
     kem = data[_HELLO.size :]
     if len(kem) != _KEM_BYTES.get(role):
         raise MalformedData(f"hello of {len(data)} bytes does not fit its role {role}")
@@ -213,6 +220,7 @@ def parse_hello_untrusted(data: bytes) -> Hello:
             ledger_key,
             x25519,
             kem,
+            bool(flags & _COMPRESSED),
         )
     except ValueError as error:
         raise MalformedData(f"hello with an unknown value: {error}") from None

@@ -57,6 +57,11 @@ def seeds_of(target: Target) -> list[bytes]:
         return [data_of(vector)[start:end] for name in lists for vector in vectors[name]]
     info = Progress(1 << 20, 0.0).info(1.0)
     own = {
+        "compressed-pages": [
+            (vector["pages"] - 1).to_bytes(2, "little") + data_of(vector)
+            for name in ("frames", "refused_frames")
+            for vector in load("frames")[name]
+        ],
         "channel-records": [b"", bytes(range(60)), bytes(range(120))],
         "monitor-message": [
             pack_message({"kind": "call", "parameters": as_fields(MigrationParameters())}),

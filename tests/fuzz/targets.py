@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+
 from pagexfer.attestation.snp import parse_endorsements_untrusted
 from pagexfer.attestation.snp.certificates import _load_untrusted
 from pagexfer.attestation.snp.framing import pack_evidence, parse_evidence_untrusted
@@ -24,16 +26,20 @@ from pagexfer.guests.kvm.hypervisor import parse_device_state_untrusted
 from pagexfer.guests.qemu.device_state import split_state_untrusted
 from pagexfer.guests.qemu.messages import parse_message_untrusted
 from pagexfer.guests.simulated.registers import parse_registers_untrusted
+from pagexfer.svsm.compression import Decompressor
 from pagexfer.svsm.device_state import Carried
 from pagexfer.svsm.ledger import read_terms_untrusted
 from pagexfer.wire.bundle import (
+    DATA,
     HEADER_BYTES,
+    PAGE_KINDS,
     BundleKind,
     pack_entries,
     parse_entries_untrusted,
     parse_header_untrusted,
     says_kind_untrusted,
 )
+from pagexfer.wire.constants import MAX_BUNDLE_ENTRIES, PAGE_SIZE
 from pagexfer.wire.control import pack_control, parse_control_untrusted
 from pagexfer.wire.device_state import PART_HEADER_BYTES, parse_device_part_untrusted
 from pagexfer.wire.framing import (
@@ -139,9 +145,17 @@ def _bundle(data: bytes) -> None:
     header = parse_header_untrusted(data, len(data))
     assert header.kind == said
     assert header.pack() == data[:HEADER_BYTES]
-    if header.kind is BundleKind.PAGES:
+    if header.kind in PAGE_KINDS:
         raw = data[HEADER_BYTES : header.aad_bytes]
         assert pack_entries(*parse_entries_untrusted(raw, header, _RAM_PAGES)) == raw
+
+
+def _frame(data: bytes) -> None:
+    """Two bytes say how many pages the entries in front of the frame count, which are never more than 512."""
+    pages = int.from_bytes(data[:2], "little") % MAX_BUNDLE_ENTRIES + 1
+    operations = np.full(pages, DATA, dtype=np.uint8)
+    content = Decompressor().content_untrusted(BundleKind.PAGES_ZSTD, memoryview(data)[2:], operations)
+    assert len(content) == pages * PAGE_SIZE
 
 
 def _epoch_totals(data: bytes) -> None:
@@ -285,6 +299,7 @@ TARGETS: Final = (
     Target("proof", (split_proof_untrusted,), _proof),
     Target("end", (parse_established_untrusted,), _end),
     Target("bundle", (parse_header_untrusted, parse_entries_untrusted, says_kind_untrusted), _bundle),
+    Target("compressed-pages", (Decompressor.content_untrusted, Decompressor.decompress_untrusted), _frame),
     Target("epoch-totals", (parse_epoch_totals_untrusted,), _epoch_totals),
     Target("manifest", (parse_manifest_untrusted,), _manifest),
     Target("device-part", (parse_device_part_untrusted, Carried.after_untrusted), _device_part),

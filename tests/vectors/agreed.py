@@ -76,10 +76,11 @@ def hello(**changes: int | bytes) -> tuple[Json, bytes]:
         "ledger_key": noise("ledger key of the source", 32),
         "x25519": x25519_public(X25519_SOURCE),
         "kem": _KEM_KEY.public_key().public_bytes_raw(),
+        "compressed": False,
         **changes,
     }
     packed = struct.pack(
-        "<4sHBB32s16sQIIHB5sQ48s32s32s",
+        "<4sHBB32s16sQIIHBB4sQ48s32s32s",
         b"PGXH",
         1,
         fields["role"],
@@ -91,7 +92,8 @@ def hello(**changes: int | bytes) -> tuple[Json, bytes]:
         fields["vcpus"],
         fields["channels"],
         fields["freshness"],
-        bytes(5),
+        fields["compressed"],
+        bytes(4),
         fields["session_counter"],
         fields["policy_digest"],
         fields["ledger_key"],
@@ -136,6 +138,7 @@ def handshake() -> Json:
                 x25519=bytes(32),
                 kem=bytes(1184),
             ),
+            "compressed": hello(compressed=True),
             "largest": hello(
                 attestor=3,
                 freshness=2,
@@ -164,7 +167,8 @@ def handshake() -> Json:
         "channels over the cap": (72, struct.pack("<H", 1025)),
         "freshness 0": (74, b"\0"),
         "freshness 255": (74, b"\xff"),
-        **{f"reserved byte {index}": (75 + index, b"\1") for index in range(5)},
+        **{f"reserved flag {bit}": (75, bytes([1 << bit])) for bit in range(1, 8)},
+        **{f"reserved byte {index}": (76 + index, b"\1") for index in range(4)},
         "session counter 0": (80, bytes(8)),
         "role of the other size": (6, b"\2"),
     }

@@ -16,13 +16,14 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parents[1]))  # run as a script, the repository is not on the path
 
-from tests.vectors import agreed, ledger, plain, policies, sealed  # noqa: E402
+from tests.vectors import agreed, frames, ledger, plain, policies, sealed  # noqa: E402
 
 
 def main() -> int:
     made = {
         "key_schedule": agreed.key_schedule(),
         "bundles": sealed.bundles(),
+        "frames": frames.frames(),
         "handshake": agreed.handshake(),
         "slot": plain.slot(),
         "framing": plain.framing(),

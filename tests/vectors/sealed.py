@@ -18,6 +18,7 @@ from .agreed import (
     sha384,
     traffic_key,
 )
+from .frames import frame_of_one_page
 from .parts import Json, bad, coded, noise, patched
 
 FINAL_EPOCH = 0xFFFFFFFF
@@ -155,6 +156,7 @@ KINDS = {
     "LEDGER": 10,
     "CHANNEL_STATE": 11,
     "DEVICE_STATE": 12,
+    "PAGES_ZSTD": 13,
 }
 Entry = tuple[int, int, int]  # gfn, operation, page state
 
@@ -254,10 +256,18 @@ def entry_refusals() -> list[Json]:
         "payload of one byte too many": ([page], PAGE + 1),
         "payload of two pages for one": ([page], 2 * PAGE),
     }
+    compressed: dict[str, tuple[list[int], int]] = {
+        "compressed, no entries": ([], 12),
+        "compressed to nothing": ([page], 0),
+        "compressed to no less": ([page], PAGE),
+        "compressed to more": ([page], PAGE + 1),
+        "compressed without DATA": ([zero], 12),
+    }
     refused = []
-    for name, (words, payload) in cases.items():
+    for name, (words, payload) in {**cases, **compressed}.items():
         place = (1, 0, 1, 1)
-        aad = bundle_header(1, 1, place, len(words), payload) + struct.pack(f"<{len(words)}Q", *words)
+        kind = KINDS["PAGES_ZSTD" if name in compressed else "PAGES"]
+        aad = bundle_header(kind, 1, place, len(words), payload) + struct.pack(f"<{len(words)}Q", *words)
         refused.append(bad(name, seal(aad, 1, place, bytes(payload))))
     return refused
 
@@ -325,6 +335,13 @@ def bundles() -> Json:
                 (7, 0, 2, (1 << 32) - 2),
                 b"",
                 tuple((gfn, 2, PRIVATE) for gfn in range(1024, 1536)),
+            ),
+            bundle(
+                "a page in a frame, and one without",
+                "PAGES_ZSTD",
+                (1, 0, 1, 2),
+                frame_of_one_page(),
+                ((9, 1, PRIVATE), (10, 2, PRIVATE)),
             ),
             bundle("vCPU state", "VCPU_STATE", (0, 0, 8, 9), struct.pack("<I", 3) + noise("vcpu", 600)),
             bundle(

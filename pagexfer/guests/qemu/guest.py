@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from ...dirty import DirtyBitmap
-    from .backends import Backend
+    import numpy as np
+    from numpy.typing import NDArray
+
 
 _IDLE_MIGRATION: Final = (None, "none", "completed", "cancelled", "failed")
 
@@ -31,17 +33,21 @@ _IDLE_MIGRATION: Final = (None, "none", "completed", "cancelled", "failed")
 class QemuGuest:
     """`Guest` of kind "qemu". Made by `attach`.
 
-    Its dirty log is found by content, and is a hint: it does not know what was sent. Send it with freshness
-    "digest-audit", which does, and finds every page that is not as it was sent.
+    Its tracker finds pages that are not as they were sent, so nobody has to be believed about writes.
     """
 
     kind = "qemu"
-    tracker = None
 
     def __init__(
-        self, memory: GuestMemory, gate: QemuGate, hypervisor: QemuHypervisor, machine: QemuMachine
+        self,
+        memory: GuestMemory,
+        tracker: ContentTracker,
+        gate: QemuGate,
+        hypervisor: QemuHypervisor,
+        machine: QemuMachine,
     ) -> None:
         self.memory = memory
+        self.tracker = tracker
         self.gate = gate
         self.hypervisor = hypervisor
         self._machine = machine
@@ -87,7 +93,7 @@ class QemuGuest:
         cleanup.callback(close_backends, backends)
         memory = GuestMemory.over(map_backends(backends), lambda: data_gfns(backends))
         memory.launch()  # a stock guest has no RMP: every page counts as private, at both ends
-        log = _ContentLog(memory, backends)
+        tracker = _HoleTracker(memory)
         if incoming:
             machine.flag_up = True
             machine.wanted = False
@@ -95,23 +101,31 @@ class QemuGuest:
                 "stop"
             )  # while it waits this says: do not run by yourself after the device state
         gate = QemuGate(machine, models)
-        hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, backends), log)
-        return cls(memory, gate, hypervisor, machine)
+        hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, backends))
+        return cls(memory, tracker, gate, hypervisor, machine)
 
 
-class _ContentLog(ContentTracker):
-    """Changed pages by content. What a scan has seen is sent as it is: RAM's holes are those after it."""
+class _HoleTracker(ContentTracker):
+    """Changed pages by content, of RAM whose holes are looked for once for each scan and for what is sent after it.
 
-    def __init__(self, memory: GuestMemory, backends: tuple[Backend, ...]) -> None:
-        super().__init__(memory.words, data=lambda: data_gfns(backends))
+    A page that is written later is sent as the hole that it was, and is told as zero, so the next scan finds it.
+    """
+
+    def __init__(self, memory: GuestMemory) -> None:
+        workers = len(os.sched_getaffinity(0))
+        super().__init__(memory.words, data=lambda: memory.data_ranges, workers=workers)
         self._memory = memory
 
-    def collect(self) -> DirtyBitmap:
+    def start(self) -> None:
         """As a content tracker does."""
-        found = super().collect()
-        # Were it the other way round, a page could be seen with content, and be sent as the hole that it was before.
+        super().start()
         self._memory.find_holes()
-        return found
+
+    def collect_part(self, start: int, stop: int) -> NDArray[np.int64]:
+        """As a content tracker does."""
+        if start == 0:
+            self._memory.find_holes()
+        return super().collect_part(start, stop)
 
 
 async def _check_idle(qmp: QmpClient, machine: QemuMachine, *, incoming: bool) -> None:

@@ -8,7 +8,6 @@ from ...errors import GuestError, MalformedData
 from .device_state import load_stream, save_stream, split_state_untrusted
 
 if TYPE_CHECKING:
-    from ...dirty import DirtyTracker
     from .device_state import Platform
     from .machine import QemuMachine
     from .qmp import QmpClient
@@ -17,18 +16,13 @@ if TYPE_CHECKING:
 class QemuHypervisor:
     """`Hypervisor` of one QEMU. Whether it runs is decided together with the gate: see `QemuMachine`."""
 
-    def __init__(
-        self, qmp: QmpClient, machine: QemuMachine, platform: Platform, dirty_log: DirtyTracker | None
-    ) -> None:
+    # A guest's tracker finds what was written.
+    dirty_log = None
+
+    def __init__(self, qmp: QmpClient, machine: QemuMachine, platform: Platform) -> None:
         self._qmp = qmp
         self._machine = machine
         self._platform = platform
-        self._dirty_log = dirty_log
-
-    @property
-    def dirty_log(self) -> DirtyTracker | None:
-        """What shortens epochs; None where nothing does, and all changed pages are found by the digest audit."""
-        return self._dirty_log
 
     async def stop(self) -> None:
         self._machine.wanted = False
