@@ -1,4 +1,4 @@
-"""The named points of a migration of two channels at which tests have something go wrong."""
+"""The named points of a migration of three channels at which tests have something go wrong."""
 
 from __future__ import annotations
 

@@ -374,7 +374,7 @@ async def test_who_may_run_once_an_engine_or_a_handler_is_killed_at(
     outcome: Outcome,
     runs_there: bool,
 ) -> None:
-    await pair.migrate(FAULT_POINTS[point](), lambda: victim(side))
+    await pair.migrate(FAULT_POINTS[point](), lambda: victim(side), channels=3)
     assert isinstance(pair.sent.end, TransferAborted), pair.sent.end
     assert pair.sent.end.outcome is outcome
     if outcome is Outcome.ENDED:
