@@ -152,7 +152,7 @@ async def _completed(qmp: QmpClient) -> dict[str, object]:
     while True:
         info = record(await qmp.execute("query-migrate"))
         match info.get("status"):
-            case "completed":
+            case "completed" if info.get("total-time"):  # which QEMU works out a moment after it says so
                 return info
             case "failed" | "cancelled":
                 raise QemuFailed(f"QEMU's migration failed: {info.get('error-desc', 'its output says why')}")
