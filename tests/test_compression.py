@@ -152,6 +152,21 @@ def test_what_does_not_get_smaller_stays_as_it_is() -> None:
     assert decompress(bytes(frame), 4) == text
 
 
+class _TakenMeanwhile(list[object]):
+    """Has a context when it is looked at, and none any more when it is asked for it."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+def test_a_context_that_another_thread_takes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressor, decompressor = Compressor(), Decompressor()
+    for pool in (compressor, decompressor):
+        monkeypatch.setattr(pool, "_free", _TakenMeanwhile())
+    frame = compressor.compress(memoryview(LINES[:PAGE_SIZE]))
+    assert decompressor.decompress_untrusted(memoryview(frame), 1) == LINES[:PAGE_SIZE]
+
+
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     need_zstd()
     monkeypatch.setitem(sys.modules, "zstandard", None)

@@ -12,7 +12,7 @@ import trio
 from pagexfer import Outcome, Steering, TransferAborted
 from pagexfer.dirty import SteppedTracker, content
 from pagexfer.dirty.content import ContentTracker
-from pagexfer.errors import RefusalCode
+from pagexfer.errors import GuestError, NotReady, RefusalCode
 from pagexfer.migration import receive_guest, send_guest
 from pagexfer.testing.tracker import SteppedMarks
 from pagexfer.wire.bundle import BundleKind
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from pagexfer.dirty import DirtyBitmap
     from pagexfer.wire.slot import StatusRegisters
 
 STEP = 64
@@ -117,6 +118,54 @@ def test_an_epoch_of_parked_vcpus_leaves_nothing_out(move: Move) -> None:
         answer, _ = slots.source_channels[0].call(command, argument)
         assert answer.error is RefusalCode.STATE
     assert move.pair.source.begin_epoch().gfns().tolist() == [3]
+
+
+class _Failing(SteppedMarks):
+    """Fails the first time that it finds something, after it has forgotten it."""
+
+    failed = False
+
+    def collect_part(self, start: int, stop: int) -> NDArray[np.int64]:
+        return self._once(super().collect_part(start, stop))
+
+    def collect(self) -> DirtyBitmap:
+        found = super().collect()
+        self._once(found.gfns())
+        return found
+
+    def _once(self, found: NDArray[np.int64]) -> NDArray[np.int64]:
+        if found.size and not self.failed:
+            self.failed = True
+            raise GuestError("no memory to look into memory")
+        return found
+
+
+@pytest.mark.parametrize("step", ["epoch", "manifest"])
+def test_what_a_failing_tracker_had_found_is_not_lost(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G3: the host gives the command again, and by then the tracker has forgotten the write."""
+    move = Move(step_pages=STEP)
+    monkeypatch.setattr(move.guest.tracker, "__class__", _Failing)
+    pair = move.pair
+    pair.until_precopy()
+    if step == "epoch":
+        move.guest.write(3, 8)
+        pair.park()
+        with pytest.raises(GuestError):
+            pair.epoch()
+        pair.epoch()
+        pair.vcpus()
+    else:
+        pair.park()
+        pair.epoch()
+        pair.vcpus()
+        move.guest.write(3, 8)
+        with pytest.raises(GuestError):
+            pair.manifest()
+        with pytest.raises(NotReady, match="dirty or unsent"):
+            pair.manifest()
+        pair.epoch()
+    pair.manifest()
+    assert move.arrived()
 
 
 def test_abort_in_the_middle_lets_the_guest_go_on(move: Move) -> None:

@@ -20,7 +20,10 @@ class DirtyTracker(Protocol):
         ...
 
     def collect(self) -> DirtyBitmap:
-        """Pages written since `start` or the last `collect`, and forget them."""
+        """Pages written since `start` or the last `collect`, and forget them.
+
+        What it raises may have cost what was found by then: the caller takes every page as written, here and in parts.
+        """
         ...
 
     def stop(self) -> None:

@@ -64,7 +64,10 @@ class Compressor:
         `payload` is private memory. Guest RAM may be written meanwhile, and a frame of it could give a page that nobody
         wrote the content that another one had for a moment.
         """
-        context = self._free.pop() if self._free else self._context()
+        try:
+            context = self._free.pop()
+        except IndexError:
+            context = self._context()
         frame = context.compress(payload)
         self._free.append(context)
         return frame
@@ -106,7 +109,10 @@ class Decompressor:
         head = frame_head(pages)
         if frame[: len(head)] != head:
             raise MalformedData(f"compressed payload that is not a frame of {pages} pages")
-        context = self._free.pop() if self._free else ZstdDecompressor()
+        try:
+            context = self._free.pop()
+        except IndexError:
+            context = ZstdDecompressor()
         try:
             content = context.decompress(frame, read_across_frames=False, allow_extra_data=False)
         except ZstdError:

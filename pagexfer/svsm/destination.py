@@ -355,18 +355,20 @@ class DestinationSvsm:
             # Seen at once, so that no two channels write to one page; a bundle that does not open ends the session.
             self._seen.set_gfns(pages)
             self._opening += 1
+        brought = 0
         try:
             opener.open_untrusted(header, aad, sealed, plaintext)
             content = self._decompressor.content_untrusted(header.kind, plaintext, operations)
             self._memory.adopt_states(pages, states)
             zero_pages = self._write(pages, gfns, operations, content)
+            brought = len(gfns)
         finally:
             with self.lock:
                 self._opening -= 1
-        with self.lock:
-            self._content.record(pages, header.channel, header.incarnation, header.counter)
-            self._epoch_bundles += 1
-        return Imported(header.kind, len(gfns), zero_pages)
+                if brought:  # counted before anybody can see that nothing is being opened any more
+                    self._content.record(pages, header.channel, header.incarnation, header.counter)
+                    self._epoch_bundles += 1
+        return Imported(header.kind, brought, zero_pages)
 
     def _write(
         self,

@@ -12,7 +12,7 @@ from ..dirty import ComparingTracker, DirtyBitmap
 from ..errors import LocalProtocolError
 from ..wire.handshake import Freshness
 from .audit import Audited, PageDigests
-from .sweep import Sweep
+from .sweep import Sweep, all_if_it_fails
 
 if TYPE_CHECKING:
     from ..dirty import DirtyTracker
@@ -95,7 +95,8 @@ class PendingPages:
     def collect_reports(self, lost: DirtyBitmap) -> None:
         """What came in since the epoch began, without reading RAM: a comparing tracker has done that after the park."""
         if self._tracker is not None and self._comparing is None:
-            self.pages.union(self._tracker.collect())
+            with all_if_it_fails(self.pages, 0, self._memory.pages):
+                self.pages.union(self._tracker.collect())
         self._take_reports(lost)
 
     def record(self, package: Package) -> None:

@@ -274,11 +274,12 @@ class SourceSvsm:
                 self._sealing -= 1
                 self._disclaim()
                 self._pending.pages.set_gfns(found[sent:])
-        with self.lock:
-            self._require_epoch()  # the session may have ended meanwhile: then nothing leaves
-            self._content.record(as_run(package.gfns), channel, sealer.incarnation, counter)
-            self._epoch.add(sent)
-            self._zero_run = len(package.payload) == 0
+                if sent:
+                    # Counted before anybody can see that nothing is being sealed any more, and close the epoch.
+                    self._require_epoch()  # the session may have ended meanwhile: then nothing leaves
+                    self._content.record(as_run(package.gfns), channel, sealer.incarnation, counter)
+                    self._epoch.add(sent)
+                    self._zero_run = len(package.payload) == 0
         return Exported(length, sent, package.zero_pages, more=len(found) == look or len(found) > sent)
 
     def epoch_token(self, out: memoryview) -> int:

@@ -5,12 +5,15 @@ The host can be answered between two steps, so that it may give up meanwhile, an
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..dirty import SteppedTracker
 from ..errors import LocalProtocolError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ..dirty import DirtyBitmap, DirtyTracker
 
 
@@ -34,11 +37,12 @@ class Sweep:
         """Mark in `pending` what was written among the next pages. Does nothing once all were looked at."""
         self.is_open = True
         start, stop = self._looked, self._pages
-        if start < stop:
-            if isinstance(self._tracker, SteppedTracker):
-                stop = min(start + self._tracker.step_pages, stop)
+        if start < stop and isinstance(self._tracker, SteppedTracker):
+            stop = min(start + self._tracker.step_pages, stop)
+            with all_if_it_fails(pending, start, stop):
                 pending.set_gfns(self._tracker.collect_part(start, stop))
-            elif self._tracker is not None:
+        elif start < stop and self._tracker is not None:
+            with all_if_it_fails(pending, start, stop):
                 pending.union(self._tracker.collect())
         self._looked = stop
         return Looked(stop, more=stop < self._pages)
@@ -57,3 +61,16 @@ class Sweep:
         """Raise LocalProtocolError in the middle of a pass: what was written is known in part only."""
         if self.is_open:
             raise LocalProtocolError("an epoch is being begun: give EPOCH until it is complete")
+
+
+@contextmanager
+def all_if_it_fails(pending: DirtyBitmap, start: int, stop: int) -> Iterator[None]:
+    """Asking a tracker about pages `start` to `stop` - 1. Where it fails half-way, all of them are pending.
+
+    What it had found by then is lost with it, and it does not report the same write twice.
+    """
+    try:
+        yield
+    except BaseException:
+        pending.set_range(start, stop)
+        raise
