@@ -23,6 +23,7 @@ from pagexfer.errors import GuestError
 from pagexfer.guests import kvm
 from pagexfer.guests.kvm import KvmGuest
 from pagexfer.guests.pattern import read_status
+from pagexfer.svsm.page_digest import fresh_digest
 
 from .measure import Spread
 from .options import progress
@@ -146,7 +147,7 @@ def _in_process(ram_bytes: int, seed: int, stack: ExitStack) -> list[Subject]:
 
     subjects = [
         Subject("byte map", ByteMapTracker(marks), write_and_mark),
-        Subject("content", ContentTracker(content), lambda number: write(content, number)),
+        Subject("content", ContentTracker(content, fresh_digest()), lambda number: write(content, number)),
         Subject("pagemap", PagemapTracker(pagemap), lambda number: write(pagemap, number)),
     ]
     started = []

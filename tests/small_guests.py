@@ -10,6 +10,7 @@ from pagexfer.attestation import PskAttestor
 from pagexfer.dirty.byte_map import ByteMapTracker
 from pagexfer.dirty.content import ContentTracker
 from pagexfer.svsm.memory import GuestMemory
+from pagexfer.svsm.page_digest import fresh_digest
 from pagexfer.testing import BytesGate, SvsmPair
 from pagexfer.testing.tracker import SteppedMarks
 from pagexfer.wire.constants import PAGE_SIZE, WORDS_PER_PAGE
@@ -70,7 +71,7 @@ class Move:
         self.guest = SmallGuest(pages, vcpus, step_pages)
         self.memory = GuestMemory.allocate(pages * PAGE_SIZE)
         self.gate = BytesGate.waiting(vcpus)
-        tracker = ContentTracker(self.guest.memory.words) if compared else self.guest.tracker
+        tracker = ContentTracker(self.guest.memory.words, fresh_digest()) if compared else self.guest.tracker
         self.pair = SvsmPair(
             self.guest.memory,
             self.guest.gate,

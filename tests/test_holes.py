@@ -20,6 +20,7 @@ from pagexfer.guests.qemu.backends import Backend, data_gfns, map_backends
 from pagexfer.svsm.audit import RUN_PAGES, PageDigests
 from pagexfer.svsm.export import Packager
 from pagexfer.svsm.memory import GuestMemory
+from pagexfer.svsm.page_digest import fresh_digest
 from pagexfer.wire.bundle import DATA, DROP, ZERO
 from pagexfer.wire.constants import PAGE_SIZE
 
@@ -140,7 +141,7 @@ def test_holes_are_told_and_compared_as_zero_and_stay_holes(
 ) -> None:
     with sparse(*sent) as ram:
         memory = ram.memory
-        tracker = ContentTracker(memory.words, data=lambda: memory.data_ranges)
+        tracker = ContentTracker(memory.words, fresh_digest(), data=lambda: memory.data_ranges)
         tracker.start()
         packager = Packager(memory, stage=True)
 

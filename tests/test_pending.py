@@ -21,6 +21,7 @@ from pagexfer.dirty import PageCopies, content
 from pagexfer.dirty.content import ContentTracker
 from pagexfer.errors import KeyExhausted, LocalProtocolError, NotReady
 from pagexfer.svsm.export import Packager
+from pagexfer.svsm.page_digest import fresh_digest
 from pagexfer.svsm.sealing import Sealer
 from pagexfer.wire.bundle import MAX_BUNDLE_BYTES, BundleKind
 from pagexfer.wire.handshake import Freshness
@@ -148,7 +149,7 @@ def test_a_guest_is_not_another_sessions_while_a_thread_still_tells_what_it_sent
 @pytest.mark.parametrize("part", [16, 64, 128])
 def test_threads_may_tell_of_their_pages_at_once(part: int) -> None:
     ram = np.random.default_rng(1).integers(1, 1 << 63, (PAGES, 512), dtype=np.uint64)
-    tracker = ContentTracker(ram)
+    tracker = ContentTracker(ram, fresh_digest())
     tracker.start()
     barrier = threading.Barrier(4)
 

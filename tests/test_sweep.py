@@ -14,6 +14,7 @@ from pagexfer.dirty import SteppedTracker, content
 from pagexfer.dirty.content import ContentTracker
 from pagexfer.errors import GuestError, NotReady, RefusalCode
 from pagexfer.migration import receive_guest, send_guest
+from pagexfer.svsm.page_digest import fresh_digest
 from pagexfer.testing.tracker import SteppedMarks
 from pagexfer.wire.bundle import BundleKind
 from pagexfer.wire.slot import Command, SlotStatus
@@ -247,6 +248,6 @@ async def test_an_engine_is_cancelled_between_two_steps() -> None:
 async def test_a_content_tracker_is_asked_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(content, "_STEP_RUNS", 1)
     machine = SmallMachine()
-    machine.source.tracker = ContentTracker(machine.source.memory.words)
+    machine.source.tracker = ContentTracker(machine.source.memory.words, fresh_digest())
     assert await _send(machine, Steering()) is None
     assert machine.moved()

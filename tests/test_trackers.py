@@ -15,6 +15,7 @@ from pagexfer.dirty.pagemap import PagemapTracker
 from pagexfer.errors import LocalProtocolError
 from pagexfer.guests.kvm import KvmGuest
 from pagexfer.guests.simulated import SimulatedGuest
+from pagexfer.svsm.page_digest import fresh_digest
 
 from .kvm_guests import FULL_SPEED, RAM_BYTES, VCPUS, needs_kvm, park, progress, start, until
 from .tracked_ram import PAGES, WORDS, needs_pagemap, shared
@@ -114,7 +115,7 @@ class ToldTracker(ContentTracker):
     """A content tracker that is told at once that all of RAM was sent, so that it has the others' contract."""
 
     def __init__(self, ram: NDArray[np.uint64]) -> None:
-        super().__init__(ram)
+        super().__init__(ram, fresh_digest())
         self._ram = ram
         self._told = False
 

@@ -28,24 +28,18 @@ since.
 Several threads may be in `sent` at once, with different pages. What they write is theirs: a page's digest, and the digest
 of a run of which they have all pages. Of a run that they have a part of, they only set the mark that its digest is stale.
 
-XXH3 with 128 bits: 12.2 GB/s for one page of 4 KiB a call, 27.7 GB/s for runs of 512 KiB, on one core of a Zen 4. GMAC
-does 3.1 and 20.9 there, a keyed BLAKE3 1.7 and 4.7; inner products in numpy with random factors take as long as XXH3 and
-mix a word's high bits poorly. Two contents that were not made to collide do so with probability 2^-128; for 1 TiB,
-scanned a thousand times, a page is missed with probability below 2^-90. The seed is secret and new for every tracker, so
-whoever writes pages cannot aim, but no bound is proven for XXH3 against one who tries. What such a guest could win is a
-page of its own, both of whose contents it wrote itself, that is old at the destination: it could as well have written the
-old content. The GMAC audit has a proven bound.
+The digest is the caller's: 16 bytes, of a page and of a run. What holds of its collisions holds of the scan, against
+whoever chooses what is in RAM: two contents of a run with one digest are a write that is not reported, of any page in it.
+So where nobody is to be believed about writes, it has to be under a key, as `svsm.page_digest` is.
 """
 
 from __future__ import annotations
 
-import secrets
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
-from xxhash import xxh3_128_digest
 
 from ..errors import LocalProtocolError
 from .bitmap import DirtyBitmap, as_run
@@ -55,8 +49,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from numpy.typing import NDArray
-
-_SEED_BITS: Final = 64
 
 # 512 KiB: a call over so much costs what its hashing costs and lets the interpreter's lock go, a copy of it stays in the
 # second-level cache, and a run that differs is few pages to look at one by one.
@@ -77,6 +69,8 @@ class _Data(NamedTuple):
 class ContentTracker:
     """Comparing tracker over `words`, uint64 of shape (pages, 512) in contiguous memory that others may write to.
 
+    `digest` gives 16 bytes, and threads may call it at the same time.
+
     `data` gives (start, stop) of all gfns that may be other than zero, as SEEK_DATA does for a file: nothing else is read
     unless it was other than zero before. Default: all. `workers` threads scan; more than one pays where one core does not
     take all of the memory's bandwidth. 16 bytes are kept for each page. Only one thread scans, starts and stops.
@@ -85,6 +79,7 @@ class ContentTracker:
     def __init__(
         self,
         words: NDArray[np.uint64],
+        digest: Callable[[memoryview], bytes],
         *,
         data: Callable[[], Iterable[tuple[int, int]]] | None = None,
         workers: int = 1,
@@ -96,7 +91,7 @@ class ContentTracker:
         self._pages = len(words)
         self._data = data
         self._workers = workers
-        self._seed = secrets.randbits(_SEED_BITS)
+        self._hash = digest
         runs = -(-self._pages // _RUN_PAGES)
         zeros = memoryview(bytes(_RUN_PAGES * PAGE_SIZE))
         self._zero_page = self._digest([zeros[:PAGE_SIZE]])
@@ -260,5 +255,5 @@ class ContentTracker:
 
     def _digest(self, parts: Iterable[memoryview]) -> NDArray[np.uint64]:
         """Digests of these parts, uint64 of shape (n, 2)."""
-        digests = b"".join(map(xxh3_128_digest, parts, repeat(self._seed)))
+        digests = b"".join(map(self._hash, parts))
         return np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)

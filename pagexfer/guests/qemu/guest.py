@@ -11,6 +11,7 @@ import trio
 from ...dirty.content import ContentTracker
 from ...errors import GuestError
 from ...svsm.memory import GuestMemory
+from ...svsm.page_digest import fresh_digest
 from .backends import close_backends, data_gfns, find_backends, map_backends
 from .device_state import Platform
 from .gate import CpuModel, QemuGate
@@ -113,7 +114,7 @@ class _HoleTracker(ContentTracker):
 
     def __init__(self, memory: GuestMemory) -> None:
         workers = len(os.sched_getaffinity(0))
-        super().__init__(memory.words, data=lambda: memory.data_ranges, workers=workers)
+        super().__init__(memory.words, fresh_digest(), data=lambda: memory.data_ranges, workers=workers)
         self._memory = memory
 
     def start(self) -> None:
