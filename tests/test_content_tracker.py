@@ -259,7 +259,7 @@ def test_contents_that_were_chosen_for_a_seeded_hash_are_told_apart() -> None:
     Of two of its products, each has its sign changed by a flipped bit, and for one seed in so many they are alike.
     """
     chosen, other = zeros(2)
-    chosen[[0, 96]] = 1, 1 ^ 0x060a_0410
+    chosen[[0, 96]] = 1, 1 ^ 0x060A_0410
     other[:] = chosen
     other[[0, 96]] ^= np.uint64(1 << 63)
     pages = [page.view(np.uint8).data for page in (chosen, other)]
