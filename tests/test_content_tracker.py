@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from pagexfer.dirty import PageCopies, SteppedTracker
 from pagexfer.dirty.content import ContentTracker
+from pagexfer.dirty.ram import PAGE_SIZE
 from pagexfer.errors import LocalProtocolError
 from pagexfer.svsm.page_digest import fresh_digest
 
@@ -266,6 +267,34 @@ def test_contents_that_were_chosen_for_a_seeded_hash_are_told_apart() -> None:
     for _ in range(1000):
         digest = fresh_digest()
         assert digest(pages[0]) != digest(pages[1])
+
+
+@pytest.mark.parametrize("act", ["tell", "collect"])
+def test_a_digest_that_fails_leaves_no_run_that_is_not_of_its_pages(act: str) -> None:
+    """The page is sent by itself afterwards, and goes back to what the run's digest is of."""
+    runs_left, digest = 1000, fresh_digest()
+
+    def failing(octets: memoryview) -> bytes:
+        nonlocal runs_left
+        if len(octets) > PAGE_SIZE:
+            runs_left -= 1
+            if runs_left == 0:
+                raise MemoryError
+        return digest(octets)
+
+    ram = zeros(128)
+    tracker = started(ram, digest=failing)
+    ram[7] = 1
+    runs_left = 1 if act == "tell" else 2  # the run, and the run's copy
+    acts: dict[str, Callable[[], object]] = {
+        "tell": lambda: tell(tracker, np.arange(128), ram),
+        "collect": tracker.collect,
+    }
+    with pytest.raises(MemoryError):
+        acts[act]()
+    tell(tracker, np.array([7]), ram[7:8])
+    ram[7] = 0
+    assert tracker.collect().gfns().tolist() == [7]
 
 
 def aba(*, told: bool) -> bool:

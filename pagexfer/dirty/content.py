@@ -167,8 +167,8 @@ class ContentTracker:
     def _keep(self, gfns: NDArray[np.int64], digests: NDArray[np.uint64]) -> None:
         """Pages whose runs were not sent whole."""
         others = (self._kept[gfns] != digests).any(axis=1)
-        self._kept[gfns] = digests
         self._stale[gfns[others] // _RUN_PAGES] = True
+        self._kept[gfns] = digests
 
     def _keep_range(
         self, gfns: range, digests: NDArray[np.uint64], copies: PageCopies, in_use: NDArray[np.bool_]
@@ -183,6 +183,7 @@ class ContentTracker:
         for outer in (slice(0, head), slice(tail, len(gfns))):
             if outer.start < outer.stop:
                 self._keep(np.arange(gfns.start + outer.start, gfns.start + outer.stop), digests[outer])
+        self._stale[first:end] = True  # until the run's digest is made, should that fail
         self._kept[gfns.start + head : gfns.start + tail] = digests[head:tail]
         for run in range(first, end):
             start = run * _RUN_PAGES - gfns.start
@@ -231,6 +232,7 @@ class ContentTracker:
         kept = self._kept[first : first + _RUN_PAGES]
         actual = self._digest(copies.each[: len(kept)])
         changed: NDArray[np.int64] = np.flatnonzero((actual != kept).any(axis=1))
+        self._stale[run] = True  # until the run's digest is made, should that fail
         kept[:] = actual
         self._kept_runs[run] = self._digest([octets])
         self._stale[run] = False
