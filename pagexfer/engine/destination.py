@@ -138,7 +138,7 @@ class DestinationEngine:
         self._refused: TransferAborted | None = None
         self._all_open = trio.Event()
         self._handing_over = False
-        self._device_state: list[bytes] = []
+        self._device_state = bytearray()
         self._running = False
 
     async def run(self, listener: Listener) -> MigrationInfo:
@@ -324,15 +324,15 @@ class DestinationEngine:
 
     def _keep(self, part: bytes) -> None:
         """Put the next part of the device state to those before. The cap is looked at here too: the memory is ours."""
-        self._device_state.append(part)
-        if sum(map(len, self._device_state)) > MAX_DEVICE_STATE_BYTES:
+        self._device_state += part
+        if len(self._device_state) > MAX_DEVICE_STATE_BYTES:
             raise MalformedData(f"device state over the cap of {MAX_DEVICE_STATE_BYTES} bytes")
 
     async def _get_ready(self, link: DestinationChannel) -> None:
         """The SVSM found everything complete; READY once the hypervisor has taken its own state over."""
         try:
             with hypervisor_call("load the devices"):
-                await self._hypervisor.load_device_state(b"".join(self._device_state))
+                await self._hypervisor.load_device_state(bytes(self._device_state))
         except GuestError as error:
             raise TransferAborted(Outcome.ENDED, "device-state", str(error)) from error
         await link.answer(BundleKind.READY)
