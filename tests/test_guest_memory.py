@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagexfer.dirty import as_run
+from pagexfer.dirty import DirtyBitmap, as_run
 from pagexfer.errors import LocalProtocolError, PageStateError
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.wire.constants import PAGE_SIZE, WORDS_PER_PAGE
@@ -49,7 +51,7 @@ def test_fresh_ram_is_zero_and_not_validated(memory: GuestMemory) -> None:
     assert memory.ram_bytes == PAGES * PAGE_SIZE
     assert not memory.words.any()
     assert not memory.states.any()
-    assert not memory.state_changes.any()
+    assert not memory.take_state_changes().any()
     memory.launch()
     assert (memory.states == PRIVATE).all()
 
@@ -76,13 +78,13 @@ def test_write_to_a_shared_page_is_fine(memory: GuestMemory) -> None:
 
 def test_second_pvalidate_is_refused_and_changes_nothing(memory: GuestMemory) -> None:
     memory.pvalidate(gfns(1))
-    memory.state_changes.clear()
+    memory.take_state_changes()
     with pytest.raises(PageStateError):
         memory.pvalidate(gfns(0, 1))
     with pytest.raises(PageStateError):
         memory.pvalidate(gfns(1, 2), validated=False)
     assert memory.states.tolist()[:3] == [0, VALIDATED, 0]
-    assert not memory.state_changes.any()
+    assert not memory.take_state_changes().any()
     memory.pvalidate(gfns(1), validated=False)
     assert not memory.states.any()
 
@@ -95,7 +97,33 @@ def test_rmpadjust_sets_one_vmpls_permissions_and_nothing_else(memory: GuestMemo
     assert int(memory.states[9]) == PRIVATE | 0b10101 << 9
     memory.rmpadjust(gfns(2), 2, 0)
     assert int(memory.states[2]) == PRIVATE
-    assert memory.state_changes.gfns().tolist() == [2, 9]
+    assert memory.take_state_changes().gfns().tolist() == [2, 9]
+
+
+def test_no_state_change_is_lost_while_others_are_taken() -> None:
+    """Or the destination would have an old page state, and neither side would know."""
+    pages = 8000
+    memory = GuestMemory.allocate(pages * PAGE_SIZE)
+    memory.launch()
+
+    def change() -> None:
+        for gfn in range(pages // 2):
+            memory.rmpadjust(gfns(gfn, gfn + pages // 2), 1, 0)
+
+    taken = DirtyBitmap(pages)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    vcpu = threading.Thread(target=change)
+    try:
+        vcpu.start()
+        while vcpu.is_alive():
+            taken.union(memory.take_state_changes())
+    finally:
+        vcpu.join()
+        sys.setswitchinterval(interval)
+        memory.close()
+    taken.union(memory.take_state_changes())
+    assert taken.count() == pages
 
 
 def test_rmpadjust_needs_validated_pages(memory: GuestMemory) -> None:

@@ -53,7 +53,9 @@ class GuestMemory:
         self.pages = len(words)
         self.words = words
         self.states: NDArray[np.uint32] = np.full(self.pages, 0, dtype=np.uint32)
-        self.state_changes = DirtyBitmap(self.pages)
+        self._state_changes = DirtyBitmap(self.pages)
+        # vCPUs change states while a migration asks which.
+        self._changing_states = threading.Lock()
         # Pages that may differ from zero: all, unless `allocate` knows better.
         self._populated = DirtyBitmap.full(self.pages)
         # Threads write to pages of their own, but the words of a bitmap are everybody's.
@@ -175,25 +177,32 @@ class GuestMemory:
     def pvalidate(self, gfns: NDArray[np.int64], *, validated: bool = True) -> None:
         """PVALIDATE each page of `gfns`. Raises PageStateError, changing nothing, where one already has that state."""
         pages = self._locate(gfns)
-        current = (self.states[pages] & _VALIDATED) != 0
-        if (current == validated).any():
-            raise PageStateError(
-                f"{'second' if validated else 'needless'} PVALIDATE: page already in that state"
-            )
-        self.states[pages] ^= _VALIDATED
-        self.state_changes.set_gfns(gfns)
+        with self._changing_states:
+            current = (self.states[pages] & _VALIDATED) != 0
+            if (current == validated).any():
+                raise PageStateError(
+                    f"{'second' if validated else 'needless'} PVALIDATE: page already in that state"
+                )
+            self.states[pages] ^= _VALIDATED
+            self._state_changes.set_gfns(gfns)
 
     def rmpadjust(self, gfns: NDArray[np.int64], vmpl: int, permissions: int) -> None:
         """Set the permissions of `vmpl` on validated pages. Raises PageStateError where a page is not validated."""
         pages = self._locate(gfns)
-        if not (self.states[pages] & _VALIDATED).all():
-            raise PageStateError("RMPADJUST of a page that is not validated")
         shift = vmpl_shift(vmpl)
         field = ((1 << PERMISSION_BITS) - 1) << shift
-        self.states[pages] = (self.states[pages] & np.uint32(STATE_MASK & ~field)) | np.uint32(
-            (permissions << shift) & field
-        )
-        self.state_changes.set_gfns(gfns)
+        with self._changing_states:
+            if not (self.states[pages] & _VALIDATED).all():
+                raise PageStateError("RMPADJUST of a page that is not validated")
+            self.states[pages] = (self.states[pages] & np.uint32(STATE_MASK & ~field)) | np.uint32(
+                (permissions << shift) & field
+            )
+            self._state_changes.set_gfns(gfns)
+
+    def take_state_changes(self) -> DirtyBitmap:
+        """Pages that PVALIDATE or RMPADJUST changed since the last call. Any thread may do so meanwhile."""
+        with self._changing_states:
+            return self._state_changes.take()
 
     def adopt_states(self, gfns: NDArray[np.int64] | range, states: NDArray[np.uint32]) -> None:
         """Bring pages to the states that the source recorded: PVALIDATE where that bit differs, RMPADJUST for the others.

@@ -130,5 +130,6 @@ class PendingPages:
         return self._audited_pages == self._memory.pages
 
     def _take_reports(self, lost: DirtyBitmap) -> None:
-        for bitmap in (self._memory.state_changes, self._hinted, self._found, lost):
+        self.pages.union(self._memory.take_state_changes())
+        for bitmap in (self._hinted, self._found, lost):
             self.pages.union(bitmap.take())
