@@ -13,6 +13,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -26,6 +27,8 @@ def main() -> int:
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("targets", nargs="*", metavar="TARGET")
     options = parser.parse_args()
+    if find_spec("atheris") is None:
+        parser.error("fuzzing needs the fuzz extra: pip install 'pagexfer[fuzz]'")
     if options.alone:
         _fuzz(options.targets[0], options.seconds, options.seed)
     from .targets import TARGETS
