@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from .wire.handshake import Freshness
 
 # Steps in which the destination's RAM is provided: some 20 ms each, so that an end does not wait for long.
-_PREFAULT_BYTES: Final = 1 << 24
+_PROVIDED_BYTES: Final = 1 << 24
 
 FreshnessChoice = Literal["auto", "digest-audit"]
 
@@ -170,7 +170,8 @@ async def send_guest(
             isinstance(guest.hypervisor, ThrottlingHypervisor),
         )
         with kept or nullcontext():
-            info = await send_isolated(guest, svsm, task, steering, on_progress)
+            sending = partial(send_isolated, guest, svsm, task, steering, on_progress)
+            info = await _run(sending, guest.memory, guest.memory.map_ahead)
             return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
     engine = SourceEngine(
         _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
@@ -186,7 +187,8 @@ async def send_guest(
         on_progress,
     )
     with kept or nullcontext():
-        return MigrationReport(await engine.run(host, port), svsm.freshness, svsm.peer, ledger)
+        info = await _run(partial(engine.run, host, port), guest.memory, guest.memory.map_ahead)
+        return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
 
 
 async def receive_guest(
@@ -237,7 +239,7 @@ async def receive_guest(
         )
         receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
         with kept or nullcontext():
-            info = await _run(receiving, guest.memory)
+            info = await _run(receiving, guest.memory, guest.memory.prefault)
         return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
 
     async def make_slots(count: int) -> list[Slot]:
@@ -260,19 +262,21 @@ async def receive_guest(
         listener = await listen(host, port, stall_timeout_s)
         try:
             on_listening(listener.port)
-            info = await _run(partial(engine.run, listener), guest.memory)
+            info = await _run(partial(engine.run, listener), guest.memory, guest.memory.prefault)
         finally:
             listener.close()
     return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
 
 
-async def _run(receive: Callable[[], Awaitable[MigrationInfo]], memory: GuestMemory) -> MigrationInfo:
-    """Receive, and provide RAM meanwhile."""
+async def _run(
+    move: Callable[[], Awaitable[MigrationInfo]], memory: GuestMemory, provide: Callable[[int, int], bool]
+) -> MigrationInfo:
+    """Send or receive, and meanwhile have RAM provided, part by part."""
     end: MigrationInfo | TransferAborted | UsageError
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_prefault, memory)
+        nursery.start_soon(_provide, memory, provide)
         try:
-            end = await receive()
+            end = await move()
         except (TransferAborted, UsageError) as aborted:
             end = aborted  # raised outside of the nursery, which would wrap it into a group
         nursery.cancel_scope.shield = True  # the outcome stands, also where a cancel comes with it
@@ -311,11 +315,11 @@ def _check_shards(shards: int) -> None:
         raise UsageError(f"a migration has 1 to {MAX_SHARDS} shards, not {shards}")
 
 
-async def _prefault(memory: GuestMemory) -> None:
-    """Provide the destination's RAM in the background, while it waits for the source and for the network."""
-    for start in range(0, memory.ram_bytes, _PREFAULT_BYTES):
-        length = min(_PREFAULT_BYTES, memory.ram_bytes - start)
-        if not await trio.to_thread.run_sync(memory.prefault, start, length):
+async def _provide(memory: GuestMemory, provide: Callable[[int, int], bool]) -> None:
+    """In the background, while this side waits for its peer and for the network."""
+    for start in range(0, memory.ram_bytes, _PROVIDED_BYTES):
+        length = min(_PROVIDED_BYTES, memory.ram_bytes - start)
+        if not await trio.to_thread.run_sync(provide, start, length):
             return
 
 

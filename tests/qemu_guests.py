@@ -25,6 +25,8 @@ _CODE = bytes.fromhex(
     "fa6631c08ed88ee066ff06007ebb00208ec32666a100006640663b06007e740566ff06047e2666a3000081c3000181fb008075dcebd2"
 )
 _ROUNDS_WORD = (0x7, 0xE00 // 8)
+_HUGE = ",hugetlb=on,hugetlbsize=2M"
+_FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
 
 @contextmanager
@@ -34,8 +36,12 @@ def qemu(
     incoming: bool = False,
     share: str = "on",
     sizes: tuple[int, int] = (16, 16),
+    huge: bool = False,
 ) -> Iterator[Path]:
-    """A QEMU with `sizes` MiB in two shared backends, the second one a memfd; gives the path of its monitor."""
+    """A QEMU with `sizes` MiB in two shared backends, the second one a memfd (of huge pages, with `huge`).
+
+    Gives the path of its monitor.
+    """
     folder.mkdir(exist_ok=True)
     disk, monitor = folder / "boot", folder / "qmp"
     disk.write_bytes(_CODE.ljust(510, b"\0") + b"\x55\xaa" + bytes(1440 * 1024 - 512))
@@ -43,7 +49,7 @@ def qemu(
         str(QEMU),
         *("-accel", "tcg", "-m", f"{sum(sizes)}M", "-nodefaults", "-no-user-config", "-display", "none"),
         *("-object", f"memory-backend-file,id=m0,size={sizes[0]}M,share={share},mem-path={folder / 'm0'}"),
-        *("-object", f"memory-backend-memfd,id=m1,size={sizes[1]}M,share={share}"),
+        *("-object", f"memory-backend-memfd,id=m1,size={sizes[1]}M,share={share}{_HUGE if huge else ''}"),
         *("-numa", "node,memdev=m0", "-numa", "node,memdev=m1"),
         *("-drive", f"if=floppy,format=raw,readonly=on,file={disk}", "-boot", "a"),
         *("-qmp", f"unix:{monitor},server=on,wait=off"),
@@ -58,6 +64,11 @@ def qemu(
     finally:
         process.kill()
         process.wait()
+
+
+def free_huge_pages() -> int:
+    """Pages of 2 MiB that may be had."""
+    return int(_FREE_HUGE_PAGES.read_text()) if _FREE_HUGE_PAGES.exists() else 0
 
 
 def _listens(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import resource
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -186,6 +187,25 @@ def test_only_ram_without_holes_is_provided(touched: tuple[int, ...]) -> None:
         assert ram.memory.prefault(0, 16 * PAGE_SIZE)
         assert ram.memory.prefault(16 * PAGE_SIZE, 16 * PAGE_SIZE)
         assert ram.allocated() == len(touched)
+
+
+def test_a_file_is_mapped_before_it_is_read_and_its_holes_stay() -> None:
+    def faults() -> int:
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+
+    with sparse(*range(64)) as ram:
+        assert ram.memory.map_ahead(0, 64 * PAGE_SIZE)
+        before = faults()
+        assert ram.memory.words[:64, 0].all()
+        assert faults() - before < 4  # unmapped it takes one for every 16 pages at least
+        assert ram.memory.map_ahead(64 * PAGE_SIZE, (PAGES - 64) * PAGE_SIZE)
+        assert ram.allocated() == 64
+
+
+def test_ram_that_this_process_made_is_mapped_already() -> None:
+    memory = GuestMemory.allocate(PAGE_SIZE)
+    assert not memory.map_ahead(0, PAGE_SIZE)
+    memory.close()
 
 
 def test_zero_leaves_holes_alone() -> None:

@@ -22,7 +22,7 @@ from pagexfer.guests.qemu.device_state import Platform
 from pagexfer.guests.qemu.qmp import QmpClient
 from pagexfer.guests.qemu.values import record
 
-from .qemu_guests import errors, goes_on, needs_qemu, qemu, rounds, until
+from .qemu_guests import errors, free_huge_pages, goes_on, needs_qemu, qemu, rounds, until
 from .test_migration import PSK, migrate
 
 if TYPE_CHECKING:
@@ -72,6 +72,29 @@ async def test_ram_is_equal_page_by_page_when_the_guest_goes_on(
             await migrate(source, destination, 3)
             await goes_on(destination)
     assert different == [0]
+
+
+@pytest.mark.skipif(free_huge_pages() < 16, reason="no 16 huge pages of 2 MiB: see /proc/sys/vm/nr_hugepages")
+async def test_ram_in_huge_pages_moves(tmp_path: Path) -> None:
+    with qemu(tmp_path / "s", huge=True) as here, qemu(tmp_path / "d", incoming=True, huge=True) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+            source.memory.words[-1] = 7  # in the backend of huge pages
+            await migrate(source, destination, 2)
+            await goes_on(destination)
+            assert (destination.memory.words[-1] == 7).all()
+            assert errors(destination) == 0
+
+
+@pytest.mark.skipif(free_huge_pages() < 8, reason="no 8 huge pages of 2 MiB: see /proc/sys/vm/nr_hugepages")
+async def test_huge_pages_at_one_side_only_are_refused(tmp_path: Path) -> None:
+    with qemu(tmp_path / "s", huge=True) as here, qemu(tmp_path / "d", incoming=True) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+            with pytest.RaisesGroup(pagexfer.TransferAborted, pagexfer.TransferAborted) as caught:
+                await migrate(source, destination, 2)
+            assert all("page size" in str(aborted) for aborted in caught.value.exceptions)
+            await goes_on(source)
 
 
 async def test_the_gmac_audit_can_be_had_as_well(tmp_path: Path) -> None:
@@ -153,6 +176,38 @@ async def test_a_destination_that_dies_in_blackout_leaves_the_source_running(
                     await migrate(source, other, 2)
                     await goes_on(other)
                     assert errors(other) == 0
+
+
+async def test_a_cancel_in_blackout_leaves_the_source_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            await goes_on(source)
+            steering, load = pagexfer.Steering(), destination.hypervisor.load_device_state
+
+            async def cancel(state: bytes) -> None:
+                assert source.run_state == "postmigrate"
+                steering.cancel()
+                await load(state)
+                await until(lambda: source.run_state == "running")
+
+            monkeypatch.setattr(destination.hypervisor, "load_device_state", cancel)
+            async with trio.open_nursery() as nursery:
+                port: int = await nursery.start(serve_in_vain, destination)
+                with pytest.raises(pagexfer.TransferAborted, match="cancelled") as aborted:
+                    await pagexfer.send_guest(source, "127.0.0.1", port, PSK, steering=steering)
+                assert aborted.value.outcome is pagexfer.Outcome.ENDED
+            await goes_on(source)
+            assert errors(source) == 0
+            assert destination.run_state != "running"
+
+
+async def serve_in_vain(
+    guest: QemuGuest, task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED
+) -> None:
+    with pytest.raises(pagexfer.TransferAborted):
+        await pagexfer.receive_guest(guest, "127.0.0.1", 0, PSK, on_listening=task_status.started)
 
 
 async def test_nobody_at_the_destination_leaves_the_source_running(tmp_path: Path) -> None:

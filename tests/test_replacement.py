@@ -78,14 +78,19 @@ def assert_same(move: Move) -> None:
     assert np.array_equal(move.memory.states, move.guest.memory.states)
 
 
-@pytest.mark.parametrize("arrived", [0, 1, 2])
-@pytest.mark.parametrize("channel", [0, 1])
-def test_r9_lost_bundles_go_again_with_the_next_epoch(move: Move, channel: int, arrived: int) -> None:
+def in_first_epoch(move: Move) -> SvsmPair:
     pair = move.pair
     pair.handshake()
     pair.open_channels()
     pair.ledger()
     pair.source.begin_epoch()
+    return pair
+
+
+@pytest.mark.parametrize("arrived", [0, 1, 2])
+@pytest.mark.parametrize("channel", [0, 1])
+def test_r9_lost_bundles_go_again_with_the_next_epoch(move: Move, channel: int, arrived: int) -> None:
+    pair = in_first_epoch(move)
     messages = [m for start in range(0, PAGES, 4) for m in [pair.seal_pages(channel, start, start + 4)] if m]
     assert len(messages) > 2
     for message in messages[:arrived]:
@@ -121,11 +126,7 @@ def test_r9_token_and_ledger_that_were_lost_are_sealed_again(move: Move) -> None
 
 def test_r9_token_whose_channel_lost_pages_is_never_taken(move: Move) -> None:
     """The token was sealed before anybody knew of the loss: channel 0 is replaced, too, and the token counts anew."""
-    pair = move.pair
-    pair.handshake()
-    pair.open_channels()
-    pair.ledger()
-    pair.source.begin_epoch()
+    pair = in_first_epoch(move)
     messages = sealed(pair, 1)
     pair.deliver(messages[0])
     pair.seal_token(BundleKind.EPOCH_TOKEN)
@@ -150,11 +151,7 @@ def test_r9_token_that_arrived_stays(move: Move) -> None:
 
 
 def test_r9_openings_that_were_lost_too(move: Move) -> None:
-    pair = move.pair
-    pair.handshake()
-    pair.open_channels()
-    pair.ledger()
-    pair.source.begin_epoch()
+    pair = in_first_epoch(move)
     messages = sealed(pair, 1)
     pair.deliver(messages[0])
     opening(pair, 1)  # never arrives

@@ -260,3 +260,13 @@ async def test_a_newcomer_that_nobody_takes_is_closed_with_the_listener() -> Non
         listener.close()
         with trio.fail_after(5):
             assert await peer.receive_some(1) == b""
+
+
+async def test_the_kernel_tells_the_round_trip() -> None:
+    async with connections() as (near, far):
+        for _ in range(4):
+            await near.send_frame(FrameType.BARRIER, b"1234")
+            await far.receive_frame(FrameType.BARRIER)
+        assert 0 < near.round_trip_s() < 1
+        near.close()
+        assert near.round_trip_s() == 0

@@ -40,12 +40,10 @@ class Course:
         steering: Steering,
         hypervisor: Hypervisor,
         progress: Progress,
-        channels: int,
         stall_timeout_s: float,
         *,
         compressed: bool,
     ) -> None:
-        self._channels = channels
         self._compressed = compressed
         self._steering = steering
         self._throttling = hypervisor if isinstance(hypervisor, ThrottlingHypervisor) else None
@@ -55,16 +53,11 @@ class Course:
         self._pressure = Pressure(0, steering.parameters.downtime_limit_s)
         self._shrunk = 1.0
         self._data_pages = 0
-        self._round_trip_s = math.inf
         self._throttle = 0
         self._precopy = trio.CancelScope()
         self._precopy_began = math.inf
 
     # What was measured
-
-    def answered(self, seconds: float) -> None:
-        """The destination answered within so long: the shortest of these is nearest to a round trip."""
-        self._round_trip_s = min(self._round_trip_s, seconds)
 
     def finished(self, pending_pages: int, began_s: float, sent_bytes: int) -> None:
         """An epoch ended just now."""
@@ -94,10 +87,8 @@ class Course:
                 Outcome.ENDED, "timeout", f"pre-copy did not end within the timeout of {timeout_s:g} s"
             )
 
-    async def decide(self, pending_pages: int, audit_s: float, look_s: float) -> Decision:
+    async def decide(self, pending_pages: int, costs: Costs) -> Decision:
         """Whether to transfer what is pending, or to switch over. Raises TransferAborted where neither helps.
-
-        Audit, and looking for changed pages, are expected to take so long in black-out.
 
         Comes back late where the operator wants a pause, and then with one epoch more.
         """
@@ -110,7 +101,7 @@ class Course:
             trio.current_time(),
             self._pressure,
             parameters,
-            Costs(self._channels, audit_s, self._round_trip_s if self._samples else 0.0, look_s),
+            costs,
             can_throttle=can_throttle,
         )
         self._progress.expected_downtime_s = verdict.expected_downtime_s if self._samples else 0.0

@@ -41,7 +41,7 @@ from ..wire.handshake import parse_established_untrusted
 from ..wire.slot import Command, SlotStatus
 from .channel import SourceChannel
 from .control import Control
-from .convergence import Decision
+from .convergence import Costs, Decision
 from .course import Course
 from .failure import SECOND_HAND, as_aborted, first_failure, hypervisor_call, say_farewell, undecided
 from .plan import Chunk, plan_chunks
@@ -109,7 +109,6 @@ class SourceEngine:
             steering,
             hypervisor,
             self._progress,
-            options.channels,
             options.stall_timeout_s,
             compressed=options.compressed,
         )
@@ -187,9 +186,7 @@ class SourceEngine:
             self._channels.append(SourceChannel(channel, slot, connection, tally))
             self._progress.channels.append(tally)
             await self._channels[-1].open(session)
-        asked = trio.current_time()
         await control.receive(ChannelsOpen, self._options.stall_timeout_s)
-        self._course.answered(trio.current_time() - asked)
 
     async def _precopy(self, control: Control, repair: Repair) -> None:
         log = self._hypervisor.dirty_log
@@ -200,15 +197,15 @@ class SourceEngine:
         while True:
             began = trio.current_time()
             pending, chunks = await self._begin_epoch()
-            if audit_s is None:
-                audit_s = (
-                    await self._predict_audit()
-                )  # the first epoch looks for nothing: all of RAM is to be sent
+            if audit_s is None:  # the first epoch looks for nothing: all of RAM is to be sent
+                audit_s = await self._predict_audit()
             else:
                 # An SVSM that compares RAM with what was sent does so in black-out too.
                 took_s = trio.current_time() - began
                 look_s = min(look_s or took_s, took_s)
-            if await self._course.decide(pending, audit_s, look_s) is Decision.SWITCHOVER:
+            round_trip_s = control.connection.round_trip_s()
+            costs = Costs(self._options.channels, audit_s, round_trip_s, look_s)
+            if await self._course.decide(pending, costs) is Decision.SWITCHOVER:
                 return
             await self._transfer(control, repair, pending, chunks)
 
@@ -361,9 +358,7 @@ class SourceEngine:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(give_up)
-            asked = trio.current_time()
             closed = await control.receive(EpochClosed, self._course.close_timeout_s(self._channels))
-            self._course.answered(trio.current_time() - asked)
             nursery.cancel_scope.cancel()
         if closed is not None and closed.epoch != self._epoch:
             raise MalformedData(f"the destination closed epoch {closed.epoch} instead of {self._epoch}")
