@@ -203,7 +203,11 @@ def send(
     as_json: bool,
     **files: Path | None,
 ) -> int:
-    """Boot a test guest, or take a running QEMU's, and migrate it to a destination."""
+    """Boot a test guest, or take a running QEMU's, and migrate it to a destination.
+
+    Exit code 0: the guest runs there. 1: it goes on here. 2: bad usage. 3: authentication or policy refused, it goes
+    on here. 4: undecided, it stays parked here; 'pagexfer recover' says what to do.
+    """
     steering = Steering(
         MigrationParameters(
             downtime_limit_s=downtime_limit,
@@ -281,7 +285,11 @@ def receive(
     as_json: bool,
     **files: Path | None,
 ) -> int:
-    """Receive one test guest, let it run on, and check its whole RAM; or one into a QEMU that waits for it."""
+    """Receive one test guest, let it run on, and check its whole RAM; or one into a QEMU that waits for it.
+
+    Exit code 0: the guest runs here. 1: it does not. 2: bad usage. 3: authentication or policy refused. 4: it came, and
+    is not as it should be.
+    """
     attestor = make_attestor(Role.DESTINATION, attest, files)
     check_writable(ledger)
     monitor = qemu_monitor(kind, qmp)
@@ -331,7 +339,10 @@ def demo(
     isolated: bool,
     as_json: bool,
 ) -> int:
-    """Migrate a busy guest between two processes on this machine, and check that it goes on."""
+    """Migrate a busy guest between two processes on this machine, and check that it goes on.
+
+    Exit code 0 only if it does. Otherwise that of the side that failed: see 'send --help' and 'receive --help'.
+    """
     refuse_qemu(kind)
     parameters = MigrationParameters(
         downtime_limit_s=downtime_limit,
