@@ -20,7 +20,7 @@ from pathlib import Path
 def main() -> int:
     """Run the targets as many at a time as there are processors; returns the exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=int, default=5, help="for each target")
     parser.add_argument("--seed", type=int, default=0, help="0 for another one in every run")
