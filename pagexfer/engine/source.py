@@ -43,7 +43,15 @@ from .channel import SourceChannel
 from .control import Control
 from .convergence import Costs, Decision
 from .course import Course
-from .failure import SECOND_HAND, as_aborted, first_failure, hypervisor_call, say_farewell, undecided
+from .failure import (
+    SECOND_HAND,
+    as_aborted,
+    first_failure,
+    hypervisor_call,
+    say_farewell,
+    svsm_lost,
+    undecided,
+)
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
 from .repair import Repair
@@ -408,13 +416,14 @@ class SourceEngine:
 
     async def _give_up(self, error: BaseException, control: Control | None) -> NoReturn:
         """Have the SVSM abort, tell the destination, and raise what the caller should see."""
-        decided = True
+        refusal: PagexferError | None = None
         try:
             await self._control_slot.command(Command.ABORT)
-        except PagexferError:
-            decided = False
+        except PagexferError as refused:
+            refusal = refused
+        decided = refusal is None
         stuck = await self._let_go_on() if decided else None
-        failure = first_failure(error)
+        failure = first_failure(error) or svsm_lost(refusal)
         aborted = self._cancelled if failure is None else as_aborted(failure)
         if control is not None and aborted.reason in SECOND_HAND:
             aborted = await control.last_words() or aborted
