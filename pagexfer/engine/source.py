@@ -21,8 +21,6 @@ from ..errors import (
     MalformedData,
     Outcome,
     PagexferError,
-    RefusalCode,
-    SvsmRefused,
     TransferAborted,
 )
 from ..wire.bundle import BundleKind
@@ -54,7 +52,7 @@ from .failure import (
 )
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
-from .repair import Repair
+from .repair import Repair, used_up_key_as_broken
 from .shards import Shards, open_shards
 from .streams import STALL_TIMEOUT_S, connect
 
@@ -319,13 +317,10 @@ class SourceEngine:
     async def _send_epoch(self, channel: SourceChannel, repair: Repair, queue: deque[Chunk]) -> None:
         while True:
             try:
-                return await self._shards.run(channel.channel, partial(self._export, channel, queue))
+                with used_up_key_as_broken():
+                    return await self._shards.run(channel.channel, partial(self._export, channel, queue))
             except ChannelBroken:
                 await self._replace(channel, repair)
-            except SvsmRefused as refused:
-                if refused.code is not RefusalCode.EXHAUSTED:
-                    raise
-                await self._replace(channel, repair)  # a new connection has a new key
 
     async def _export(self, channel: SourceChannel, queue: deque[Chunk]) -> None:
         await channel.export(queue)
@@ -344,7 +339,8 @@ class SourceEngine:
                 for channel in again if token_due else ():
                     await channel.barrier(self._epoch)
                 if token_due:
-                    await first.token(BundleKind.EPOCH_TOKEN)
+                    with used_up_key_as_broken():
+                        await first.token(BundleKind.EPOCH_TOKEN)
                     token_due = False
             except ChannelBroken:
                 closed = False
