@@ -74,6 +74,11 @@ def first_failure(error: BaseException) -> PagexferError | None:
     return min(ours, key=_rank, default=None)
 
 
+def svsm_lost(refusal: PagexferError | None) -> SvsmLost | None:
+    """Why an engine was cancelled that nobody cancelled: its SVSM, which does not even take ABORT any more, is gone."""
+    return refusal if isinstance(refusal, SvsmLost) else None
+
+
 def as_aborted(failure: PagexferError) -> TransferAborted:
     """The failure with its outcome, reason and one clear line."""
     match failure:
