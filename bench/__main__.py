@@ -42,6 +42,8 @@ def _run(name: str, argv: list[str]) -> None:
     module = f"{__package__}.{'suite' if name == 'all' else name}"
     if find_spec(module) is None:
         raise CannotRun("it is not part of this checkout")
+    if find_spec("click") is None:
+        raise CannotRun("benches need the cli extra: pip install 'pagexfer[cli]'")
     import_module(module).main(argv)
 
 

@@ -13,8 +13,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from pagexfer.cli.values import Size
-
 from .measure import write_json
 
 if TYPE_CHECKING:
@@ -36,9 +34,9 @@ def parser(
     made = argparse.ArgumentParser(
         f"python -m bench {bench}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--json", type=_new_file, metavar="FILE", help="write all figures to FILE as well")
+    made.add_argument("--json", type=new_file, metavar="FILE", help="write all figures to FILE as well")
     if plots:
-        made.add_argument("--plot", type=_new_file, metavar="FILE.png", help="draw the figures as well")
+        made.add_argument("--plot", type=new_file, metavar="FILE.png", help="draw the figures as well")
     made.add_argument("--quick", action="store_true", help=f"small cases, repeats {quick_repeats}")
     made.add_argument(
         "--repeats", type=positive, metavar="N", help=f"repeats of each case (default: {repeats})"
@@ -53,9 +51,15 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse
     options = made.parse_args(argv)
     if options.repeats is None:
         options.repeats = options.quick_repeats if options.quick else options.full_repeats
-    if options.plot is not None and find_spec("matplotlib") is None:
-        made.error("plots need the bench extra: pip install 'pagexfer[bench]'")
+    if options.plot is not None:
+        need_matplotlib(made)
     return options
+
+
+def need_matplotlib(made: argparse.ArgumentParser) -> None:
+    """End the process with code 2 and one line where plots cannot be drawn."""
+    if find_spec("matplotlib") is None:
+        made.error("plots need the bench extra: pip install 'pagexfer[bench]'")
 
 
 def finish(
@@ -100,6 +104,8 @@ def size(text: str) -> int:
     """A size in bytes, as the pagexfer command takes it."""
     import click
 
+    from pagexfer.cli.values import Size
+
     try:
         return Size().convert(text, None, None)
     except click.UsageError as error:
@@ -111,7 +117,8 @@ def sizes(text: str) -> list[int]:
     return [size(part) for part in text.split(",")]
 
 
-def _new_file(text: str) -> Path:
+def new_file(text: str) -> Path:
+    """A file that can be made: its folder exists."""
     path = Path(text)
     if not path.parent.is_dir() or path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is no file in a folder that exists")

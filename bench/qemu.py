@@ -279,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
             "qemu": qemu_version(),
             "tls": f"tls-creds-psk, {PRIORITY}",
             "ram_bytes": ram_bytes,
-            "skipped": skipped,
+            "contents_skipped": skipped,
             "figures": [asdict(figure) for figure in figures],
         },
         tables(figures, ram_bytes),

@@ -42,7 +42,7 @@ LINK_BYTES_PER_S: Final = 100e9 / 8
 ASSUMPTIONS: Final = (
     "Assumptions: the guest is idle and no page is zero; the lines hold far beyond the largest guest measured; a "
     "network card costs the CPU what loopback does; the measured cores are the target's. The first row is one event "
-    "loop a side, as it is now; the second takes for granted that the work spreads evenly over that many cores."
+    "loop a side, the default; the second takes for granted that the work spreads evenly over that many cores."
 )
 
 

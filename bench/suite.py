@@ -18,14 +18,16 @@ from time import monotonic
 
 from .measure import write_json
 from .names import BENCHES, PLOTTED
-from .options import progress
+from .options import need_matplotlib, new_file, progress
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m bench all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures of all benches to FILE")
+    parser.add_argument(
+        "--json", type=new_file, metavar="FILE", help="write the figures of all benches to FILE"
+    )
     parser.add_argument(
         "--plots", type=Path, metavar="FOLDER", help="draw NAME.png for each bench that draws"
     )
@@ -33,7 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of all that is random (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.plots is not None:
-        options.plots.mkdir(parents=True, exist_ok=True)
+        need_matplotlib(parser)
+        try:
+            options.plots.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"cannot make {options.plots}: {error.strerror}")
     shared = ["--seed", str(options.seed), *(["--quick"] if options.quick else [])]
     results = run_all(list(BENCHES), shared, options.plots)
     if options.json is not None:

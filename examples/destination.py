@@ -17,14 +17,14 @@ from pagexfer.guests.checked import empty_guest, prove
 
 async def receive(options: argparse.Namespace) -> int:
     """Receive one guest; returns the exit code."""
-    host, _, port = options.listen.rpartition(":")
+    host, port = options.listen
     psk = pagexfer.PskAttestor.from_file(options.psk_file)
     with empty_guest(options.guest, options.ram << 20, options.vcpus) as guest:
         try:
             report = await pagexfer.receive_guest(
                 guest,
-                host.strip("[]"),
-                int(port),
+                host,
+                port,
                 psk,
                 on_listening=lambda actual: print(f"listening at {host}:{actual}", flush=True),
                 on_stranger=lambda line: print(line, file=sys.stderr),
@@ -39,12 +39,20 @@ async def receive(options: argparse.Namespace) -> int:
     return pagexfer.Outcome.COMPLETED if proof.consistent and proof.progressed else pagexfer.Outcome.UNDECIDED
 
 
+def address(text: str) -> tuple[str, int]:
+    """HOST:PORT, an IPv6 host in brackets."""
+    host, _, port = text.rpartition(":")
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
 def main() -> int:
     """Read the command line and receive."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--listen", required=True, metavar="HOST:PORT")
+    parser.add_argument("--listen", required=True, type=address, metavar="HOST:PORT")
     parser.add_argument("--psk-file", required=True, type=Path)
     parser.add_argument("--guest", choices=["auto", "kvm", "simulated"], default="simulated")
     parser.add_argument("--ram", type=int, default=512, metavar="MIB")

@@ -17,19 +17,25 @@ from pagexfer.guests.checked import boot_guest, start
 
 async def migrate(options: argparse.Namespace) -> int:
     """Run a guest and send it away; returns the exit code."""
-    host, _, port = options.to.rpartition(":")
+    host, port = options.to
     psk = pagexfer.PskAttestor.from_file(options.psk_file)
     with boot_guest(options.guest, options.ram << 20, options.vcpus, options.write_rate << 20) as guest:
         await start(guest)
         try:
-            report = await pagexfer.send_guest(
-                guest, host.strip("[]"), int(port), psk, channels=options.channels
-            )
+            report = await pagexfer.send_guest(guest, host, port, psk, channels=options.channels)
         except pagexfer.TransferAborted as aborted:
             print(f"{aborted} ({aborted.outcome.name.lower()})", file=sys.stderr)
             return aborted.outcome
-    print(f"the guest runs at {options.to}; it stood still for {report.info.downtime:.0f} ms")
+    print(f"the guest runs at {host}:{port}; it stood still for {report.info.downtime:.0f} ms")
     return pagexfer.Outcome.COMPLETED
+
+
+def address(text: str) -> tuple[str, int]:
+    """HOST:PORT, an IPv6 host in brackets."""
+    host, _, port = text.rpartition(":")
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
 
 
 def main() -> int:
@@ -37,7 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--to", required=True, metavar="HOST:PORT")
+    parser.add_argument("--to", required=True, type=address, metavar="HOST:PORT")
     parser.add_argument("--psk-file", required=True, type=Path)
     parser.add_argument("--guest", choices=["auto", "kvm", "simulated"], default="simulated")
     parser.add_argument("--ram", type=int, default=512, metavar="MIB")

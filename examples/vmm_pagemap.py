@@ -207,14 +207,14 @@ class Machine:
 
 async def send(options: argparse.Namespace) -> int:
     """Run a machine and send it away while it works; returns the exit code."""
-    host, _, port = options.to.rpartition(":")
+    host, port = options.to
     psk = pagexfer.PskAttestor.from_file(options.psk_file)
     with Machine(options.ram << 20, options.vcpus, booted=True) as machine:
         await machine.hypervisor.resume()
         machine.gate.release()
-        report = await pagexfer.send_guest(machine, host.strip("[]"), int(port), psk)
+        report = await pagexfer.send_guest(machine, host, port, psk)
     print(
-        f"the machine runs at {options.to} after {report.info.ram.dirty_sync_count} epochs; "
+        f"the machine runs at {host}:{port} after {report.info.ram.dirty_sync_count} epochs; "
         f"who saw its writes: {report.freshness.label}"
     )
     return pagexfer.Outcome.COMPLETED
@@ -222,11 +222,11 @@ async def send(options: argparse.Namespace) -> int:
 
 async def receive(options: argparse.Namespace) -> int:
     """Receive a machine, let it work on, and check it; returns the exit code."""
-    host, _, port = options.listen.rpartition(":")
+    host, port = options.listen
     psk = pagexfer.PskAttestor.from_file(options.psk_file)
     listening = partial(print, "listening at port", flush=True)
     with Machine(options.ram << 20, options.vcpus, booted=False) as machine:
-        await pagexfer.receive_guest(machine, host.strip("[]"), int(port), psk, on_listening=listening)
+        await pagexfer.receive_guest(machine, host, port, psk, on_listening=listening)
         arrived = machine.steps()
         await trio.sleep(0.5)
         consistent = await machine.consistent()
@@ -235,14 +235,22 @@ async def receive(options: argparse.Namespace) -> int:
     return pagexfer.Outcome.COMPLETED if consistent and goes_on else pagexfer.Outcome.UNDECIDED
 
 
+def address(text: str) -> tuple[str, int]:
+    """HOST:PORT, an IPv6 host in brackets."""
+    host, _, port = text.rpartition(":")
+    if not host:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
 def main() -> int:
     """Read the command line, and send or receive."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     end = parser.add_mutually_exclusive_group(required=True)
-    end.add_argument("--to", metavar="HOST:PORT")
-    end.add_argument("--listen", metavar="HOST:PORT")
+    end.add_argument("--to", type=address, metavar="HOST:PORT")
+    end.add_argument("--listen", type=address, metavar="HOST:PORT")
     parser.add_argument("--psk-file", required=True, type=Path)
     parser.add_argument("--ram", type=int, default=256, metavar="MIB")
     parser.add_argument("--vcpus", type=int, default=2)

@@ -154,7 +154,7 @@ async def send_guest(
             journal=kept,
         )
     except (MalformedData, LedgerRefused) as error:
-        raise UsageError(f"this is not the ledger of a guest: {error}") from None
+        raise UsageError(f"what was given as ledger is not the ledger of a guest: {error}") from None
     if isolated:
         task = Task(
             True,

@@ -193,6 +193,7 @@ def test_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sealed = [figure for way, figure in figures.items() if way != "multifd"]
     assert all(figure["both_cpu_s_per_gib"]["median"] > 1.5 * plain for figure in sealed)
     assert figures["multifd TLS"]["rate_of_tls"]["median"] == 1
+    assert "skipped" not in measured  # which in a result file is a bench that did not run
     assert "the targets are 2 and 0.6" in measured["tables"][0]["note"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -356,6 +357,26 @@ def test_a_bench_that_is_not_there_is_skipped(
     monkeypatch.setitem(BENCHES, "absent", "no module has this name")
     assert main(["absent"]) == 3
     assert capsys.readouterr().err == "absent: skipped: it is not part of this checkout\n"
+
+
+def test_without_the_command_no_bench_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "click", None)
+    monkeypatch.setattr("bench.__main__.find_spec", lambda name: None if name == "click" else name)
+    assert main(["limits"]) == 3
+    assert "pip install 'pagexfer[cli]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--plots", "/dev/null/plots"], ["--json", "/no/such/folder/file"]])
+def test_all_looks_at_its_files_before_it_measures(
+    option: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(suite, "BENCHES", {})
+    with pytest.raises(SystemExit) as end:
+        suite.main(option)
+    assert end.value.code == 2
+    assert option[1] in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_all_keeps_results_reasons_and_failures(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import click
 import pytest
 
 from pagexfer.attestation.snp.providers import SEV_GUEST, TSM_REPORTS
+from pagexfer.cli.output import print_table
 from pagexfer.cli.values import Address, Seconds, Size
 from pagexfer.guests import kvm
 
@@ -156,6 +157,17 @@ def test_demo_with_emulated_attestation_prints_the_claims_of_both_sides() -> Non
     assert report["guest"]["progressed"]
 
 
+def test_a_name_in_a_table_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    tcb = {"tcb": {"snp": 24, "spl": None}}
+    print_table({"attestation": {"source": tcb, "destination": tcb}})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["attestation", "source", "tcb", "snp", "24"],
+        ["attestation", "source", "tcb", "spl", "none"],
+        ["attestation", "destination", "tcb", "snp", "24"],
+        ["attestation", "destination", "tcb", "spl", "none"],
+    ]
+
+
 def test_demo_prints_a_table_for_people() -> None:
     done = run("demo", *GUEST)
     assert done.returncode == 0
@@ -263,7 +275,8 @@ def test_nobody_listens(psk: str) -> None:
         port = unused.getsockname()[1]
         sent = run("send", "--to", f"127.0.0.1:{port}", "--psk-file", psk, *GUEST, "--json")
     assert sent.returncode == 1
-    assert "refused" in one_line(sent.stderr)
+    said = f"pagexfer: cannot connect to 127.0.0.1:{port}: Connection refused"
+    assert one_line(sent.stderr) == said  # the address once, and no words of a library around it
     assert went_on(sent.stdout)
 
 
@@ -327,6 +340,28 @@ def test_bad_usage(arguments: list[str], word: str) -> None:
     assert done.returncode == 2, done.stderr
     assert word in one_line(done.stderr)
     assert not done.stdout
+
+
+def test_a_qemu_is_not_slowed_down(psk: str) -> None:
+    qemu = ["--guest", "qemu", "--qmp", "/nonexistent/qmp", "--auto-converge"]
+    done = run("send", "--to", "127.0.0.1:1", "--psk-file", psk, *qemu)
+    assert done.returncode == 2
+    assert "--auto-converge" in one_line(done.stderr)
+
+
+@pytest.mark.parametrize("group", [[], ["attest"], ["ledger"]])
+def test_a_command_without_words_shows_its_help(group: list[str]) -> None:
+    done = run(*group)
+    assert done.returncode == 2
+    assert done.stderr.startswith("Usage: ")
+    assert not done.stdout
+
+
+def test_without_its_extra_the_command_says_what_it_needs() -> None:
+    without = "import sys; sys.modules['click'] = None; from pagexfer.__main__ import run; run()"
+    done = subprocess.run([sys.executable, "-c", without], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'pagexfer[cli]'" in one_line(done.stderr)
 
 
 def test_a_key_that_is_too_short(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_a_broken_chain_names_rule_and_move(verify: Verify) -> None:
     ("data", "message"),
     [
         (b"", "never moved"),
-        (b"something else, and long enough", "not a ledger"),
+        (b"something else, and long enough", "not a ledger: wrong magic"),
         (LEDGER[:-1], "not a ledger"),
         (bytes(MAX_LEDGER_BYTES + 1), "more than"),
     ],

@@ -184,7 +184,7 @@ async def test_a_cancel_that_comes_with_the_end_does_not_hide_it(monkeypatch: py
         time.sleep(0.1)  # pages that the kernel takes its time to provide, in a thread
         return True
 
-    monkeypatch.setattr("pagexfer.migration._PREFAULT_BYTES", PAGE_SIZE)
+    monkeypatch.setattr("pagexfer.migration._PROVIDED_BYTES", PAGE_SIZE)
     move = _Move(point=at_bundle(BundleKind.RUNNING))
     move.machine.destination.memory.prefault = slow  # type: ignore[method-assign]
     move.on_fault = lambda: move.destination_scope.cancel()

@@ -73,6 +73,35 @@ def test_a_monitor_migrates_itself(tmp_path: Path) -> None:
     assert "consistent: True, goes on: True" in output
 
 
+@pytest.mark.parametrize(
+    ("example", "option"), [("source", "--to"), ("destination", "--listen"), ("vmm_pagemap", "--to")]
+)
+@pytest.mark.parametrize("wrong", ["4455", "127.0.0.1:ssh"])
+def test_an_address_that_is_none_is_bad_usage(example: str, option: str, wrong: str) -> None:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / f"{example}.py", option, wrong, "--psk-file", "psk"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert f"'{wrong}'" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_program_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    program = readme.split("## As a library")[1].split("```python\n")[1].split("```")[0]
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ms of black-out" in done.stdout
+    assert "consistent=True, progressed=True" in done.stdout
+
+
 def test_a_source_without_a_destination(tmp_path: Path) -> None:
     psk = tmp_path / "psk"
     psk.write_text("0123456789abcdef" * 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
@@ -22,6 +23,9 @@ from pagexfer.testing.hostile import (
     shrink,
 )
 from pagexfer.testing.hostile.__main__ import main
+from pagexfer.testing.hostile.hypervisor import COMMANDS
+from pagexfer.testing.hostile.world import Reply, Side, World
+from pagexfer.wire.slot import Command
 from pagexfer.wire.slot import SessionStatus as State
 
 SCHEDULES = 1200
@@ -74,6 +78,36 @@ def test_what_a_host_may_do_without_harm_does_not_end_a_migration(act: Act) -> N
         host.run(Schedule(tuple(steps), pages=16, vcpus=2, channels=2))
     assert host.report.tally["migrations completed"] == 20
     assert host.report.tally[act.value] >= 20
+
+
+def test_any_command_at_any_slot_and_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those too that seeds seldom bring, and numbers that are none: no rule is broken, and most migrations complete."""
+    asked: set[tuple[bool, bool, int]] = set()
+    ring = World.ring
+
+    def noted(world: World, side: Side, slot: int, command: int, *rest: int) -> Reply:
+        asked.add((side.is_source, slot > 0, command))
+        return ring(world, side, slot, command, *rest)
+
+    monkeypatch.setattr(World, "ring", noted)
+    rng = random.Random(1)
+    host = HostileHost()
+    slots = list(product(range(len(COMMANDS)), (0, 1), (0, 1)))
+    for number, side, slot in slots:
+        steps = [Step(Act.HONEST, rng.randrange(1 << 16)) for _ in range(100)]
+        for _ in range(4):
+            # The last number makes it this very command, and chooses arguments and package.
+            attack = Step(Act.COMMAND, side, 8 * number + slot, 3 * rng.randrange(1 << 14))
+            steps.insert(rng.randrange(60), attack)
+        host.run(Schedule(tuple(steps), pages=8, vcpus=1, channels=1))
+    assert set(Command) < set(COMMANDS)
+    assert asked == {
+        (source, channel, number)
+        for source in (True, False)
+        for channel in (True, False)
+        for number in COMMANDS
+    }
+    assert host.report.tally["migrations completed"] > len(slots) // 2
 
 
 def test_the_same_seeds_give_the_same_run() -> None:

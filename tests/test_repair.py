@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
 
-from pagexfer.errors import ChannelBroken, Outcome, TransferAborted
+from pagexfer.errors import ChannelBroken, KeyExhausted, Outcome, TransferAborted
 from pagexfer.migration import MigrationReport
+from pagexfer.svsm import sealing
+from pagexfer.svsm.sealing import Sealer
 from pagexfer.testing.proxy import FaultProxy
 from pagexfer.wire.bundle import BundleKind
 from pagexfer.wire.framing import FrameType
@@ -111,6 +113,64 @@ async def test_r9_guest_arrives_over_connections_that_break(
     assert isinstance(destination.end, MigrationReport), destination.end
     for end in (source.end, destination.end):
         assert sum(channel.replaced for channel in end.info.channels) >= 1
+    assert is_parked(machines.source)
+    assert await goes_on(machines.destination)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [
+        # The bundle that opens a channel, channel 0's ledger, and hardly any pages.
+        ("MAX_BUNDLES_PER_KEY", 3),
+        # More than any chunk has of this guest; and all channels' first keys together carry less than all of it.
+        ("MAX_BYTES_PER_KEY", 17 << 16),
+    ],
+)
+async def test_r9_channel_whose_key_is_used_up_goes_on_under_another(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    """For as long as pages are sent: the limit is the real one again once the first epoch is over."""
+    real = getattr(sealing, limit)
+    monkeypatch.setattr(sealing, limit, value)
+
+    def at_token(frame: Frame) -> bool:
+        if frame.kind is BundleKind.EPOCH_TOKEN:
+            monkeypatch.setattr(sealing, limit, real)
+        return False
+
+    source, destination, _ = await migrate(machines, at_token)
+    await arrived_with_new_keys(machines, source, destination)
+
+
+async def test_r9_key_that_an_epoch_used_up_does_not_carry_its_token(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = Sealer.seal
+    refused: list[KeyExhausted] = []
+
+    def seal_at_limit(self: Sealer, kind: BundleKind, *rest: Any) -> int:  # noqa: ANN401
+        with monkeypatch.context() as limited:
+            if kind is BundleKind.EPOCH_TOKEN and not refused:
+                limited.setattr(sealing, "MAX_BUNDLES_PER_KEY", self.counter)
+            try:
+                return seal(self, kind, *rest)
+            except KeyExhausted as error:
+                refused.append(error)
+                raise
+
+    monkeypatch.setattr(Sealer, "seal", seal_at_limit)
+    source, destination, _ = await migrate(machines, lambda _frame: False)
+    assert len(refused) == 1
+    await arrived_with_new_keys(machines, source, destination)
+
+
+async def arrived_with_new_keys(machines: Machines, source: Side, destination: Side) -> None:
+    """No connection broke, both sides counted the same replacements, and the guest arrived whole."""
+    assert isinstance(source.end, MigrationReport), source.end
+    assert isinstance(destination.end, MigrationReport), destination.end
+    counts = [[channel.replaced for channel in end.info.channels] for end in (source.end, destination.end)]
+    assert counts[0] == counts[1]
+    assert sum(counts[0]) >= 1
     assert is_parked(machines.source)
     assert await goes_on(machines.destination)
 

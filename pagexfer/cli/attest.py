@@ -105,6 +105,8 @@ def verify(
 
     Without --policy and --no-policy the built-in rules hold: no debugging, VMPL 0, no migration agent, no hidden chip
     id, no VLEK. They know no measurement and no firmware version: only a policy file can.
+
+    Exit code 0: verified. 2: bad usage. 3: it does not verify, or a rule refuses it.
     """
     if policy_file is not None and no_policy:
         raise UsageError("--policy and --no-policy exclude each other")

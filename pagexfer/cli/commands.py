@@ -47,6 +47,9 @@ def main() -> int:
     except click.Abort:
         note("interrupted")
         return Outcome.ENDED
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        return Outcome.USAGE
     except click.ClickException as error:
         note(error.format_message())
         return Outcome.USAGE
@@ -78,15 +81,17 @@ _qmp_option = click.option(
 def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output."),
-        click.option("--vcpus", type=click.IntRange(1, 32), default=2, show_default=True),
-        click.option("--ram", type=Size(), default="512MiB", show_default=True, help="Guest RAM."),
+        click.option(
+            "--vcpus", type=click.IntRange(1, 32), default=2, show_default=True, help="vCPUs of a test guest."
+        ),
+        click.option("--ram", type=Size(), default="512MiB", show_default=True, help="RAM of a test guest."),
         click.option(
             "--guest",
             "kind",
             type=click.Choice(["auto", "kvm", "simulated", "qemu"]),
             default="auto",
             show_default=True,
-            help="What is migrated; auto is kvm where /dev/kvm can be used, qemu a QEMU that runs already.",
+            help="What is migrated; auto is kvm where /dev/kvm can be used, qemu (no demo) a QEMU that runs.",
         ),
     ):
         command = option(command)
@@ -95,8 +100,14 @@ def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--cpus", type=Cpus(), default="", help="Pin an isolated engine and its slots: 0,2-3."),
-        click.option("--isolated", is_flag=True, help="Run the engine as a process of its own."),
+        click.option(
+            "--cpus", type=Cpus(), default="", help="Pin the engine of --isolated and its slots: 0,2-3."
+        ),
+        click.option(
+            "--isolated",
+            is_flag=True,
+            help="Run the engine as a process of its own, which has neither guest RAM nor keys.",
+        ),
         click.option(
             "--shards",
             type=click.IntRange(1, MAX_SHARDS),
@@ -123,19 +134,19 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(1, MAX_CHANNELS),
             default=4,
             show_default=True,
-            help="TCP channels.",
+            help="TCP connections for RAM, each with its own slot and keys.",
         ),
         click.option(
             "--freshness",
             type=click.Choice(get_args(FreshnessChoice)),
             default="auto",
             show_default=True,
-            help="digest-audit re-hashes all RAM in black-out; auto believes tracker or dirty log.",
+            help="digest-audit re-hashes all RAM in black-out; auto believes the guest's tracker, or the dirty log.",
         ),
         click.option(
             "--compress",
             type=Compression(),
-            help="Compress pages before sealing, for slow links; sizes then tell something of what is in them.",
+            help="Compress pages before sealing, for slow links (extra zstd); sizes then tell of what is in them.",
         ),
     ):
         command = option(command)
@@ -192,7 +203,11 @@ def send(
     as_json: bool,
     **files: Path | None,
 ) -> int:
-    """Boot a test guest, or take a running QEMU's, and migrate it to a destination."""
+    """Boot a test guest, or take a running QEMU's, and migrate it to a destination.
+
+    Exit code 0: the guest runs there. 1: it goes on here. 2: bad usage. 3: authentication or policy refused, it goes
+    on here. 4: undecided, it stays parked here; 'pagexfer recover' says what to do.
+    """
     steering = Steering(
         MigrationParameters(
             downtime_limit_s=downtime_limit,
@@ -231,7 +246,13 @@ def send(
 
 
 @cli.command()
-@click.option("--listen", "address", type=Address(), required=True, help="Port 0 lets the kernel choose.")
+@click.option(
+    "--listen",
+    "address",
+    type=Address(),
+    required=True,
+    help="Where to listen; port 0 lets the kernel choose.",
+)
 @attestor_options
 @ledger_option("Where to write the guest's ledger, with the record of this move.")
 @click.option(
@@ -241,7 +262,7 @@ def send(
     show_default=True,
     help="Let the guest run this long, then check it.",
 )
-@click.option("--accept-compression", is_flag=True, help="Let the source compress pages.")
+@click.option("--accept-compression", is_flag=True, help="Let the source compress pages (extra zstd).")
 @_journal_option
 @_engine_options
 @_qmp_option
@@ -264,7 +285,11 @@ def receive(
     as_json: bool,
     **files: Path | None,
 ) -> int:
-    """Receive one test guest, let it run on, and check its whole RAM; or one into a QEMU that waits for it."""
+    """Receive one test guest, let it run on, and check its whole RAM; or one into a QEMU that waits for it.
+
+    Exit code 0: the guest runs here. 1: it does not. 2: bad usage. 3: authentication or policy refused. 4: it came, and
+    is not as it should be.
+    """
     attestor = make_attestor(Role.DESTINATION, attest, files)
     check_writable(ledger)
     monitor = qemu_monitor(kind, qmp)
@@ -314,7 +339,10 @@ def demo(
     isolated: bool,
     as_json: bool,
 ) -> int:
-    """Migrate a busy guest between two processes on this machine, and check that it goes on."""
+    """Migrate a busy guest between two processes on this machine, and check that it goes on.
+
+    Exit code 0 only if it does. Otherwise that of the side that failed: see 'send --help' and 'receive --help'.
+    """
     refuse_qemu(kind)
     parameters = MigrationParameters(
         downtime_limit_s=downtime_limit,

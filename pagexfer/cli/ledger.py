@@ -77,6 +77,8 @@ def verify(
     present SVSM has. When a move was made is not recorded, for no side has a clock that the others trust.
 
     Without --policy and --no-policy the built-in rules of 'attest verify' hold.
+
+    Exit code 0: every rule holds. 2: bad usage, or no ledger. 3: a rule does not hold.
     """
     if policy_file is not None and no_policy:
         raise UsageError("--policy and --no-policy exclude each other")

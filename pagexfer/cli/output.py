@@ -76,7 +76,7 @@ def _rows(report: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:
     rows: list[tuple[str, str]] = []
     for key, value in report.items():
         if isinstance(value, dict):
-            rows += _rows(value, f"{key} ")
+            rows += _rows(value, f"{prefix}{key} ")
         elif isinstance(value, list):
             rows += [(prefix + key, str(item)) for item in value if not isinstance(item, dict)]
         elif key in _MILLISECONDS:
@@ -87,6 +87,8 @@ def _rows(report: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:
             rows.append((prefix + key, f"{value / 2**20:.1f} MiB"))
         elif isinstance(value, bool):
             rows.append((prefix + key, "yes" if value else "NO"))
+        elif value is None:
+            rows.append((prefix + key, "none"))
         else:
             rows.append((prefix + key, str(value)))
     return rows

@@ -29,6 +29,10 @@ def qemu_monitor(kind: str, qmp: Path | None) -> Path | None:
     for name in _OF_TEST_GUESTS:
         if name in context.params and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name.replace('_', '-')} is for test guests: a QEMU has its own")
+    if context.params.get("auto_converge"):
+        raise UsageError(
+            "--auto-converge is for test guests: a QEMU slows vCPUs down in its own migration only"
+        )
     return qmp
 
 

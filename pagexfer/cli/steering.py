@@ -96,6 +96,8 @@ def control(path: Path, words: tuple[str, ...]) -> int:
       set timeout 60s|none
       set auto-converge on|off
       set pause-before-switchover on|off
+
+    Exit code 0: done, and the status is on standard output. 2: not done, for the reason given.
     """
     request: dict[str, str] = {"command": words[0]}
     if words[0] == "set":

@@ -41,7 +41,7 @@ from ..wire.handshake import parse_established_untrusted
 from ..wire.slot import Command
 from .channel import DestinationChannel
 from .control import Control
-from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, unfit
+from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, svsm_lost, unfit
 from .progress import ChannelTally, Progress, Status
 from .reception import INTRODUCTION_TIMEOUT_S, Reception
 from .shards import Shards, open_shards
@@ -359,14 +359,14 @@ class DestinationEngine:
 
     async def _give_up(self, error: BaseException) -> NoReturn:
         """End the session for good, tell the source, and raise what the caller should see."""
-        decided = await self._fail_session()
-        failure = first_failure(error)
+        refusal = await self._fail_session()
+        failure = first_failure(error) or svsm_lost(refusal)
         aborted = _CANCELLED if failure is None else as_aborted(failure)
         if self._control is not None and aborted.reason == "connection":
             aborted = await self._control.last_words() or aborted
         elif self._control is not None:
             await say_farewell(self._control, aborted)
-        if not decided:
+        if refusal is not None:
             aborted = TransferAborted(
                 Outcome.UNDECIDED, "undecided", f"the guest was released here but does not run: {aborted}"
             )
@@ -375,20 +375,23 @@ class DestinationEngine:
             raise error
         raise aborted from error
 
-    async def _fail_session(self) -> bool:
-        """FAILED for good, and if the source may have released the start token, the word that lets it go on."""
+    async def _fail_session(self) -> PagexferError | None:
+        """FAILED for good, and if the source may have released the start token, the word that lets it go on.
+
+        Returns why the session is not FAILED, where it is not.
+        """
         try:
             if 0 in self._channels:
                 with trio.move_on_after(self._stall_timeout_s):
                     await self._channels[0].answer(BundleKind.ABORT_TOKEN)
-                return True
+                return None
         except PagexferError:
             pass  # not verified yet, or the source is gone: then the plain end below
         try:
             await self._control_slot.command(Command.ABORT)
-        except PagexferError:
-            return False
-        return True
+        except PagexferError as refusal:
+            return refusal
+        return None
 
     def _finish(self, status: Status) -> MigrationInfo:
         self._progress.end(status, trio.current_time())

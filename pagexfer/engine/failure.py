@@ -54,7 +54,7 @@ _REFUSALS: Final = {
         "the source would compress pages, and the destination was not told to accept that (--accept-compression)",
     ),
     RefusalCode.EXHAUSTED: ("key-exhausted", "a channel's key reached its limit: use more channels"),
-    RefusalCode.GUEST: ("guest", "the guest's vCPU or page state was refused"),
+    RefusalCode.GUEST: ("guest", "a vCPU or page state was refused: both sides need the same kind of guest"),
     RefusalCode.INTERNAL: ("internal", "internal fault of the SVSM"),
     RefusalCode.JOURNAL: ("journal", "the journal could not be written: look at its disk and its folder"),
 }
@@ -72,6 +72,11 @@ def first_failure(error: BaseException) -> PagexferError | None:
     if foreign:
         raise foreign[0]
     return min(ours, key=_rank, default=None)
+
+
+def svsm_lost(refusal: PagexferError | None) -> SvsmLost | None:
+    """Why an engine was cancelled that nobody cancelled: its SVSM, which does not even take ABORT any more, is gone."""
+    return refusal if isinstance(refusal, SvsmLost) else None
 
 
 def as_aborted(failure: PagexferError) -> TransferAborted:

@@ -1,21 +1,22 @@
 """Replacing lost connections of a source's channels while epochs are sent (R9).
 
-A connection that breaks is noticed by whoever uses it, or by a task that waits for its end. The channel then connects anew,
-and the two SVSMs settle what arrived; pages that did not go with the next epoch. Only all channels, or the control
-connection, take the migration with them.
+A connection that breaks is noticed by whoever uses it, or by a task that waits for its end; one whose key reached its limit
+counts as broken. The channel then connects anew, and the two SVSMs settle what arrived; pages that did not go with the
+next epoch. Only all channels, or the control connection, take the migration with them.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import trio
 
-from ..errors import ChannelBroken, ChannelClosed
+from ..errors import ChannelBroken, ChannelClosed, RefusalCode, SvsmRefused
 from ..wire.bundle import BundleKind
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from .channel import SourceChannel
     from .streams import Connection
@@ -31,6 +32,17 @@ class Damage(NamedTuple):
 
     pages: int
     token: bool
+
+
+@contextmanager
+def used_up_key_as_broken() -> Iterator[None]:
+    """A channel whose key reached its limit is like one whose connection broke: a new connection has a new key."""
+    try:
+        yield
+    except SvsmRefused as refused:
+        if refused.code is not RefusalCode.EXHAUSTED:
+            raise
+        raise ChannelBroken("the key of the connection reached its limit") from refused
 
 
 class Repair:

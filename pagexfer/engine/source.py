@@ -21,8 +21,6 @@ from ..errors import (
     MalformedData,
     Outcome,
     PagexferError,
-    RefusalCode,
-    SvsmRefused,
     TransferAborted,
 )
 from ..wire.bundle import BundleKind
@@ -43,10 +41,18 @@ from .channel import SourceChannel
 from .control import Control
 from .convergence import Costs, Decision
 from .course import Course
-from .failure import SECOND_HAND, as_aborted, first_failure, hypervisor_call, say_farewell, undecided
+from .failure import (
+    SECOND_HAND,
+    as_aborted,
+    first_failure,
+    hypervisor_call,
+    say_farewell,
+    svsm_lost,
+    undecided,
+)
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
-from .repair import Repair
+from .repair import Repair, used_up_key_as_broken
 from .shards import Shards, open_shards
 from .streams import STALL_TIMEOUT_S, connect
 
@@ -311,13 +317,10 @@ class SourceEngine:
     async def _send_epoch(self, channel: SourceChannel, repair: Repair, queue: deque[Chunk]) -> None:
         while True:
             try:
-                return await self._shards.run(channel.channel, partial(self._export, channel, queue))
+                with used_up_key_as_broken():
+                    return await self._shards.run(channel.channel, partial(self._export, channel, queue))
             except ChannelBroken:
                 await self._replace(channel, repair)
-            except SvsmRefused as refused:
-                if refused.code is not RefusalCode.EXHAUSTED:
-                    raise
-                await self._replace(channel, repair)  # a new connection has a new key
 
     async def _export(self, channel: SourceChannel, queue: deque[Chunk]) -> None:
         await channel.export(queue)
@@ -336,7 +339,8 @@ class SourceEngine:
                 for channel in again if token_due else ():
                     await channel.barrier(self._epoch)
                 if token_due:
-                    await first.token(BundleKind.EPOCH_TOKEN)
+                    with used_up_key_as_broken():
+                        await first.token(BundleKind.EPOCH_TOKEN)
                     token_due = False
             except ChannelBroken:
                 closed = False
@@ -408,13 +412,14 @@ class SourceEngine:
 
     async def _give_up(self, error: BaseException, control: Control | None) -> NoReturn:
         """Have the SVSM abort, tell the destination, and raise what the caller should see."""
-        decided = True
+        refusal: PagexferError | None = None
         try:
             await self._control_slot.command(Command.ABORT)
-        except PagexferError:
-            decided = False
+        except PagexferError as refused:
+            refusal = refused
+        decided = refusal is None
         stuck = await self._let_go_on() if decided else None
-        failure = first_failure(error)
+        failure = first_failure(error) or svsm_lost(refusal)
         aborted = self._cancelled if failure is None else as_aborted(failure)
         if control is not None and aborted.reason in SECOND_HAND:
             aborted = await control.last_words() or aborted

@@ -7,6 +7,7 @@ the network did; every wait on a peer has a timeout.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from typing import Final
 
@@ -278,8 +279,9 @@ def _peer_name(sock: socket.socket) -> str:
 def _reason(error: OSError) -> str:
     if isinstance(error, socket.gaierror):
         return error.strerror or "unknown host"
-    # trio hangs the reasons of all tried addresses below one error of its own
+    # trio hangs the reasons of all tried addresses below one error of its own, and names the address in each again
     cause = error.__cause__
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
-    return (cause.strerror if isinstance(cause, OSError) else error.strerror) or str(error)
+    number = cause.errno if isinstance(cause, OSError) else error.errno
+    return str(error) if number is None else os.strerror(number)

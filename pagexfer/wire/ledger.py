@@ -147,7 +147,7 @@ def parse_ledger_untrusted(data: bytes) -> tuple[Record, ...]:
         raise MalformedData(f"ledger of {len(data)} bytes: no record")
     magic, version, reserved = _HEADER.unpack_from(data)
     if magic != LEDGER_MAGIC:
-        raise MalformedData("not a ledger: wrong magic")
+        raise MalformedData("wrong magic where a ledger begins")
     if version != LEDGER_VERSION:
         raise MalformedData(f"ledger of version {version}, expected {LEDGER_VERSION}")
     if reserved != bytes(6):

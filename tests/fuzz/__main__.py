@@ -13,19 +13,22 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 
 def main() -> int:
     """Run the targets as many at a time as there are processors; returns the exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=int, default=5, help="for each target")
     parser.add_argument("--seed", type=int, default=0, help="0 for another one in every run")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("targets", nargs="*", metavar="TARGET")
     options = parser.parse_args()
+    if find_spec("atheris") is None:
+        parser.error("fuzzing needs the fuzz extra: pip install 'pagexfer[fuzz]'")
     if options.alone:
         _fuzz(options.targets[0], options.seconds, options.seed)
     from .targets import TARGETS

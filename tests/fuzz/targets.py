@@ -264,7 +264,7 @@ def _endorsements(data: bytes) -> None:
 
 
 def _leaf(data: bytes) -> None:
-    for certificate in _load_untrusted(data):
+    for certificate in _load_untrusted(data, "the file"):
         parse_leaf_untrusted(certificate)
 
 

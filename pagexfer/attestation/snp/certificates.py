@@ -65,11 +65,11 @@ def parse_endorsements_untrusted(
     Raises MalformedData where they cannot be read or are not two, one of which names itself as issuer.
     """
     chain_parts = (chain,) if isinstance(chain, bytes) else chain
-    pair = [certificate for part in chain_parts for certificate in _load_untrusted(part)]
+    pair = [certificate for part in chain_parts for certificate in _load_untrusted(part, "the chain")]
     roots = [certificate for certificate in pair if certificate.subject == certificate.issuer]
     if len(pair) != 2 or len(roots) != 1:
         raise MalformedData("the chain is not two certificates, ASK or ASVK and ARK")
-    leaves = _load_untrusted(leaf)
+    leaves = _load_untrusted(leaf, "the leaf")
     if len(leaves) != 1:
         raise MalformedData(f"{len(leaves)} leaf certificates, expected one")
     intermediate = pair[1] if pair[0] is roots[0] else pair[0]
@@ -92,9 +92,9 @@ def check_chain(
     return root, _check_leaf(endorsements.leaf, f"SEV-{key.name}", endorsements.intermediate, at)
 
 
-def _load_untrusted(data: bytes) -> list[x509.Certificate]:
+def _load_untrusted(data: bytes, what: str) -> list[x509.Certificate]:
     if len(data) > MAX_FILE_BYTES:
-        raise MalformedData(f"certificate file of {len(data)} bytes, at most {MAX_FILE_BYTES}")
+        raise MalformedData(f"{what} has {len(data)} bytes, at most {MAX_FILE_BYTES} are allowed")
     with warnings.catch_warnings():
         # The leaf's serial is 0: the library warns, and will one day refuse.
         warnings.filterwarnings("ignore", "Parsed a serial number", CryptographyDeprecationWarning)
@@ -106,7 +106,7 @@ def _load_untrusted(data: bytes) -> list[x509.Certificate]:
             for certificate in certificates:
                 _read_fields(certificate)
         except _UNREADABLE as error:
-            raise MalformedData(f"not a certificate: {_one_line(error)}") from None
+            raise MalformedData(f"{what} is not a certificate, DER or PEM: {_one_line(error)}") from None
     return certificates
 
 

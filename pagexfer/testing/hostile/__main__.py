@@ -23,9 +23,11 @@ _WIDTH: Final = 46
 def main() -> int:
     """Run and print; returns the exit code."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m pagexfer.testing.hostile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--schedules", type=int, default=5000)
+    parser.add_argument("--schedules", type=int, default=5000, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the first schedule, the next has one more")
     options = parser.parse_args()
     host = HostileHost()

@@ -25,6 +25,8 @@ _MAX_PACKAGE: Final = (1 << 16) - 64
 _NUMBERS: Final = (0, 1, 2, 3, 4, 6, 8, 63, 64, 1 << 31, (1 << 32) - 1, 1 << 63, (1 << 64) - 1)
 # Of a device state: total, offset or bytes, most of them such as a right part has.
 _PLACES: Final = (0, 40, 60, 100, 100, 1, 1 << 28, (1 << 32) - 1)
+# All that there are, and numbers that mean nothing.
+COMMANDS: Final = (*Command, 0, max(Command) + 1, 255, (1 << 16) - 1)
 _SOURCE_TOKENS: Final = (BundleKind.EPOCH_TOKEN, BundleKind.MANIFEST, BundleKind.START_TOKEN)
 _ANSWERS: Final = (BundleKind.READY, BundleKind.RUNNING)
 
@@ -34,7 +36,7 @@ def _command(world: World, step: Step) -> bool:
     side = _any_side(world, step)
     if not side.alive:
         return False
-    slot, command = step.y % len(side.slots), step.y // 8 % 13
+    slot, command = step.y % len(side.slots), pick(COMMANDS, step.y // 8)
     packages: list[bytes | None] = [None, *world.letters, *(message.data for message in world.seen[-20:])]
     package = pick(packages, step.z // 7)
     argument, argument2 = pick(_NUMBERS, step.z), pick(_NUMBERS, step.x // 16)
@@ -65,7 +67,7 @@ def _registers(world: World, step: Step) -> bool:
     world.ring(
         side,
         slot,
-        step.y // 8 % 13,
+        pick(COMMANDS, step.y // 8),
         pick((NO_BUFFER, 0, 1, 2, 7, 0xFFFE), step.z // 16),
         pick(_NUMBERS, step.x // 8),
         pick(_NUMBERS, step.x // 128),
