@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ..wire.constants import PAGE_SIZE
-from .plan import chunk_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,13 +21,16 @@ if TYPE_CHECKING:
     from .steering import MigrationParameters
 
 # What black-out costs beside sending pages and round trips: parking, vCPU and device state, manifest, release of vCPUs.
-FIXED_DOWNTIME_S: Final = 0.01
+# Eight milliseconds are what two processes on one machine take for it.
+FIXED_DOWNTIME_S: Final = 0.008
 # Answers that black-out waits for beside that to its epoch: READY and RUNNING.
 ROUND_TRIPS: Final = 2
 # Sending is judged by the last epochs; the newest tell most about the black-out to come.
 MEASURED_EPOCHS: Final = 4
 # A line through epochs of about one size would be drawn by chance.
 _UNLIKE: Final = 2.0
+# And through two it always can be: one of them that was disturbed would put it anywhere.
+_LINE_EPOCHS: Final = 3
 # Pre-copy is stalled when this many epochs and this much time went by without a new low of pending pages, where a low
 # counts only if it is a clear one.
 STALL_EPOCHS: Final = 8
@@ -80,12 +82,8 @@ class EpochSample:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What black-out is expected to cost beside sending pages: hashing all of RAM, a round trip, looking for changed pages.
+    """What black-out is expected to cost beside sending pages: hashing all of RAM, a round trip, looking for changed pages."""
 
-    `channels` share the pages.
-    """
-
-    channels: int = 1
     audit_s: float = 0.0
     round_trip_s: float = 0.0
     look_s: float = 0.0
@@ -111,10 +109,8 @@ def bandwidth(samples: Sequence[EpochSample]) -> float:
     return sum(sample.sent_bytes for sample in recent) / seconds if seconds > 0 else 0.0
 
 
-def sending_s(
-    samples: Sequence[EpochSample], pending_bytes: int, max_bandwidth_bytes: int | None, channels: int = 1
-) -> float:
-    """Seconds that one more epoch of pages of `pending_bytes` over `channels` is expected to take.
+def sending_s(samples: Sequence[EpochSample], pending_bytes: int, max_bandwidth_bytes: int | None) -> float:
+    """Seconds that one more epoch of pages of `pending_bytes` is expected to take.
 
     An epoch takes a fixed time and a time by byte; where the last epochs differ enough in size, they tell both.
     """
@@ -123,12 +119,10 @@ def sending_s(
     recent = [sample for sample in samples[-MEASURED_EPOCHS:] if sample.sent_bytes]
     if not recent:
         return math.inf
-    fixed_s, per_byte_s = _line(
-        [(_stretched(sample.sent_bytes, channels), sample.seconds) for sample in recent]
-    )
+    fixed_s, per_byte_s = _line([(sample.sent_bytes, sample.seconds) for sample in recent])
     if max_bandwidth_bytes is not None:
         per_byte_s = max(per_byte_s, 1 / max_bandwidth_bytes)
-    return fixed_s + _stretched(round(pending_bytes * recent[-1].shrunk), channels) * per_byte_s
+    return fixed_s + pending_bytes * recent[-1].shrunk * per_byte_s
 
 
 def press(
@@ -176,9 +170,7 @@ def decide(
         )
     if not samples:
         return Verdict(Decision.TRANSFER, math.inf, "the first epoch sends all of RAM")
-    expected = costs.fixed_s + sending_s(
-        samples, pending_pages * PAGE_SIZE, parameters.max_bandwidth_bytes, costs.channels
-    )
+    expected = costs.fixed_s + sending_s(samples, pending_pages * PAGE_SIZE, parameters.max_bandwidth_bytes)
     if expected <= limit_s:
         return Verdict(
             Decision.SWITCHOVER,
@@ -194,21 +186,12 @@ def decide(
     return Verdict(Decision.TRANSFER, expected, "another epoch makes pending pages fewer")
 
 
-def _stretched(sent_bytes: int, channels: int) -> float:
-    """The bytes that all channels could send while the slowest of them ends its part.
-
-    Channels that are done wait for the last chunk of another, on average for half of one. In a large epoch that does not
-    show; in the last one, which is small, it does.
-    """
-    return sent_bytes + (channels - 1) / 2 * chunk_pages(sent_bytes // PAGE_SIZE, channels) * PAGE_SIZE
-
-
 def _line(epochs: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Fixed seconds of an epoch and seconds by byte, from bytes and seconds: least squares, where that makes sense."""
     sizes = [size for size, _ in epochs]
     mean_bytes = sum(sizes) / len(epochs)
     mean_s = sum(seconds for _, seconds in epochs) / len(epochs)
-    if max(sizes) >= _UNLIKE * min(sizes):
+    if len(epochs) >= _LINE_EPOCHS and max(sizes) >= _UNLIKE * min(sizes):
         square = sum((size - mean_bytes) ** 2 for size in sizes)
         product = sum((size - mean_bytes) * (seconds - mean_s) for size, seconds in epochs)
         fixed_s = mean_s - product / square * mean_bytes

@@ -210,7 +210,7 @@ class SourceEngine:
                 took_s = trio.current_time() - began
                 look_s = min(look_s or took_s, took_s)
             round_trip_s = control.connection.round_trip_s()
-            costs = Costs(self._options.channels, audit_s, round_trip_s, look_s)
+            costs = Costs(audit_s, round_trip_s, look_s)
             if await self._course.decide(pending, costs) is Decision.SWITCHOVER:
                 return
             await self._transfer(control, repair, pending, chunks)
