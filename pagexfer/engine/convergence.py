@@ -82,7 +82,7 @@ class EpochSample:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What black-out is expected to cost beside sending pages: hashing all of RAM, a round trip, a look for changed pages."""
+    """What black-out is expected to cost beside sending pages: hashing all of RAM, a round trip, a look for changes."""
 
     audit_s: float = 0.0
     round_trip_s: float = 0.0
