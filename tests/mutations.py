@@ -439,23 +439,17 @@ def _any_signature(stack: ExitStack) -> None:
     stack.enter_context(patch.object(ledger, "_check_signature", lambda *_arguments: None))
 
 
+_any_epoch = _replaced(DestinationSvsm, "_check_epoch", lambda _self, _header: None)
+_sweep_is_over = _replaced(Sweep, "require_closed", lambda _self: None)
+
 MUTATIONS: Final = (
     Mutation("R1", "destination: seen bitmap never says that a page came", _nothing_seen),
     Mutation("R1", "source: a sealed page stays pending", _pages_stay_pending),
     Mutation("R2", "any counter is the next", _any_counter),
-    Mutation(
-        "R2",
-        "any epoch is the current one",
-        _replaced(DestinationSvsm, "_check_epoch", lambda _self, _header: None),
-    ),
+    Mutation("R2", "any epoch is the current one", _any_epoch),
     Mutation("R3", "totals of the epoch token ignored", _any_totals),
     Mutation("R4", "epoch token while pages are pending", _nothing_pending),
-    Mutation(
-        "R4",
-        "bundles while an epoch is being begun",
-        _replaced(Sweep, "require_closed", lambda _self: None),
-        "R1",
-    ),
+    Mutation("R4", "bundles while an epoch is being begun", _sweep_is_over, "R1"),
     Mutation("R4", "the host's dirty log believed", _hint_believed, "R6"),
     Mutation("R5", "parked at the first word", _park_believed),
     Mutation("R5", "vCPUs saved without parking", _parked_enough),
