@@ -7,7 +7,7 @@ RAM, source and destination, of all processes of a side but vCPUs, from the firs
 at most beyond guest RAM, interpreters among it.
 
 Four tables: by number of channels, by what is in RAM (zero pages are one part of RAM, the rest cannot be compressed), by
-pages in a bundle, and by shards, which are event loops of a side, each in a thread with its part of the channels. Zero
+pages in a bundle, and by what carries the channels of a side: one event loop, or a thread for each. Zero
 pages are not sent, so with them TCP is no limit: what is, is a plain read of RAM by one core.
 """
 
@@ -36,9 +36,13 @@ QUICK_CHANNELS: Final = (1, 4, 64)
 CONTENTS: Final = {"incompressible": 0.0, "half zero": 0.5, "mostly zero": 0.95}
 BUNDLES: Final = (16, 32, 64, 128, 256, 512)
 QUICK_BUNDLES: Final = (16, 256)
-SHARDS: Final = (1, 2, 4)
+# What carries a side's channels, by how `Move` says it.
+LOOP, THREADS = "event loop", "threads"
+CARRIERS: Final = {LOOP: False, THREADS: True}
 # Where a table varies something else than channels.
 USUAL_CHANNELS: Final = 4
+CARRIED: Final = (USUAL_CHANNELS, 64)
+QUICK_CARRIED: Final = (USUAL_CHANNELS,)
 
 LOCAL: Final = "local"
 ISOLATED: Final = "isolated"
@@ -245,16 +249,24 @@ def main(argv: list[str] | None = None) -> None:
         {str(n): {LOCAL: replace(usual, bundle_pages=n)} for n in bundles},
         options.repeats,
     )
-    by_shards = measure(
+    by_carrier = measure(
         {
-            str(USUAL_CHANNELS): {
-                "1 shard" if n == 1 else f"{n} shards": replace(usual, shards=n) for n in SHARDS
+            str(n): {
+                f"{engine}, {name}": replace(move, channel_threads=threads)
+                for engine, move in engines(replace(usual, channels=n)).items()
+                for name, threads in CARRIERS.items()
             }
+            for n in (QUICK_CARRIED if options.quick else CARRIED)
         },
         options.repeats,
     )
     read = read_rate(usual.ram_bytes, options.repeats)
-    figures = {"channels": by_channels, "content": by_content, "bundle_pages": by_bundle, "shards": by_shards}
+    figures = {
+        "channels": by_channels,
+        "content": by_content,
+        "bundle_pages": by_bundle,
+        "carriers": by_carrier,
+    }
     of = f"{usual.ram_bytes >> 20} MiB"
     finish(
         options,
@@ -275,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
                 content_note(by_content, read.median),
             ),
             table(f"By pages in a bundle, {of}, {USUAL_CHANNELS} channels", "pages", by_bundle, BUNDLES_NOTE),
-            table(f"By shards, {of}, incompressible", "channels", by_shards),
+            table(f"By what carries the channels, {of}, incompressible", "channels", by_carrier),
         ],
         lambda path: draw(by_channels, path),
     )

@@ -6,7 +6,7 @@ Every round migrates the same halted guest between stock QEMUs in each way in tu
   multifd zstd      the same with multifd-compression=zstd
   multifd zstd TLS  the same with tls-creds-psk and AES-128-GCM
   pagexfer          sealed
-  pagexfer zstd     sealed, and compressed before; with a shard for each channel, as multifd has a thread for each
+  pagexfer zstd     sealed, and compressed before; with a thread for each channel, as multifd has
 both at the same level of zstd, all with the destination's RAM preallocated.
 
 Contents: text (words of a fixed vocabulary, the common ones often), half (every other page of it random), incompressible
@@ -143,9 +143,13 @@ def _move(way: str, link_mb: int, level: int, source: Machine, destination: Mach
     relay = partial(paced_relay, flow_bytes_per_s=link_mb * MB // FLOWS, on_carried=carried.append)
     wanted = level if "zstd" in way else None
     if way in (PLAIN, ZSTD):
-        shards = 1 if wanted is None else FLOWS
         taken = by_pagexfer(
-            source, destination, FLOWS, compression_level=wanted, shards=shards, route=Route(lead=relay)
+            source,
+            destination,
+            FLOWS,
+            compression_level=wanted,
+            channel_threads=wanted is not None,
+            route=Route(lead=relay),
         )
     else:
         tls = way == QEMU_ZSTD_TLS

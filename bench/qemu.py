@@ -4,7 +4,7 @@ Every round migrates the same guest between stock QEMUs in each way in turn, ove
   multifd         QEMU's own, neither encrypted nor checked
   multifd TLS     the same with tls-creds-psk and AES-128-GCM
   pagexfer        sealed, and compared with RAM in black-out (freshness digest-audit), as the command does
-  ... 2 shards    the same with two event loops at each side (--shards 2); multifd has a thread for each channel
+  ... threads     the same with a thread for each channel (--channel-threads), as multifd has
 all of them with the destination's RAM preallocated, and all of them without.
 
 Total time is from the order to its end. CPU seconds are user and system time of the QEMUs, and with pagexfer of its two

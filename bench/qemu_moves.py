@@ -58,7 +58,7 @@ class Job:
     destination: Machine
     channels: int
     compression_level: int | None
-    shards: int
+    channel_threads: bool
 
 
 def by_multifd(
@@ -89,13 +89,13 @@ def by_pagexfer(
     channels: int,
     *,
     compression_level: int | None = None,
-    shards: int = 1,
+    channel_threads: bool = False,
     route: Route = DIRECT,
 ) -> Taken:
     """pagexfer with a process of its own at each side, whose CPU seconds count as well as those of the QEMUs."""
     machines = (source, destination)
     began = [machine.cpu_seconds() for machine in machines]
-    job = Job(source, destination, channels, compression_level, shards)
+    job = Job(source, destination, channels, compression_level, channel_threads)
     sent, received_cpu_s = run_pair(_receive, _send, job, route)
     spent = [machine.cpu_seconds() - before for machine, before in zip(machines, began, strict=True)]
     trio.run(_go_on, source)
@@ -107,8 +107,8 @@ def by_pagexfer(
 WAYS: Final[dict[str, Callable[[Machine, Machine, int], Taken]]] = {
     "multifd": partial(by_multifd, tls=False),
     "multifd TLS": partial(by_multifd, tls=True),
-    "pagexfer": partial(by_pagexfer, shards=1),
-    "pagexfer 2 shards": partial(by_pagexfer, shards=2),
+    "pagexfer": by_pagexfer,
+    "pagexfer threads": partial(by_pagexfer, channel_threads=True),
 }
 
 
@@ -176,7 +176,7 @@ def _receive(job: Job, host: str, on_listening: Callable[[int], None]) -> float:
                 0,
                 pagexfer.PskAttestor(_PSK),
                 accept_compression=job.compression_level is not None,
-                shards=job.shards,
+                channel_threads=job.channel_threads,
                 on_listening=on_listening,
             )
         return watch.side(0).cpu_seconds
@@ -197,7 +197,7 @@ def _send(job: Job, host: str, port: int) -> Taken:
                 pagexfer.PskAttestor(_PSK),
                 channels=job.channels,
                 compression_level=job.compression_level,
-                shards=job.shards,
+                channel_threads=job.channel_threads,
                 downtime_limit_s=DOWNTIME_LIMIT_MS / 1000,
             )
         return Taken(

@@ -40,7 +40,7 @@ class Move:
     downtime_limit_s: float = 0.3
     seed: int = 1
     isolated: bool = False
-    shards: int = 1
+    channel_threads: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ def receive(
                 0,
                 attestor,
                 isolated=move.isolated,
-                shards=move.shards,
+                channel_threads=move.channel_threads,
                 on_listening=on_listening,
                 on_progress=watch_from_setup,
             )
@@ -161,7 +161,7 @@ def send(move: Move, host: str, port: int, on_first_page: Callable[[], None] = l
                 downtime_limit_s=move.downtime_limit_s,
                 bundle_pages=move.bundle_pages,
                 isolated=move.isolated,
-                shards=move.shards,
+                channel_threads=move.channel_threads,
                 on_progress=on_progress,
             )
         except pagexfer.TransferAborted as aborted:

@@ -19,7 +19,6 @@ import trio
 
 from .engine.destination import DestinationEngine
 from .engine.hypervisor import ThrottlingHypervisor
-from .engine.shards import MAX_SHARDS
 from .engine.slots import Slot
 from .engine.source import SourceEngine, SourceOptions
 from .engine.steering import DOWNTIME_LIMIT_S, MigrationParameters, Steering
@@ -87,7 +86,7 @@ async def send_guest(
     journal: Path | None = None,
     isolated: bool = False,
     cpus: tuple[int, ...] = (),
-    shards: int = 1,
+    channel_threads: bool | None = None,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
 ) -> MigrationReport:
     """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
@@ -104,8 +103,9 @@ async def send_guest(
     With `isolated`, the engine is a process of its own, which shares mailbox memory and doorbells with this one and nothing
     else; `cpus` pins that process, and the threads that serve its slots, to these processors.
 
-    The channels are carried by `shards` event loops, each in a thread of its own: more than one pays where one core cannot
-    fill the link and there are cores to spare.
+    With `channel_threads` each channel has a thread of its own, without them one event loop carries all. By default up to
+    eight channels have threads where the engine is a process of its own; otherwise threads pay where one core cannot fill
+    the link, or compress enough, and there are cores to spare.
 
     `ledger` is what the guest's last destination reported as its ledger, empty for a guest that never moved.
 
@@ -114,8 +114,8 @@ async def send_guest(
     report (`info.audit`). A tracker that compares RAM with what was sent makes "auto" a digest audit as well.
 
     With a `compression_level` of 1 (fastest) to 9, pages are compressed by zstd before they are sealed, for slow links; the
-    destination must accept it. A core compresses some 0.3 GB/s of RAM; with `shards`, several do. The length of a bundle
-    then tells hosts and network how well its pages compress.
+    destination must accept it. A core compresses some 0.3 GB/s of RAM; with `channel_threads`, several do. The length of a
+    bundle then tells hosts and network how well its pages compress.
 
     When it returns, the guest runs at the destination and stays parked here for good. Raises UsageError for bad arguments
     and TransferAborted otherwise: its `outcome` says whether the guest goes on here (ENDED, REFUSED) or nobody may know
@@ -135,9 +135,9 @@ async def send_guest(
     compressor = _compressor(compression_level)
     _check_network(port, 1, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
-    _check_shards(shards)
     audit = freshness == "digest-audit"
-    options = SourceOptions(channels, stall_timeout_s, audit, shards, compressor is not None)
+    threads = _channel_threads(channel_threads, isolated=isolated)
+    options = SourceOptions(channels, stall_timeout_s, audit, threads, compressor is not None)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
         kept = None if journal is None else FileJournal.for_session(journal)
@@ -202,7 +202,7 @@ async def receive_guest(
     journal: Path | None = None,
     isolated: bool = False,
     cpus: tuple[int, ...] = (),
-    shards: int = 1,
+    channel_threads: bool | None = None,
     on_listening: Callable[[int], None] = lambda _port: None,
     on_progress: Callable[[MigrationInfo], None] = lambda _info: None,
     on_stranger: Callable[[str], None] = lambda _line: None,
@@ -210,15 +210,14 @@ async def receive_guest(
     """Receive one guest into `guest`, which has fresh RAM and vCPUs that never ran, listening at `host`:`port`.
 
     `on_listening` gets the port, which the kernel chooses for 0; `on_stranger` one line for each connection that was not
-    the source's; `journal`, `isolated`, `cpus` and `shards` are as for `send_guest`. A source that compresses pages is
-    refused, with reason "compression", without `accept_compression`.
+    the source's; `journal`, `isolated`, `cpus` and `channel_threads` are as for `send_guest`. A source that compresses
+    pages is refused, with reason "compression", without `accept_compression`.
 
     When it returns, the guest runs here. Raises UsageError where address or journal cannot be used, and TransferAborted
     where the migration failed: the guest then never runs here, except with outcome UNDECIDED.
     """
     _check_network(port, 0, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
-    _check_shards(shards)
     if accept_compression:
         need_zstd()
     kept = None if journal is None else FileJournal.for_session(journal)
@@ -235,7 +234,7 @@ async def receive_guest(
             guest.hypervisor.dirty_log is not None,
             cpus,
             stall_timeout_s,
-            shards=shards,
+            channel_threads=_channel_threads(channel_threads, isolated=isolated),
         )
         receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
         with kept or nullcontext():
@@ -256,7 +255,7 @@ async def receive_guest(
         on_progress,
         on_stranger,
         stall_timeout_s,
-        shards,
+        channel_threads=_channel_threads(channel_threads, isolated=isolated),
     )
     with kept or nullcontext():
         listener = await listen(host, port, stall_timeout_s)
@@ -310,9 +309,9 @@ def _check_cpus(cpus: tuple[int, ...], *, isolated: bool) -> None:
         raise UsageError(f"CPU {missing[0]} does not exist or is not this process's to use")
 
 
-def _check_shards(shards: int) -> None:
-    if not 1 <= shards <= MAX_SHARDS:
-        raise UsageError(f"a migration has 1 to {MAX_SHARDS} shards, not {shards}")
+def _channel_threads(wanted: bool | None, *, isolated: bool) -> bool | None:
+    """The engine's own choice only where it shares no lock of the interpreter with the SVSM: there threads pay always."""
+    return wanted if isolated else bool(wanted)
 
 
 async def _provide(memory: GuestMemory, provide: Callable[[int, int], bool]) -> None:

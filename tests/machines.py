@@ -71,7 +71,7 @@ class Machines:
         journal: Path | None = None,
         *,
         isolated: bool = False,
-        shards: int = 1,
+        channel_threads: bool | None = None,
     ) -> Side:
         """Migrate the source guest; returns how that ended."""
         side = Side()
@@ -87,7 +87,7 @@ class Machines:
                 stall_timeout_s=stall_timeout_s,
                 journal=journal,
                 isolated=isolated,
-                shards=shards,
+                channel_threads=channel_threads,
                 on_progress=side.progress.append,
             )
         except TransferAborted as aborted:
@@ -114,7 +114,7 @@ async def receive(
     stall_timeout_s: float,
     journal: Path | None = None,
     isolated: bool = False,
-    shards: int = 1,
+    channel_threads: bool | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Receive into `guest` and note how it ended; reports the port."""
@@ -127,7 +127,7 @@ async def receive(
             stall_timeout_s=stall_timeout_s,
             journal=journal,
             isolated=isolated,
-            shards=shards,
+            channel_threads=channel_threads,
             on_listening=task_status.started,
             on_progress=side.progress.append,
             on_stranger=side.strangers.append,

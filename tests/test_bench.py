@@ -89,13 +89,15 @@ def test_dirty(tmp_path: Path) -> None:
 
 def test_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "CONTENTS", {"half zero": 0.5})
-    monkeypatch.setattr(channels, "SHARDS", (2,))
+    monkeypatch.setattr(channels, "CARRIED", (2,))
     result, plot = tmp_path / "channels.json", tmp_path / "channels.png"
     small = ["--ram", "8MiB", "--channels", "2", "--bundles", "16", "--repeats", "1"]
     channels.main([*small, "--json", str(result), "--plot", str(plot)])
     measured = json.loads(result.read_text())
     assert measured["channels"].keys() == {"2"}
-    assert measured["shards"]["4"]["engines"].keys() == {"2 shards"}
+    assert measured["carriers"]["2"]["engines"].keys() == {
+        f"{engine}, {carrier}" for engine in ("local", "isolated") for carrier in ("event loop", "threads")
+    }
     assert measured["channels"]["2"]["engines"].keys() == {"local", "isolated"}
     local, isolated = (measured["channels"]["2"]["engines"][engine] for engine in ("local", "isolated"))
     # The engine's process, an interpreter of its own, is counted.
@@ -106,7 +108,7 @@ def test_channels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "By channels",
         "By content",
         "By pages in a bundle",
-        "By shards",
+        "By what carries the channels",
     ]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
@@ -184,7 +186,7 @@ def test_qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qemu.main([*small, "--json", str(result), "--plot", str(plot)])
     measured = json.loads(result.read_text())
     figures = {figure["way"]: figure for figure in measured["figures"]}
-    assert figures.keys() == {"multifd", "multifd TLS", "pagexfer", "pagexfer 2 shards"}
+    assert figures.keys() == {"multifd", "multifd TLS", "pagexfer", "pagexfer threads"}
     assert all(
         figure["seconds"]["median"] > 0 < figure["downtime_ms"]["median"] for figure in figures.values()
     )

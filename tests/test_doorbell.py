@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 import pytest
@@ -71,6 +72,27 @@ class Host:
         self.slot = Slot(self.memory, self.doorbells.ring)
 
 
+# Where a host waits for an answer: as a task, and as a channel's thread does, which has no event loop.
+async def _in_loop(slot: Slot, command: Command, argument: int = 0) -> int:
+    return (await slot.command(command, argument)).result
+
+
+async def _in_thread(slot: Slot, command: Command, argument: int = 0) -> int:
+    def run() -> int:
+        try:
+            slot.command(command, argument).send(None)
+        except StopIteration as end:
+            result: int = end.value.result
+            return result
+        raise AssertionError("it waited for an event loop")
+
+    return await trio.to_thread.run_sync(run)
+
+
+_Ask = Callable[[Slot, Command, int], Awaitable[int]]
+ASKS = pytest.mark.parametrize("ask", [_in_loop, _in_thread])
+
+
 @pytest.fixture
 def svsm() -> Iterator[Svsm]:
     svsm = Svsm()
@@ -79,67 +101,73 @@ def svsm() -> Iterator[Svsm]:
         svsm.let.set()
 
 
-async def test_every_command_has_its_answer(svsm: Svsm) -> None:
+@ASKS
+async def test_every_command_has_its_answer(svsm: Svsm, ask: _Ask) -> None:
     slot = svsm.host().slot
     for number in range(300):  # among them such that are looked for awake, at either end
-        assert (await slot.command(Command.EXPORT, number)).result == number
+        assert await ask(slot, Command.EXPORT, number) == number
         if number % 50 == 0:
             await trio.sleep(0.002)
 
 
+@ASKS
 async def test_a_ring_that_the_svsm_never_heard_costs_a_look(
-    svsm: Svsm, monkeypatch: pytest.MonkeyPatch
+    svsm: Svsm, monkeypatch: pytest.MonkeyPatch, ask: _Ask
 ) -> None:
     monkeypatch.setattr(handler, "FALLBACK_MS", 20)
     host = svsm.host()
     deaf = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     doorbells = Doorbells(host.memory, deaf, host.to_host, 5.0)
-    assert (await Slot(host.memory, doorbells.ring).command(Command.EXPORT, 7)).result == 7
+    assert await ask(Slot(host.memory, doorbells.ring), Command.EXPORT, 7) == 7
     os.close(deaf)
 
 
-async def test_an_answer_whose_ring_is_lost_is_found(svsm: Svsm) -> None:
+@ASKS
+async def test_an_answer_whose_ring_is_lost_is_found(svsm: Svsm, ask: _Ask) -> None:
     host = svsm.host()
     deaf = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
     doorbells = Doorbells(host.memory, host.to_svsm, deaf, 5.0)
     began = trio.current_time()
-    assert (await Slot(host.memory, doorbells.ring).command(Command.EXPORT, 7)).result == 7
+    assert await ask(Slot(host.memory, doorbells.ring), Command.EXPORT, 7) == 7
     assert trio.current_time() - began < 20 * FALLBACK_S
     os.close(deaf)
 
 
-async def test_rings_for_nothing_do_nothing(svsm: Svsm) -> None:
+@ASKS
+async def test_rings_for_nothing_do_nothing(svsm: Svsm, ask: _Ask) -> None:
     host = svsm.host()
     for bell in (host.to_svsm, host.to_host):
         os.eventfd_write(bell, 1000)
-    assert (await host.slot.command(Command.EXPORT, 7)).result == 7
+    assert await ask(host.slot, Command.EXPORT, 7) == 7
 
 
-async def test_a_silent_svsm_is_lost_and_stays_so(svsm: Svsm) -> None:
+@ASKS
+async def test_a_silent_svsm_is_lost_and_stays_so(svsm: Svsm, ask: _Ask) -> None:
     slot = svsm.host().slot
     began = trio.current_time()
     with pytest.raises(SvsmLost, match="did not answer"):
-        await slot.command(Command.EPOCH)
+        await ask(slot, Command.EPOCH, 0)
     assert trio.current_time() - began >= _TIMEOUT_S
     svsm.let.set()
     with trio.fail_after(_TIMEOUT_S), pytest.raises(SvsmLost):
-        await slot.command(Command.EXPORT, 7)
+        await ask(slot, Command.EXPORT, 7)
 
 
-async def test_who_waits_hears_at_once_that_the_svsm_is_gone(svsm: Svsm) -> None:
+@ASKS
+async def test_who_waits_hears_soon_that_the_svsm_is_gone(svsm: Svsm, ask: _Ask) -> None:
     host = svsm.host()
     doorbells = Doorbells(host.memory, host.to_svsm, host.to_host, 60.0)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(_is_lost, Slot(host.memory, doorbells.ring))
+        nursery.start_soon(_is_lost, ask, Slot(host.memory, doorbells.ring))
         await trio.testing.wait_all_tasks_blocked()
         doorbells.give_up()
         nursery.cancel_scope.deadline = trio.current_time() + 5
     assert not nursery.cancel_scope.cancelled_caught
 
 
-async def _is_lost(slot: Slot) -> None:
+async def _is_lost(ask: _Ask, slot: Slot) -> None:
     with pytest.raises(SvsmLost):
-        await slot.command(Command.EPOCH)
+        await ask(slot, Command.EPOCH, 0)
 
 
 async def test_a_cancel_waits_for_the_answer(svsm: Svsm) -> None:

@@ -50,18 +50,22 @@ def machines() -> Iterator[Machines]:
 
 
 async def migrate(
-    machines: Machines, breaks: Callable[[Frame], bool], *, isolated: bool = False, shards: int = 1
+    machines: Machines,
+    breaks: Callable[[Frame], bool],
+    *,
+    isolated: bool = False,
+    channel_threads: bool | None = None,
 ) -> tuple[Side, Side, Breaker]:
     await machines.start()
     destination = Side()
     with trio.fail_after(PATIENCE_S):
         async with trio.open_nursery() as network, trio.open_nursery() as sides:
             port = await sides.start(
-                receive, machines.destination, destination, _STALL_S, None, isolated, shards
+                receive, machines.destination, destination, _STALL_S, None, isolated, channel_threads
             )
             breaker = Breaker(port, breaks)
             broken = await network.start(breaker.serve)
-            source = await machines.send(broken, _STALL_S, isolated=isolated, shards=shards)
+            source = await machines.send(broken, _STALL_S, isolated=isolated, channel_threads=channel_threads)
             if not isinstance(source.end, MigrationReport):
                 sides.cancel_scope.cancel()
             while destination.end is None and isinstance(source.end, MigrationReport):  # noqa: ASYNC110
@@ -96,18 +100,20 @@ _BREAKS: Final[dict[str, Callable[[], Callable[[Frame], bool]]]] = {
 
 
 @pytest.mark.parametrize(
-    ("name", "isolated", "shards"),
+    ("name", "isolated", "channel_threads"),
     [
-        *((name, False, 1) for name in _BREAKS),
-        ("pages of every channel", True, 1),
-        ("pages of every channel", False, 2),
-        ("barriers", False, 3),
+        *((name, False, threads) for name in _BREAKS for threads in (False, True)),
+        ("pages of every channel", True, False),
+        ("pages of every channel", True, True),
+        ("barriers", True, True),
     ],
 )
 async def test_r9_guest_arrives_over_connections_that_break(
-    machines: Machines, name: str, isolated: bool, shards: int
+    machines: Machines, name: str, isolated: bool, channel_threads: bool
 ) -> None:
-    source, destination, breaker = await migrate(machines, _BREAKS[name](), isolated=isolated, shards=shards)
+    source, destination, breaker = await migrate(
+        machines, _BREAKS[name](), isolated=isolated, channel_threads=channel_threads
+    )
     assert sum(breaker.broken.values()) >= 1
     assert isinstance(source.end, MigrationReport), source.end
     assert isinstance(destination.end, MigrationReport), destination.end

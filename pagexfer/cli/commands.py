@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, get_args
 import click
 import trio
 
-from ..engine.shards import MAX_SHARDS
 from ..engine.steering import MigrationParameters, Steering
 from ..errors import GuestError, Outcome, UsageError
 from ..guests.checked import boot_guest, empty_guest
@@ -109,11 +108,9 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Run the engine as a process of its own, which has neither guest RAM nor keys.",
         ),
         click.option(
-            "--shards",
-            type=click.IntRange(1, MAX_SHARDS),
-            default=1,
-            show_default=True,
-            help="Event loops, each in a thread of its own, that carry the channels.",
+            "--channel-threads/--no-channel-threads",
+            default=None,
+            help="A thread for each channel. Default: with --isolated, for up to 8 channels.",
         ),
     ):
         command = option(command)
@@ -195,7 +192,7 @@ def send(
     ram: int,
     vcpus: int,
     cpus: tuple[int, ...],
-    shards: int,
+    channel_threads: bool | None,
     *,
     auto_converge: bool,
     pause_before_switchover: bool,
@@ -236,7 +233,7 @@ def send(
             compression_level=compress,
             isolated=isolated,
             cpus=cpus,
-            shards=shards,
+            channel_threads=channel_threads,
             as_json=as_json,
         )
         if monitor is not None:
@@ -278,7 +275,7 @@ def receive(
     ram: int,
     vcpus: int,
     cpus: tuple[int, ...],
-    shards: int,
+    channel_threads: bool | None,
     *,
     accept_compression: bool,
     isolated: bool,
@@ -303,7 +300,7 @@ def receive(
         accept_compression=accept_compression,
         isolated=isolated,
         cpus=cpus,
-        shards=shards,
+        channel_threads=channel_threads,
         as_json=as_json,
     )
     if monitor is not None:
@@ -333,7 +330,7 @@ def demo(
     ram: int,
     vcpus: int,
     cpus: tuple[int, ...],
-    shards: int,
+    channel_threads: bool | None,
     *,
     auto_converge: bool,
     isolated: bool,
@@ -360,7 +357,9 @@ def demo(
     if compress is not None:
         options.append(f"--compress=zstd:{compress}")
     Layout.plan(ram, vcpus)  # what cannot be a guest is said here, once, and not by both sides
-    both = [f"--shards={shards}", *(["--isolated"] if isolated else [])]
+    both = ["--isolated"] if isolated else []
+    if channel_threads is not None:
+        both.append("--channel-threads" if channel_threads else "--no-channel-threads")
     both += ["--cpus", ",".join(map(str, cpus))] if cpus else []
     accept = ["--accept-compression"] if compress is not None else []
     return run_demo(AttestorKind[attest.upper()], options, accept, kind, ram, vcpus, both, as_json=as_json)

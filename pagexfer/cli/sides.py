@@ -44,7 +44,7 @@ async def send_side(
     compression_level: int | None,
     isolated: bool,
     cpus: tuple[int, ...],
-    shards: int,
+    channel_threads: bool | None,
     as_json: bool,
 ) -> int:
     """Start a test guest, or take a QEMU's as it runs, and migrate it; prints the report and returns the exit code."""
@@ -67,7 +67,7 @@ async def send_side(
             compression_level=compression_level,
             isolated=isolated,
             cpus=cpus,
-            shards=shards,
+            channel_threads=channel_threads,
             on_progress=see,
         )
 
@@ -93,7 +93,7 @@ async def receive_side(
     accept_compression: bool,
     isolated: bool,
     cpus: tuple[int, ...],
-    shards: int,
+    channel_threads: bool | None,
     as_json: bool,
 ) -> int:
     """Receive one guest, let it run, and check a test guest; prints the report and returns the exit code."""
@@ -107,7 +107,7 @@ async def receive_side(
             journal=journal,
             isolated=isolated,
             cpus=cpus,
-            shards=shards,
+            channel_threads=channel_threads,
             on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
             on_progress=show,
             on_stranger=note,

@@ -82,7 +82,7 @@ class SourceChannel:
         while True:
             try:
                 chunk = chunks.popleft()
-            except IndexError:  # asked for and not looked at first: a channel of another loop may be quicker
+            except IndexError:  # asked for and not looked at first: another channel's thread may be quicker
                 return
             try:
                 await self._export_chunk(chunk)
@@ -149,6 +149,12 @@ class Arrival(NamedTuple):
     device_state: bytes
 
 
+class EpochEnd(NamedTuple):
+    """The source says that `epoch` has no more bundles on this channel."""
+
+    epoch: int
+
+
 class DestinationChannel:
     """The receiving end of one channel over one connection. `replaced` is set once another one has taken its place."""
 
@@ -191,13 +197,15 @@ class DestinationChannel:
             self._tally.add(answer.result2 >> 32, answer.result2 & 0xFFFFFFFF, header.payload_bytes)
         return Arrival(kind, self._slot.take(answer))
 
-    async def import_until_barrier(self, idle_timeout_s: float) -> int:
-        """Import bundles until the source says that an epoch has no more on this channel; returns which epoch."""
+    async def import_pages(self, idle_timeout_s: float) -> Arrival | EpochEnd:
+        """Import bundles of pages until anything else came; returns what that was."""
         while True:
             header = await self.connection.receive_header(idle_timeout_s)
             if header.type is FrameType.BARRIER:
-                return parse_barrier_untrusted(await self.connection.receive_payload(header))
-            await self.import_bundle(header)
+                return EpochEnd(parse_barrier_untrusted(await self.connection.receive_payload(header)))
+            arrival = await self.import_bundle(header)
+            if arrival.kind not in PAGE_KINDS:
+                return arrival
 
     async def answer(self, kind: BundleKind) -> None:
         """Have an answer sealed and send it back."""

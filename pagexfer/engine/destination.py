@@ -36,16 +36,16 @@ from ..wire.control import (
     Prepare,
 )
 from ..wire.device_state import MAX_DEVICE_STATE_BYTES
-from ..wire.framing import FrameType, parse_barrier_untrusted
+from ..wire.framing import FrameType
 from ..wire.handshake import parse_established_untrusted
 from ..wire.slot import Command
-from .channel import DestinationChannel
+from .channel import DestinationChannel, EpochEnd
 from .control import Control
 from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, svsm_lost, unfit
 from .progress import ChannelTally, Progress, Status
 from .reception import INTRODUCTION_TIMEOUT_S, Reception
-from .shards import Shards, open_shards
 from .streams import STALL_TIMEOUT_S
+from .threads import carrier
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .progress import MigrationInfo
     from .slots import Slot
     from .streams import Connection, Listener
+    from .threads import Carrier
 
 # Within an epoch every channel has work or meets the others at the barrier; a source that lets a channel be idle for
 # longer than this many stall timeouts, each of which would have ended its own side, is gone.
@@ -118,7 +119,8 @@ class DestinationEngine:
         on_progress: Callable[[MigrationInfo], None],
         on_stranger: Callable[[str], None],
         stall_timeout_s: float = STALL_TIMEOUT_S,
-        shards: int = 1,
+        *,
+        channel_threads: bool | None = False,
     ) -> None:
         self._control_slot = control_slot
         self._make_slots = make_slots
@@ -126,7 +128,7 @@ class DestinationEngine:
         self._on_progress = on_progress
         self._on_stranger = on_stranger
         self._stall_timeout_s = stall_timeout_s
-        self._shards = shards
+        self._channel_threads = channel_threads
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
         self._attempts = 0
         self._session = b""
@@ -265,13 +267,13 @@ class DestinationEngine:
     async def _receive(self, control: Control) -> None:
         """Import everything until the guest runs."""
         barrier = Barrier(len(self._channels))
-        loops = min(self._shards, len(self._channels))
-        async with open_shards(loops) as shards, trio.open_nursery() as nursery:
+        carry = carrier(len(self._channels), channel_threads=self._channel_threads)
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report)
             for channel in self._channels:
                 if channel != 0:
-                    nursery.start_soon(self._serve, channel, partial(self._work, channel, shards, barrier))
-            await self._serve(0, partial(self._lead, barrier, control))
+                    nursery.start_soon(self._serve, channel, partial(self._work, channel, carry, barrier))
+            await self._serve(0, partial(self._lead, carry, barrier, control))
             nursery.cancel_scope.cancel()
 
     async def _serve(self, channel: int, work: Callable[[DestinationChannel], Awaitable[None]]) -> None:
@@ -289,23 +291,27 @@ class DestinationEngine:
                 if not link.replaced.is_set():
                     raise ChannelBroken(f"channel {channel} was not replaced: {error}") from error
 
-    async def _work(self, channel: int, shards: Shards, barrier: Barrier, link: DestinationChannel) -> None:
-        """A channel that carries pages only."""
-        importing = partial(link.import_until_barrier, IDLE_STALLS * self._stall_timeout_s)
+    async def _work(self, channel: int, carry: Carrier, barrier: Barrier, link: DestinationChannel) -> None:
+        """A channel that carries pages only: the SVSM takes nothing else over it."""
+        importing = partial(link.import_pages, IDLE_STALLS * self._stall_timeout_s)
         while True:
-            barrier.arrive(channel, await shards.run(channel, importing))
-            await barrier.wait_open()
+            arrival = await carry(link.connection, importing)
+            if isinstance(arrival, EpochEnd):
+                barrier.arrive(channel, arrival.epoch)
+                await barrier.wait_open()
 
-    async def _lead(self, barrier: Barrier, control: Control, link: DestinationChannel) -> None:
+    async def _lead(
+        self, carry: Carrier, barrier: Barrier, control: Control, link: DestinationChannel
+    ) -> None:
         """Channel 0, which also carries states and tokens; returns when the guest runs."""
+        importing = partial(link.import_pages, IDLE_STALLS * self._stall_timeout_s)
         while True:
-            header = await link.connection.receive_header(IDLE_STALLS * self._stall_timeout_s)
-            if header.type is FrameType.BARRIER:
-                epoch = parse_barrier_untrusted(await link.connection.receive_payload(header))
-                barrier.arrive(0, epoch)
+            arrival = await carry(link.connection, importing)
+            if isinstance(arrival, EpochEnd):
+                barrier.arrive(0, arrival.epoch)
                 await barrier.wait_for_all()
                 continue
-            kind, part = await link.import_bundle(header)
+            kind, part = arrival
             # The source replaces nothing any more once it has begun to send states.
             self._handing_over = kind in _HAND_OVER
             match kind:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
@@ -25,7 +26,8 @@ MAX_PAUSE: Final = 64
 class Doorbells:
     """Rings the SVSM on `to_svsm` and waits for its answer on `to_host`, at most `timeout_s`.
 
-    Where answers come at once they are looked for awake, for `POLL_S` at most, and only then slept for.
+    Where answers come at once they are looked for awake, for `POLL_S` at most, and only then slept for. A thread without an
+    event loop sleeps at once, as its waking is cheap.
     """
 
     def __init__(self, slot: SlotMemory, to_svsm: int, to_host: int, timeout_s: float) -> None:
@@ -35,6 +37,8 @@ class Doorbells:
         self._timeout_s = timeout_s
         self._lost = False
         self._rings, self._pause = 0, 1
+        self._poll = select.poll()
+        self._poll.register(to_host, select.POLLIN)
 
     async def ring(self) -> None:
         """Until the command in the registers is answered. Raises SvsmLost where it is not, and from then on at once.
@@ -43,7 +47,9 @@ class Doorbells:
         """
         if not self._lost:
             self._signal()
-            if not self._look():
+            if not trio.lowlevel.in_trio_run():
+                self._block()
+            elif not self._look():
                 await self._wait()
         if self._lost:
             raise SvsmLost(f"the SVSM did not answer within {self._timeout_s:g} s, or is gone")
@@ -71,6 +77,16 @@ class Doorbells:
                     return self._slot.is_answered
             self._pause = 1
         return self._slot.is_answered
+
+    def _block(self) -> None:
+        """As `_wait`, in a thread without an event loop."""
+        began = time.monotonic()
+        while not self._lost and not self._slot.is_answered:
+            if self._poll.poll(1000 * FALLBACK_S):
+                with suppress(BlockingIOError):
+                    os.eventfd_read(self._to_host)
+            late = time.monotonic() - began >= self._timeout_s
+            self._lost = self._lost or (late and not self._slot.is_answered)
 
     async def _wait(self) -> None:
         """Sleep until the answer is there, or does not come in time."""

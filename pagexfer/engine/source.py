@@ -53,8 +53,8 @@ from .failure import (
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
 from .repair import Repair, used_up_key_as_broken
-from .shards import Shards, open_shards
 from .streams import STALL_TIMEOUT_S, connect
+from .threads import carrier
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +82,7 @@ class SourceOptions:
     channels: int = 4
     stall_timeout_s: float = STALL_TIMEOUT_S
     audit: bool = False
-    shards: int = 1
+    channel_threads: bool | None = False
     compressed: bool = False
 
 
@@ -122,7 +122,7 @@ class SourceEngine:
             Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
         )
         self._epoch = FIRST_EPOCH
-        self._shards = Shards(())
+        self._carry = carrier(options.channels, channel_threads=options.channel_threads)
         self._completed = False
 
     async def run(self, host: str, port: int) -> MigrationInfo:
@@ -151,8 +151,7 @@ class SourceEngine:
 
     async def _migrate(self, control: Control, host: str, port: int, done: trio.CancelScope) -> None:
         session = await self._handshake(control)
-        loops = min(self._options.shards, self._options.channels)
-        async with open_shards(loops) as self._shards, trio.open_nursery() as nursery:
+        async with trio.open_nursery() as nursery:
             nursery.start_soon(control.listen)
             await self._open_channels(control, session, host, port)
             # Before any page: a guest that may not move again is refused while it still runs here.
@@ -318,7 +317,7 @@ class SourceEngine:
         while True:
             try:
                 with used_up_key_as_broken():
-                    return await self._shards.run(channel.channel, partial(self._export, channel, queue))
+                    return await self._carry(channel.connection, partial(self._export, channel, queue))
             except ChannelBroken:
                 await self._replace(channel, repair)
 

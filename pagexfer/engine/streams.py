@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import socket
-from typing import Final
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from ..errors import ChannelBroken, ChannelClosed, MalformedData, UsageError
 from ..wire.framing import FRAME_HEADER_BYTES, FrameHeader, FrameType, parse_frame_header_untrusted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .threads import Interrupt
 
 CONNECT_TIMEOUT_S: Final = 10.0
 # How long a peer may be silent in the middle of something: as long as a TCP connection survives a short outage, and
@@ -37,7 +44,8 @@ class Connection:
     """A TCP connection that carries frames. One task sends and one receives at a time.
 
     It works on a plain non-blocking socket: the kernel is asked first, and only where it has no room or no data does the
-    task wait. That saves a turn of the event loop for every call that can be served at once.
+    task wait. That saves a turn of the event loop for every call that can be served at once. While it is lent to a thread
+    without an event loop, that one waits in the kernel.
     """
 
     def __init__(self, sock: socket.socket, stall_timeout: float = STALL_TIMEOUT_S) -> None:
@@ -46,28 +54,34 @@ class Connection:
         self._turn_due = True
         self.ended = False  # whether peer, network or this side ended it, as far as anybody noticed
         self._pace = _NO_PACE
+        self._thread: Interrupt | None = None
         self.stall_timeout = stall_timeout
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         self.peer = _peer_name(sock)
 
+    @contextmanager
+    def lent_to(self, interrupt: Interrupt) -> Iterator[None]:
+        """For the time of the block, whoever sends or receives is a thread without an event loop."""
+        self._thread = interrupt
+        try:
+            yield
+        finally:
+            self._thread = None
+
     async def send(self, data: memoryview | bytes) -> None:
         """Send all of `data`, and let other tasks run. Raises ChannelBroken or ChannelClosed."""
         try:
             rest = self._send_some(memoryview(data))
             if not rest:
-                await trio.lowlevel.checkpoint()
-                return
-            with trio.CancelScope() as patience:
-                while rest:
-                    patience.deadline = trio.current_time() + self.stall_timeout
-                    await trio.lowlevel.wait_writable(self._socket)
-                    rest = self._send_some(rest)
+                await self._take_turn()
+            while rest:
+                if not await self._wait(select.POLLOUT, self.stall_timeout):
+                    raise self._ended(f"{self.peer} takes no data for {self.stall_timeout:g} s")
+                rest = self._send_some(rest)
         except (OSError, trio.ClosedResourceError) as error:
             raise self._broken(error) from None
-        if rest:
-            raise self._ended(f"{self.peer} takes no data for {self.stall_timeout:g} s")
 
     async def receive_into(self, view: memoryview, timeout: float | None = None) -> None:
         """Receive exactly `len(view)` bytes, waiting `timeout` seconds (by default the stall timeout) for each part.
@@ -77,19 +91,14 @@ class Connection:
         timeout = self.stall_timeout if timeout is None else timeout
         try:
             rest = self._receive_some(view)
-            if not rest:
-                return
-            self._turn_due = False
-            with trio.CancelScope() as patience:
-                while rest:
-                    self._wake_at(min(len(rest), _WAKE_BYTES))
-                    patience.deadline = trio.current_time() + timeout
-                    await trio.lowlevel.wait_readable(self._socket)
-                    rest = self._receive_some(rest)
+            while rest:
+                self._turn_due = False
+                self._wake_at(min(len(rest), _WAKE_BYTES))
+                if not await self._wait(select.POLLIN, timeout):
+                    raise self._ended(f"{self.peer} sends nothing for {timeout:g} s")
+                rest = self._receive_some(rest)
         except (OSError, trio.ClosedResourceError) as error:
             raise self._broken(error) from None
-        if rest:
-            raise self._ended(f"{self.peer} sends nothing for {timeout:g} s")
 
     async def send_frame(self, frame_type: FrameType, payload: bytes) -> None:
         """Send one small frame."""
@@ -103,7 +112,7 @@ class Connection:
         # A turn of the event loop for every frame that was received without waiting: a peer that always has data must not
         # keep all other tasks, and a cancel, waiting. Before the first byte, so that a cancel leaves no half-read frame.
         if self._turn_due:
-            await trio.lowlevel.checkpoint()
+            await self._take_turn()
         self._turn_due = True
         header = bytearray(FRAME_HEADER_BYTES)
         await self.receive_into(memoryview(header), idle_timeout)
@@ -156,6 +165,24 @@ class Connection:
         if self._socket.fileno() >= 0:
             trio.lowlevel.notify_closing(self._socket)
             self._socket.close()
+
+    async def _take_turn(self) -> None:
+        """Let other tasks run, and a cancel come through."""
+        if self._thread is None:
+            await trio.lowlevel.checkpoint()
+        else:
+            self._thread.check()
+
+    async def _wait(self, event: int, timeout_s: float) -> bool:
+        """Until the socket has `event` (POLLIN or POLLOUT), or False after `timeout_s`."""
+        if self._thread is not None:
+            return self._thread.wait(self._socket, event, timeout_s)
+        with trio.move_on_after(timeout_s) as patience:
+            if event == select.POLLIN:
+                await trio.lowlevel.wait_readable(self._socket)
+            else:
+                await trio.lowlevel.wait_writable(self._socket)
+        return not patience.cancelled_caught
 
     def _send_some(self, view: memoryview) -> memoryview:
         """Send what the kernel takes now; returns the rest."""

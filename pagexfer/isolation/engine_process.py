@@ -161,7 +161,7 @@ class Engine:
             self._on_progress,
             lambda line: self._note({"type": "stranger", "line": line}),
             task.stall_timeout_s,
-            task.shards,
+            channel_threads=task.channel_threads,
         )
         listener = await listen(task.host, task.port, task.stall_timeout_s)
         self._note({"type": "listening", "port": listener.port})

@@ -1,0 +1,127 @@
+"""Where the work of a channel is done: in the engine's event loop, or in a thread of the channel's own without one.
+
+The engine decides everything in its loop. What a channel does within an epoch, it may do in a thread: the same code, whose
+every wait is then a wait of that thread (`Interrupt.wait`), so that it never gives control to a loop. Sealing, opening,
+copying and the kernel's part of TCP run without the interpreter's lock; a thread that waits costs a system call, where a
+task in a loop costs several and the loop's bookkeeping.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+from functools import partial
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
+
+import trio
+
+from ..errors import ChannelClosed
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable, Coroutine
+    from types import TracebackType
+
+    from outcome import Outcome
+
+    from .streams import Connection
+
+Result = TypeVar("Result")
+
+# More threads than this cost more in switches between them than an event loop does.
+MAX_CHANNELS_WITH_THREADS: Final = 8
+
+
+class Carrier(Protocol):
+    """Does `work`, which uses `connection`, and returns or raises what it does. A cancel ends the work as well."""
+
+    async def __call__(
+        self, connection: Connection, work: Callable[[], Coroutine[object, object, Result]], /
+    ) -> Result: ...
+
+
+def carrier(channels: int, *, channel_threads: bool | None) -> Carrier:
+    """What carries each of `channels` channels: threads, the event loop, or with None threads as long as they are few."""
+    threads = channels <= MAX_CHANNELS_WITH_THREADS if channel_threads is None else channel_threads
+    return in_thread if threads else in_loop
+
+
+async def in_loop(_connection: Connection, work: Callable[[], Coroutine[object, object, Result]]) -> Result:
+    """Here, in the caller's task."""
+    return await work()
+
+
+async def in_thread(connection: Connection, work: Callable[[], Coroutine[object, object, Result]]) -> Result:
+    """In a thread of its own, which has the connection and whatever else `work` uses to itself until it is done."""
+    home = trio.lowlevel.current_trio_token()
+    done = trio.Event()
+    outcomes: list[Outcome[Result]] = []
+
+    def deliver(outcome: Outcome[Result]) -> None:
+        outcomes.append(outcome)
+        home.run_sync_soon(done.set)
+
+    with Interrupt() as interrupt, connection.lent_to(interrupt):
+        trio.lowlevel.start_thread_soon(partial(_drive, work), deliver)
+        try:
+            await done.wait()
+        except trio.Cancelled:
+            interrupt.set()
+            # Whatever it holds, a slot's buffer or the connection, is its own until it is done.
+            with trio.CancelScope(shield=True):
+                await done.wait()
+            raise
+    return outcomes[0].unwrap()
+
+
+class Interrupt:
+    """How a thread without an event loop waits, and how the loop ends that wait: what it waits for then is "closed"."""
+
+    def __init__(self) -> None:
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._polls: dict[int, select.poll] = {}
+        self._is_set = False
+
+    def __enter__(self) -> Interrupt:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        os.close(self._bell)
+
+    def set(self) -> None:
+        """End every wait, this one and later ones. For the loop."""
+        self._is_set = True
+        os.eventfd_write(self._bell, 1)
+
+    def check(self) -> None:
+        """Raise ChannelClosed once the work is to end."""
+        if self._is_set:
+            raise ChannelClosed("this side gave the work up")
+
+    def wait(self, sock: socket.socket, event: int, timeout_s: float) -> bool:
+        """Until `sock`, always the same one, has `event` (POLLIN or POLLOUT), or False after `timeout_s`.
+
+        Raises ChannelClosed once the work is to end.
+        """
+        poll = self._polls.get(event)
+        if poll is None:
+            poll = self._polls[event] = select.poll()
+            poll.register(self._bell, select.POLLIN)
+            poll.register(sock, event)
+        ready = poll.poll(1000 * timeout_s)
+        self.check()
+        return bool(ready)
+
+
+def _drive(work: Callable[[], Coroutine[object, object, Result]]) -> Result:
+    """Run a coroutine to its end without a loop."""
+    coroutine = work()
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        result: Result = end.value
+        return result
+    coroutine.close()
+    raise RuntimeError("the work of a channel's thread waited for an event loop")
