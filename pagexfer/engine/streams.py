@@ -176,7 +176,7 @@ class Connection:
     async def _wait(self, event: int, timeout_s: float) -> bool:
         """Until the socket has `event` (POLLIN or POLLOUT), or False after `timeout_s`."""
         if self._thread is not None:
-            return self._thread.wait(self._socket, event, timeout_s)
+            return self._thread.wait(self._socket.fileno(), event, timeout_s)
         with trio.move_on_after(timeout_s) as patience:
             if event == select.POLLIN:
                 await trio.lowlevel.wait_readable(self._socket)

@@ -18,7 +18,6 @@ import trio
 from ..errors import ChannelClosed
 
 if TYPE_CHECKING:
-    import socket
     from collections.abc import Callable, Coroutine
     from types import TracebackType
 
@@ -100,8 +99,8 @@ class Interrupt:
         if self._is_set:
             raise ChannelClosed("this side gave the work up")
 
-    def wait(self, sock: socket.socket, event: int, timeout_s: float) -> bool:
-        """Until `sock`, always the same one, has `event` (POLLIN or POLLOUT), or False after `timeout_s`.
+    def wait(self, fd: int, event: int, timeout_s: float) -> bool:
+        """Until `fd`, always the same one, has `event` (POLLIN or POLLOUT), or False after `timeout_s`.
 
         Raises ChannelClosed once the work is to end.
         """
@@ -109,7 +108,7 @@ class Interrupt:
         if poll is None:
             poll = self._polls[event] = select.poll()
             poll.register(self._bell, select.POLLIN)
-            poll.register(sock, event)
+            poll.register(fd, event)
         ready = poll.poll(1000 * timeout_s)
         self.check()
         return bool(ready)
