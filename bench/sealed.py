@@ -13,7 +13,6 @@ import trio
 
 import pagexfer
 from pagexfer.guests.simulated import SimulatedGuest
-from pagexfer.svsm.export import BUNDLE_PAGES
 
 from .pair import DIRECT, Route, Side, Watch, children, run_pair
 
@@ -35,7 +34,7 @@ class Move:
     ram_bytes: int
     channels: int
     free: float = 0.0
-    bundle_pages: int = BUNDLE_PAGES
+    bundle_pages: int | None = None
     write_rate_bytes: int = 0
     downtime_limit_s: float = 0.3
     seed: int = 1

@@ -29,7 +29,7 @@ from .isolation.task import Task
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
 from .svsm.compression import MAX_LEVEL, MIN_LEVEL, Compressor, need_zstd
 from .svsm.destination import DestinationSvsm
-from .svsm.export import BUNDLE_PAGES
+from .svsm.export import usual_bundle_pages
 from .svsm.journal import FileJournal
 from .svsm.source import SourceSvsm
 from .wire.constants import GUEST_ID_BYTES, MAX_BUNDLE_ENTRIES, MAX_CHANNELS
@@ -77,7 +77,7 @@ async def send_guest(
     *,
     ledger: bytes = b"",
     channels: int = 4,
-    bundle_pages: int = BUNDLE_PAGES,
+    bundle_pages: int | None = None,
     downtime_limit_s: float | None = None,
     steering: Steering | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
@@ -92,7 +92,7 @@ async def send_guest(
     """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
 
     A bundle has up to `bundle_pages` pages with content, as far as they fit a slot's buffer: more of them cost less in
-    calls, fewer stay in a core's cache.
+    calls, fewer stay in a core's cache. By default 384 with up to two channels, and 256 with more.
 
     `steering` holds what may be changed while it runs, and can pause and end it; make one for each migration.
     `downtime_limit_s` is short for one that is never changed.
@@ -123,6 +123,8 @@ async def send_guest(
     """
     if not 1 <= channels <= MAX_CHANNELS:
         raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
+    if bundle_pages is None:
+        bundle_pages = usual_bundle_pages(channels)
     if not 1 <= bundle_pages <= MAX_BUNDLE_ENTRIES:
         raise UsageError(f"a bundle has 1 to {MAX_BUNDLE_ENTRIES} pages, not {bundle_pages}")
     if steering is None:

@@ -23,11 +23,19 @@ if TYPE_CHECKING:
 # 1 MiB of payload. Half of it keeps plaintext and ciphertext in a core's L2 cache and costs as much again in calls; twice
 # of it gains nothing.
 BUNDLE_PAGES: Final = 256
+# With few channels little is on its way at a time, and fewer bundles are worth more than what their length costs in cache.
+FEW_CHANNELS: Final = 2
+FEW_CHANNELS_BUNDLE_PAGES: Final = 384
 # What a bundle of the most entries has beside its payload.
 OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + TAG_BYTES
 
 _HAS_CONTENT: Final = np.uint32(VALIDATED | SHARED)
 _ALL_DATA: Final = np.full(MAX_BUNDLE_ENTRIES, DATA)
+
+
+def usual_bundle_pages(channels: int) -> int:
+    """Pages with content in a bundle, where nobody chose a number."""
+    return FEW_CHANNELS_BUNDLE_PAGES if channels <= FEW_CHANNELS else BUNDLE_PAGES
 
 
 class Package(NamedTuple):
