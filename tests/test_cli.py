@@ -346,7 +346,7 @@ def test_a_qemu_is_not_slowed_down(psk: str) -> None:
     qemu = ["--guest", "qemu", "--qmp", "/nonexistent/qmp", "--auto-converge"]
     done = run("send", "--to", "127.0.0.1:1", "--psk-file", psk, *qemu)
     assert done.returncode == 2
-    assert "--auto-converge" in one_line(done.stderr)
+    assert "auto-converge" in one_line(done.stderr)
 
 
 @pytest.mark.parametrize("group", [[], ["attest"], ["ledger"]])

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trio
 
 from pagexfer.cli.steering import ControlSocket
 from pagexfer.engine.steering import Steering
@@ -178,9 +179,25 @@ def test_what_a_killed_send_left_behind_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "steer"
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(path))
-    with ControlSocket(path, Steering()):
+    with ControlSocket(path, Steering(), can_throttle=True):
         assert path.is_socket()
     assert not path.exists()
+
+
+async def test_a_guest_that_cannot_be_slowed_down_refuses_to_be(tmp_path: Path) -> None:
+    path, steering = tmp_path / "steer", Steering()
+    with ControlSocket(path, steering, can_throttle=False) as listening:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(listening.serve)
+
+            async def ask(value: str) -> dict[str, Any]:
+                request = {"command": "set", "name": "auto-converge", "value": value}
+                return await trio.to_thread.run_sync(_raw, path, json.dumps(request).encode() + b"\n")
+
+            assert "a QEMU slows vCPUs down" in (await ask("on"))["error"]
+            assert not steering.parameters.auto_converge
+            assert not (await ask("off"))["parameters"]["auto-converge"]
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("what", ["file", "live socket", "no folder", "long name"])
@@ -197,7 +214,7 @@ def test_a_path_that_cannot_be_used(tmp_path: Path, what: str) -> None:
         else:
             path = tmp_path / ("x" * 200)
         with pytest.raises(UsageError, match="cannot listen at") as caught:
-            ControlSocket(path, Steering())
+            ControlSocket(path, Steering(), can_throttle=True)
         assert str(caught.value).isprintable()
     if what == "file":
         assert path.read_text() == "precious"

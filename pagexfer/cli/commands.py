@@ -218,7 +218,11 @@ def send(
     attestor = make_attestor(Role.SOURCE, attest, files)
     moves = read_ledger(ledger)
     monitor = qemu_monitor(kind, qmp)
-    opened = nullcontext() if control_socket is None else ControlSocket(control_socket, steering)
+    opened = (
+        nullcontext()
+        if control_socket is None
+        else ControlSocket(control_socket, steering, can_throttle=monitor is None)
+    )
     with opened as listening:
         work = partial(
             send_side,

@@ -9,6 +9,7 @@ from click.core import ParameterSource
 
 from ..errors import UsageError
 from ..guests.qemu import QemuGuest
+from .steering import NO_THROTTLE
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -30,9 +31,7 @@ def qemu_monitor(kind: str, qmp: Path | None) -> Path | None:
         if name in context.params and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             raise UsageError(f"--{name.replace('_', '-')} is for test guests: a QEMU has its own")
     if context.params.get("auto_converge"):
-        raise UsageError(
-            "--auto-converge is for test guests: a QEMU slows vCPUs down in its own migration only"
-        )
+        raise UsageError(NO_THROTTLE)
     return qmp
 
 

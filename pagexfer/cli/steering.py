@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _MAX_LINE_BYTES: Final = 1 << 16
 _ANSWER_TIMEOUT_S: Final = 10.0
 _NONE: Final = "none"
+NO_THROTTLE: Final = "auto-converge is for test guests: a QEMU slows vCPUs down in its own migration only"
 # What may be set, with the field that holds it; the second word says how it is written.
 _PARAMETERS: Final = {
     "downtime-limit": "time",
@@ -114,12 +115,16 @@ def control(path: Path, words: tuple[str, ...]) -> int:
 
 
 class ControlSocket:
-    """The listening end: has `steering` follow what comes. A context manager that takes the socket's file away."""
+    """The listening end: has `steering` follow what comes. A context manager that takes the socket's file away.
 
-    def __init__(self, path: Path, steering: Steering) -> None:
+    `can_throttle` says whether the guest's vCPUs can be slowed down.
+    """
+
+    def __init__(self, path: Path, steering: Steering, *, can_throttle: bool) -> None:
         """Raises UsageError where no socket can be made there."""
         self._path = path
         self._steering = steering
+        self._can_throttle = can_throttle
         self._latest: MigrationInfo | None = None
         self._socket = _bound(path)
         self._file = path.stat()
@@ -181,7 +186,10 @@ class ControlSocket:
             case {"command": "cancel", **rest} if not rest:
                 self._steering.cancel()
             case {"command": "set", "name": name, "value": value, **rest} if not rest:
-                self._steering.parameters = _changed(self._steering.parameters, name, value)
+                parameters = _changed(self._steering.parameters, name, value)
+                if parameters.auto_converge and not self._can_throttle:
+                    raise UsageError(NO_THROTTLE)
+                self._steering.parameters = parameters
             case _:
                 raise UsageError("a command is status, continue, cancel, or set with a name and a value")
 
