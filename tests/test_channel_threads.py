@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import select
+import signal
+import socket
 import threading
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,20 +14,22 @@ from typing import TYPE_CHECKING
 import pytest
 import trio
 
+from pagexfer.engine import destination as destination_engine
+from pagexfer.engine import source as source_engine
+from pagexfer.engine.streams import Connection
 from pagexfer.engine.threads import MAX_CHANNELS_WITH_THREADS, Interrupt, carrier, in_loop, in_thread
-from pagexfer.errors import ChannelBroken, ChannelClosed
+from pagexfer.errors import ChannelBroken, ChannelClosed, SvsmLost
 from pagexfer.migration import MigrationReport
-from pagexfer.wire.framing import FrameType, pack_barrier
+from pagexfer.svsm.destination import DestinationSvsm
+from pagexfer.wire.framing import FrameHeader, FrameType, pack_barrier
 
 from .loopback import connection_and_peer, connections
-from .machines import PATIENCE_S, Machines, Side, goes_on, is_parked, receive
+from .machines import HOST, PATIENCE_S, Machines, Side, goes_on, is_parked, receive
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from pagexfer.engine import threads
-    from pagexfer.engine.channel import EpochEnd
-    from pagexfer.engine.streams import Connection
 
 _SHORT_S = 0.05
 _MANY = 32 << 20  # more than both kernels' buffers hold
@@ -109,28 +115,125 @@ async def test_a_cancel_ends_a_wait_and_comes_once_the_work_has_let_go(sends: bo
 
 
 async def test_a_cancel_ends_work_that_never_waits() -> None:
-    async def chatter(source: Connection) -> None:
-        while True:
-            await source.send_frame(FrameType.BARRIER, pack_barrier(7))
+    frame = FrameHeader(FrameType.BARRIER, 4).pack() + pack_barrier(7)
 
-    async def listen(destination: Connection) -> EpochEnd:
+    async def go_round(connection: Connection, peer: socket.socket) -> None:
         while True:
-            await destination.receive_frame(FrameType.BARRIER)
+            await connection.receive_frame(FrameType.BARRIER)
+            peer.sendall(frame)  # there before it is asked for
 
-    async with connections() as (ours, theirs):
+    with (
+        socket.create_server((HOST, 0)) as listening,
+        socket.create_connection(listening.getsockname()) as peer,
+    ):
+        peer.sendall(frame)
+        connection = Connection(listening.accept()[0])
         with trio.fail_after(PATIENCE_S), trio.move_on_after(_SHORT_S) as scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(in_thread, ours, partial(chatter, ours))
-                nursery.start_soon(in_thread, theirs, partial(listen, theirs))
+            await in_thread(connection, partial(go_round, connection, peer))
         assert scope.cancelled_caught
+        connection.close()
 
 
-async def test_a_cancel_before_the_work_began() -> None:
+async def test_a_cancel_before_the_work_began_keeps_it_from_beginning() -> None:
+    began: list[bool] = []
+
+    async def begin() -> None:
+        began.append(True)
+
     async with connections() as (ours, _):
         with trio.fail_after(PATIENCE_S), trio.CancelScope() as scope:
             scope.cancel()
-            await in_thread(ours, partial(ours.receive_into, memoryview(bytearray(1))))
+            await in_thread(ours, begin)
         assert scope.cancelled_caught
+    assert not began
+
+
+async def test_what_was_done_before_a_cancel_was_heard_counts() -> None:
+    at_it, let = threading.Event(), threading.Event()
+
+    async def import_token() -> str:
+        at_it.set()
+        assert let.wait(PATIENCE_S)  # as an SVSM that is at the command
+        return "token"
+
+    async with connections() as (ours, _):
+        with trio.fail_after(PATIENCE_S), trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+
+                async def cancel() -> None:
+                    await trio.to_thread.run_sync(at_it.wait, PATIENCE_S)
+                    scope.cancel()
+                    let.set()
+
+                nursery.start_soon(cancel)
+                assert await in_thread(ours, import_token) == "token"
+                with pytest.raises(trio.Cancelled):
+                    await trio.lowlevel.checkpoint()
+
+
+async def test_an_error_counts_more_than_a_cancel() -> None:
+    at_it, let = threading.Event(), threading.Event()
+
+    async def fail() -> None:
+        at_it.set()
+        assert let.wait(PATIENCE_S)
+        raise SvsmLost("it is gone")
+
+    async with connections() as (ours, _), trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+
+        async def cancel() -> None:
+            await trio.to_thread.run_sync(at_it.wait, PATIENCE_S)
+            scope.cancel()
+            let.set()
+
+        nursery.start_soon(cancel)
+        with scope, pytest.raises(SvsmLost):
+            await in_thread(ours, fail)
+
+
+def test_ctrl_c_waits_for_the_thread() -> None:
+    let_go: list[bool] = []
+    main_thread = threading.get_ident()
+
+    async def hold(connection: Connection) -> None:
+        threading.Timer(_SHORT_S, signal.pthread_kill, (main_thread, signal.SIGINT)).start()
+        try:
+            await connection.receive_into(memoryview(bytearray(1)))
+        finally:
+            let_go.append(True)
+
+    async def main() -> None:
+        async with connections() as (ours, _):
+            try:
+                await in_thread(ours, partial(hold, ours))
+            finally:
+                assert let_go
+
+    with pytest.raises((KeyboardInterrupt, BaseExceptionGroup)):
+        trio.run(main)
+    assert let_go
+
+
+async def test_no_descriptor_is_a_broken_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    async with connections() as (ours, _):
+        monkeypatch.setattr(os, "eventfd", none_left)
+        with pytest.raises(ChannelBroken, match="Too many open files"):
+            await in_thread(ours, whereabouts)
+
+
+async def test_a_wait_of_weeks_and_a_socket_that_is_closed() -> None:
+    async with connections() as (ours, theirs):
+        with Interrupt() as interrupt:
+            await theirs.send(b"x")
+            with trio.fail_after(PATIENCE_S):
+                await trio.lowlevel.wait_readable(ours._socket)
+            assert interrupt.wait(ours._socket.fileno(), select.POLLIN, 1e9)
+            with pytest.raises(ChannelClosed):
+                interrupt.wait(-1, select.POLLIN, 1.0)
 
 
 async def test_work_that_needs_a_loop_is_a_defect() -> None:
@@ -157,9 +260,72 @@ def test_an_interrupt_stays_and_leaves_no_descriptor() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize("isolated", [False, True])
 @pytest.mark.parametrize(("at_source", "at_destination"), [(True, True), (True, False), (False, True)])
-async def test_a_guest_arrives(isolated: bool, at_source: bool, at_destination: bool) -> None:
+async def test_a_guest_arrives_by_threads_where_they_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, at_source: bool, at_destination: bool
+) -> None:
+    by_threads: set[str] = set()
+
+    def watched(channels: int, *, channel_threads: bool | None, side: str) -> threads.Carrier:
+        if channel_threads:
+            by_threads.add(side)
+        return carrier(channels, channel_threads=channel_threads)
+
+    monkeypatch.setattr(source_engine, "carrier", partial(watched, side="source"))
+    monkeypatch.setattr(destination_engine, "carrier", partial(watched, side="destination"))
+    await _arrives(isolated=False, at_source=at_source, at_destination=at_destination)
+    assert by_threads == {
+        side for side, wanted in (("source", at_source), ("destination", at_destination)) if wanted
+    }
+
+
+@pytest.mark.parametrize(("at_source", "at_destination"), [(None, None), (True, False), (False, True)])
+async def test_a_guest_arrives_over_isolated_engines(
+    at_source: bool | None, at_destination: bool | None
+) -> None:
+    await _arrives(isolated=True, at_source=at_source, at_destination=at_destination)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+async def test_a_cancel_after_the_start_token_arrived_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, isolated: bool
+) -> None:
+    start = DestinationSvsm._start
+    at_it, cancelled = threading.Event(), threading.Event()
+
+    def slow_start(svsm: DestinationSvsm, payload: bytes) -> None:
+        start(svsm, payload)
+        at_it.set()
+        assert cancelled.wait(PATIENCE_S)
+
+    monkeypatch.setattr(DestinationSvsm, "_start", slow_start)
+    destination = Side()
+    with Machines() as machines:
+        await machines.start()
+        with trio.fail_after(PATIENCE_S):
+            async with trio.open_nursery() as sides:
+                receiving = trio.CancelScope()
+
+                async def cancel() -> None:
+                    await trio.to_thread.run_sync(at_it.wait, PATIENCE_S)
+                    receiving.cancel()
+                    cancelled.set()
+
+                async def receive_until_cancelled(task_status: trio.TaskStatus[int]) -> None:
+                    with receiving:
+                        await receive(
+                            machines.destination, destination, 10.0, None, isolated, True, task_status
+                        )
+
+                port = await sides.start(receive_until_cancelled)
+                sides.start_soon(cancel)
+                source = await machines.send(port, 10.0, isolated=isolated, channel_threads=True)
+        assert isinstance(source.end, MigrationReport), source.end
+        assert is_parked(machines.source)
+        assert await goes_on(machines.destination)
+
+
+async def _arrives(*, isolated: bool, at_source: bool | None, at_destination: bool | None) -> None:
     with Machines() as machines:
         await machines.start()
         destination = Side()

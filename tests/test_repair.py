@@ -28,16 +28,19 @@ _STALL_S: Final = 10.0
 
 
 class Breaker(FaultProxy):
-    """Ends the connection of a frame for which `breaks` is true, before it arrives."""
+    """Ends the connection of a frame for which `breaks` is true, before it arrives or once it has."""
 
-    def __init__(self, port: int, breaks: Callable[[Frame], bool]) -> None:
+    def __init__(self, port: int, breaks: Callable[[Frame], bool], *, arrives: bool = False) -> None:
         super().__init__(HOST, port)
         self._breaks = breaks
+        self._arrives = arrives
         self.broken: Counter[int | None] = Counter()
 
     async def _pass(self, link: _Link, frame: Frame, target: trio.SocketStream) -> None:
         if self._breaks(frame):
             self.broken[frame.channel] += 1
+            if self._arrives:
+                await super()._pass(link, frame, target)
             link.cut()
         else:
             await super()._pass(link, frame, target)
@@ -55,6 +58,7 @@ async def migrate(
     *,
     isolated: bool = False,
     channel_threads: bool | None = None,
+    arrives: bool = False,
 ) -> tuple[Side, Side, Breaker]:
     await machines.start()
     destination = Side()
@@ -63,7 +67,7 @@ async def migrate(
             port = await sides.start(
                 receive, machines.destination, destination, _STALL_S, None, isolated, channel_threads
             )
-            breaker = Breaker(port, breaks)
+            breaker = Breaker(port, breaks, arrives=arrives)
             broken = await network.start(breaker.serve)
             source = await machines.send(broken, _STALL_S, isolated=isolated, channel_threads=channel_threads)
             if not isinstance(source.end, MigrationReport):
@@ -120,6 +124,21 @@ async def test_r9_guest_arrives_over_connections_that_break(
     for end in (source.end, destination.end):
         assert sum(channel.replaced for channel in end.info.channels) >= 1
     assert is_parked(machines.source)
+    assert await goes_on(machines.destination)
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("channel_threads", [False, True])
+async def test_r9_a_token_that_arrived_counts_although_its_connection_broke(
+    machines: Machines, isolated: bool, channel_threads: bool
+) -> None:
+    tokens = every(1, 2, lambda frame: frame.kind is BundleKind.EPOCH_TOKEN)
+    source, destination, breaker = await migrate(
+        machines, tokens, isolated=isolated, channel_threads=channel_threads, arrives=True
+    )
+    assert sum(breaker.broken.values()) >= 1
+    assert isinstance(source.end, MigrationReport), source.end
+    assert isinstance(destination.end, MigrationReport), destination.end
     assert await goes_on(machines.destination)
 
 

@@ -184,7 +184,7 @@ class DestinationChannel:
 
     async def retire(self) -> None:
         """End the connection, once its worker is done with it."""
-        # Cancelled before it is closed: the worker may wait for it in another loop, which does not hear of the end.
+        # Cancelled before it is closed: the worker may be a thread, which does not hear of the end.
         self._working.cancel()
         await self.idle.wait()
         self.connection.close()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
 
-from ..errors import ChannelClosed
+from ..errors import ChannelBroken, ChannelClosed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -29,6 +29,8 @@ Result = TypeVar("Result")
 
 # More threads than this cost more in switches between them than an event loop does.
 MAX_CHANNELS_WITH_THREADS: Final = 8
+# What poll(2) takes: an int.
+_LONGEST_POLL_MS: Final = 2**31 - 1
 
 
 class Carrier(Protocol):
@@ -51,7 +53,14 @@ async def in_loop(_connection: Connection, work: Callable[[], Coroutine[object, 
 
 
 async def in_thread(connection: Connection, work: Callable[[], Coroutine[object, object, Result]]) -> Result:
-    """In a thread of its own, which has the connection and whatever else `work` uses to itself until it is done."""
+    """In a thread of its own, which has the connection and whatever else `work` uses to itself until it is done.
+
+    A cancel that comes while `work` does what cannot be undone, such as a command to the SVSM, and ends before it waits for
+    the peer again, changes nothing: what it did counts, and the cancel takes effect at the caller's next wait.
+
+    Raises ChannelBroken where the system gives no thread.
+    """
+    await trio.lowlevel.checkpoint_if_cancelled()
     home = trio.lowlevel.current_trio_token()
     done = trio.Event()
     outcomes: list[Outcome[Result]] = []
@@ -60,16 +69,20 @@ async def in_thread(connection: Connection, work: Callable[[], Coroutine[object,
         outcomes.append(outcome)
         home.run_sync_soon(done.set)
 
-    with Interrupt() as interrupt, connection.lent_to(interrupt):
-        trio.lowlevel.start_thread_soon(partial(_drive, work), deliver)
+    with _interrupt() as interrupt, connection.lent_to(interrupt):
+        try:
+            trio.lowlevel.start_thread_soon(partial(_drive, work), deliver)
+        except RuntimeError as error:
+            raise ChannelBroken(f"no thread for a channel: {error}") from None
         try:
             await done.wait()
-        except trio.Cancelled:
+        except BaseException as reason:
             interrupt.set()
             # Whatever it holds, a slot's buffer or the connection, is its own until it is done.
             with trio.CancelScope(shield=True):
                 await done.wait()
-            raise
+            if interrupt.was_heard or not isinstance(reason, trio.Cancelled):
+                raise
     return outcomes[0].unwrap()
 
 
@@ -80,6 +93,7 @@ class Interrupt:
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._polls: dict[int, select.poll] = {}
         self._is_set = False
+        self.was_heard = False
 
     def __enter__(self) -> Interrupt:
         return self
@@ -97,21 +111,31 @@ class Interrupt:
     def check(self) -> None:
         """Raise ChannelClosed once the work is to end."""
         if self._is_set:
+            self.was_heard = True
             raise ChannelClosed("this side gave the work up")
 
     def wait(self, fd: int, event: int, timeout_s: float) -> bool:
         """Until `fd`, always the same one, has `event` (POLLIN or POLLOUT), or False after `timeout_s`.
 
-        Raises ChannelClosed once the work is to end.
+        Raises ChannelClosed once the work is to end, or where `fd` is none any more.
         """
+        if fd < 0:
+            raise ChannelClosed("this side closed the connection")
         poll = self._polls.get(event)
         if poll is None:
             poll = self._polls[event] = select.poll()
             poll.register(self._bell, select.POLLIN)
             poll.register(fd, event)
-        ready = poll.poll(1000 * timeout_s)
+        ready = poll.poll(min(1000 * timeout_s, _LONGEST_POLL_MS))
         self.check()
         return bool(ready)
+
+
+def _interrupt() -> Interrupt:
+    try:
+        return Interrupt()
+    except OSError as error:
+        raise ChannelBroken(f"no descriptor for a channel's thread: {error.strerror}") from None
 
 
 def _drive(work: Callable[[], Coroutine[object, object, Result]]) -> Result:
