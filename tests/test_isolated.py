@@ -142,6 +142,11 @@ def _engines() -> list[int]:
     return sorted(found)
 
 
+def _affinities(pid: int) -> list[set[int]]:
+    """Of each thread of a process."""
+    return [os.sched_getaffinity(int(task.name)) for task in Path(f"/proc/{pid}/task").iterdir()]
+
+
 def _nothing() -> None:
     return
 
@@ -171,8 +176,10 @@ async def test_engines_and_handlers_keep_to_their_cpus(pair: SimulatedPair) -> N
     allowed = os.sched_getaffinity(0)
     pair.cpus = (max(allowed),)
     seen: list[set[int]] = []
+    of_engines: list[list[set[int]]] = []
 
     def look() -> None:
+        of_engines.extend(_affinities(pid) for pid in _engines())
         handlers = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("handler")]
         seen.extend(os.sched_getaffinity(task) for task in (*_engines(), *handlers) if task)
 
@@ -181,6 +188,10 @@ async def test_engines_and_handlers_keep_to_their_cpus(pair: SimulatedPair) -> N
     assert seen == [set(pair.cpus)] * (
         2 + 2 * 3
     )  # engines, and at each side handlers of two channels and of the session
+    assert len(of_engines) == 2
+    for masks in of_engines:
+        # That of the loop and those of both channels; libraries have others, which began before and do nothing.
+        assert masks.count(set(pair.cpus)) >= 1 + 2
     assert os.sched_getaffinity(0) == allowed
 
 
