@@ -325,7 +325,7 @@ async def _provide(memory: GuestMemory, provide: Callable[[int, int], bool]) -> 
 
 
 def _local_slot(slot_id: int, serve: Callable[[SlotMemory], SlotService]) -> Slot:
-    """A slot whose SVSM lives in this thread: ringing its doorbell is a call, as VMGEXIT into VMPL0 is on hardware."""
+    """A slot whose SVSM lives in this process: ringing its doorbell is a call, as VMGEXIT into VMPL0 is on hardware."""
     geometry = SlotGeometry(slot_id, BUFFERS, BUFFER_BYTES)
     memory = SlotMemory.format(mmap.mmap(-1, geometry.slot_bytes), geometry)
     service = serve(memory)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import trio
 
+from pagexfer.engine.destination import DestinationEngine
 from pagexfer.errors import ChannelBroken, KeyExhausted, Outcome, TransferAborted
 from pagexfer.migration import MigrationReport
 from pagexfer.svsm import sealing
+from pagexfer.svsm.destination import DestinationSvsm
 from pagexfer.svsm.sealing import Sealer
 from pagexfer.testing.proxy import FaultProxy
 from pagexfer.wire.bundle import BundleKind
@@ -22,7 +25,9 @@ from .machines import HOST, PATIENCE_S, Machines, Side, goes_on, is_parked, rece
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from pagexfer.engine.streams import Connection
     from pagexfer.testing.proxy import Frame, _Link
+    from pagexfer.wire.token import EpochTotals
 
 _STALL_S: Final = 10.0
 
@@ -41,9 +46,13 @@ class Breaker(FaultProxy):
             self.broken[frame.channel] += 1
             if self._arrives:
                 await super()._pass(link, frame, target)
+                await self._taken()
             link.cut()
         else:
             await super()._pass(link, frame, target)
+
+    async def _taken(self) -> None:
+        """Until a frame that arrives has done so."""
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +146,38 @@ async def test_r9_a_token_that_arrived_counts_although_its_connection_broke(
         machines, tokens, isolated=isolated, channel_threads=channel_threads, arrives=True
     )
     assert sum(breaker.broken.values()) >= 1
+    assert isinstance(source.end, MigrationReport), source.end
+    assert isinstance(destination.end, MigrationReport), destination.end
+    assert await goes_on(machines.destination)
+
+
+async def test_r9_a_token_that_is_being_imported_counts_although_its_connection_is_replaced(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new connection comes while a channel's thread is at the import."""
+    close_epoch, replace = DestinationSvsm._close_epoch, DestinationEngine._replace
+    importing, replacing = threading.Event(), threading.Event()
+
+    def slow_close(svsm: DestinationSvsm, totals: EpochTotals) -> None:
+        close_epoch(svsm, totals)
+        importing.set()
+        assert replacing.wait(PATIENCE_S)
+
+    async def until_imported(_: Breaker) -> None:
+        assert await trio.to_thread.run_sync(importing.wait, PATIENCE_S)
+
+    async def seen_replace(
+        engine: DestinationEngine, connection: Connection, channel: int, opening: bytes
+    ) -> bool:
+        replacing.set()
+        return await replace(engine, connection, channel, opening)
+
+    monkeypatch.setattr(DestinationSvsm, "_close_epoch", slow_close)
+    monkeypatch.setattr(DestinationEngine, "_replace", seen_replace)
+    monkeypatch.setattr(Breaker, "_taken", until_imported)
+    token = every(1, 1, lambda frame: frame.kind is BundleKind.EPOCH_TOKEN)
+    source, destination, breaker = await migrate(machines, token, channel_threads=True, arrives=True)
+    assert sum(breaker.broken.values()) == 1
     assert isinstance(source.end, MigrationReport), source.end
     assert isinstance(destination.end, MigrationReport), destination.end
     assert await goes_on(machines.destination)

@@ -67,7 +67,7 @@ class Border:
 
     The host may change a shared buffer at any moment, also between check and use, and AES-GCM reads its input and its own
     output more than once. So a package is copied in once before anything looks at it, and one that was sealed in private
-    memory is copied out whole. The buffers of a slot that is not `shared` are this thread's own: nobody can change them
+    memory is copied out whole. The buffers of a slot that is not `shared` are this process's own: nobody can change them
     while the SVSM works, and they are used as they are.
     """
 
