@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from pagexfer.dirty import PageCopies, SteppedTracker
-from pagexfer.dirty.content import ContentTracker
+from pagexfer.dirty.content import BLOCK_PAGES, ContentTracker
 from pagexfer.dirty.ram import PAGE_SIZE
 from pagexfer.errors import LocalProtocolError
 from pagexfer.svsm.page_digest import fresh_digest
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WORDS = 512
-PAGES = 300  # two whole runs of 128 pages and a part of one
+PAGES = 300  # nine whole blocks of 32 pages and a part of one
 GFNS = st.integers(0, PAGES - 1)
 EDGES = st.sampled_from([0, 127, 128, 255, 256, PAGES - 1])
 
@@ -58,6 +58,12 @@ def started(
     tracker.start()
     tell(tracker, np.arange(len(ram)), ram)
     return tracker
+
+
+def with_neighbours(*gfns: int) -> list[int]:
+    """All pages of these pages' blocks, which are reported together once a block was sent whole."""
+    blocks = {gfn // BLOCK_PAGES for gfn in gfns}
+    return [gfn for gfn in range(PAGES) if gfn // BLOCK_PAGES in blocks]
 
 
 def send(tracker: ContentTracker, ram: NDArray[np.uint64], target: NDArray[np.uint64]) -> int:
@@ -112,16 +118,69 @@ def test_collect_finds_exactly_what_changed(
 def test_no_bit_of_a_page_is_overlooked(word: int, bit: int) -> None:
     ram = np.random.default_rng(1).integers(0, 1 << 63, (PAGES, WORDS), dtype=np.uint64)
     tracker = started(ram)
-    ram[[5, 299], word] ^= np.uint64(1 << bit)
-    assert tracker.collect().gfns().tolist() == [5, 299]
+    for expected in (with_neighbours(5, 299), [5, 299]):
+        ram[[5, 299], word] ^= np.uint64(1 << bit)
+        assert tracker.collect().gfns().tolist() == expected
 
 
 def test_content_that_moves_to_another_page_is_a_change_of_both() -> None:
     ram = zeros()
     ram[3, 9] = 1
     tracker = started(ram)
-    ram[[3, 4]] = ram[[4, 3]]
-    assert tracker.collect().gfns().tolist() == [3, 4]
+    for expected in (with_neighbours(3), [3, 4]):
+        ram[[3, 4]] = ram[[4, 3]]
+        assert tracker.collect().gfns().tolist() == expected
+
+
+def test_a_block_that_was_sent_whole_is_reported_whole_once() -> None:
+    ram = np.random.default_rng(1).integers(1, 1 << 63, (PAGES, WORDS), dtype=np.uint64)
+    target = ram.copy()
+    tracker = started(ram)
+    ram[40, 1] ^= np.uint64(1)
+    assert send(tracker, ram, target) == BLOCK_PAGES
+    # Its pages have digests from now on, whether they are sent together or not.
+    for gfns in ([40], [32, 63], with_neighbours(40)):
+        ram[gfns, 1] ^= np.uint64(1)
+        assert tracker.collect().gfns().tolist() == gfns
+        tell(tracker, np.arange(32, 64), ram[32:64])
+    assert not tracker.collect().any()
+
+
+@pytest.mark.parametrize("later", [[33], [32, 40, 63], [31, 32]])
+def test_a_part_of_a_block_that_was_sent_whole_leaves_the_others_unknown(later: list[int]) -> None:
+    """They may be other than they were sent, and no digest says so."""
+    ram = np.random.default_rng(1).integers(1, 1 << 63, (PAGES, WORDS), dtype=np.uint64)
+    tracker = started(ram)
+    ram[50, 0] ^= np.uint64(1)
+    tell(tracker, np.array(later), ram[later])
+    found = tracker.collect().gfns().tolist()
+    assert 50 in found
+    assert found == [gfn for gfn in with_neighbours(*later) if gfn not in later]
+    assert not tracker.collect().any()
+
+
+@pytest.mark.parametrize(("changed", "single"), [(0, False), (4, False), (700, True)])
+def test_pages_get_digests_of_their_own_once_many_blocks_change_meanwhile(changed: int, single: bool) -> None:
+    """While RAM is sent for the first time, one page in each of so many of 1016 blocks is written behind it."""
+    blocks, half = 2048, 1024 * BLOCK_PAGES
+    words = np.random.default_rng(1).integers(1, 1 << 63, (blocks, WORDS), dtype=np.uint64)
+    ram = np.repeat(words, BLOCK_PAGES, axis=0)
+    tracker = ContentTracker(ram, fresh_digest())
+    tracker.start()
+    written = np.random.default_rng(2).permutation(1024 - 8)[:changed] * BLOCK_PAGES
+
+    def send_some(start: int, stop: int) -> None:
+        for first in range(start, stop, 256):
+            gfns = np.arange(first, first + 256)
+            tell(tracker, gfns, ram[gfns])
+
+    send_some(0, half - 256)
+    ram[written] += np.uint64(1)
+    send_some(half - 256, len(ram))
+    ram[[half + 7, half + 77]] += np.uint64(1)
+    found = tracker.collect().gfns()
+    assert len(found[found < half]) == changed * BLOCK_PAGES
+    assert len(found[found >= half]) == 2 if single else 2 * BLOCK_PAGES
 
 
 def test_a_page_that_was_never_sent_counts_as_zero() -> None:
@@ -198,6 +257,10 @@ def test_sent_with_what_is_there_reports_nothing() -> None:
     gfns = np.array([3, 128, 250])
     tell(tracker, gfns, ram[gfns])
     tell(tracker, np.arange(200, 210), ram[200:210])
+    told = {*gfns.tolist(), *range(200, 210)}
+    assert tracker.collect().gfns().tolist() == [gfn for gfn in with_neighbours(*told) if gfn not in told]
+    tell(tracker, gfns, ram[gfns])
+    tell(tracker, np.arange(200, 210), ram[200:210])
     assert not tracker.collect().any()
     tell(tracker, gfns, zeros(3))
     assert tracker.collect().gfns().tolist() == gfns.tolist()
@@ -218,7 +281,7 @@ def test_ram_of_another_form_is_refused(ram: NDArray[np.uint64], reason: str) ->
         ContentTracker(ram, fresh_digest())
 
 
-def test_runs_that_were_sent_whole_are_hashed_once_and_zero_pages_not_at_all() -> None:
+def test_blocks_that_were_sent_whole_are_hashed_once_and_zero_pages_not_at_all() -> None:
     hashed, digest = 0, fresh_digest()
 
     def counted(octets: memoryview) -> bytes:
@@ -234,24 +297,24 @@ def test_runs_that_were_sent_whole_are_hashed_once_and_zero_pages_not_at_all() -
     for first in (0, 128, 256):
         gfns = np.arange(first, min(first + 128, PAGES))
         tell(tracker, gfns, ram[gfns])
-        hashed -= len(gfns) + 1 if first != 128 else 0
-    assert hashed == 0
-    assert not tracker.collect().any()
-    assert hashed == 3
-    # A run of which a page was sent alone is looked at closely, once.
-    ram[7, 0] ^= np.uint64(1)
-    tell(tracker, np.array([7]), ram[7:8])
-    assert not tracker.collect().any()
+    assert hashed == 4 + 2
     hashed = 0
     assert not tracker.collect().any()
-    assert hashed == 3
-    # Not so where the whole run was sent after it.
+    assert hashed == 10
+    # A block of which a page was sent alone is looked at closely, once.
+    ram[7, 0] ^= np.uint64(1)
+    tell(tracker, np.array([7]), ram[7:8])
+    assert tracker.collect().gfns().tolist() == [gfn for gfn in with_neighbours(7) if gfn != 7]
+    hashed = 0
+    assert not tracker.collect().any()
+    assert hashed == 10
+    # Not so where the whole block was sent after it.
     ram[7, 0] ^= np.uint64(1)
     tell(tracker, np.array([7]), ram[7:8])
     tell(tracker, np.arange(128), ram[:128])
     hashed = 0
     assert not tracker.collect().any()
-    assert hashed == 3
+    assert hashed == 10
 
 
 def test_contents_that_were_chosen_for_a_seeded_hash_are_told_apart() -> None:
@@ -269,32 +332,35 @@ def test_contents_that_were_chosen_for_a_seeded_hash_are_told_apart() -> None:
         assert digest(pages[0]) != digest(pages[1])
 
 
+@pytest.mark.parametrize("content", [0, 5])
 @pytest.mark.parametrize("act", ["tell", "collect"])
-def test_a_digest_that_fails_leaves_no_run_that_is_not_of_its_pages(act: str) -> None:
-    """The page is sent by itself afterwards, and goes back to what the run's digest is of."""
-    runs_left, digest = 1000, fresh_digest()
+def test_a_digest_that_fails_leaves_no_block_that_is_not_of_its_pages(act: str, content: int) -> None:
+    """The page is sent by itself afterwards, and goes back to what the block's digest is of."""
+    blocks_left, digest = 1000, fresh_digest()
 
     def failing(octets: memoryview) -> bytes:
-        nonlocal runs_left
+        nonlocal blocks_left
         if len(octets) > PAGE_SIZE:
-            runs_left -= 1
-            if runs_left == 0:
+            blocks_left -= 1
+            if blocks_left == 0:
                 raise MemoryError
         return digest(octets)
 
-    ram = zeros(128)
+    ram = zeros(BLOCK_PAGES)
+    ram[:] = content
     tracker = started(ram, digest=failing)
     ram[7] = 1
-    runs_left = 1 if act == "tell" else 2  # the run, and the run's copy
+    blocks_left = 1 if act == "tell" else 2  # the block, and the block's copy
     acts: dict[str, Callable[[], object]] = {
-        "tell": lambda: tell(tracker, np.arange(128), ram),
+        "tell": lambda: tell(tracker, np.arange(BLOCK_PAGES), ram),
         "collect": tracker.collect,
     }
     with pytest.raises(MemoryError):
         acts[act]()
     tell(tracker, np.array([7]), ram[7:8])
-    ram[7] = 0
-    assert tracker.collect().gfns().tolist() == [7]
+    ram[7] = content
+    assert 7 in tracker.collect().gfns()
+    assert not tracker.collect().any()
 
 
 def aba(*, told: bool) -> bool:
@@ -335,8 +401,8 @@ def test_no_write_between_two_readings_is_lost(gfn: int, returns: bool) -> None:
 
     ram, target = zeros(130), zeros(130)
     tracker = started(ram, digest=digest_then_write)
-    # Two runs, all pages of the first and its copy; then `sent`.
-    for instant in range(1, 2 + 128 + 1 + 1):
+    # Five blocks, all pages of the first and its copy; then `sent`.
+    for instant in range(1, 5 + BLOCK_PAGES + 1 + 1):
         ram[5, 0] ^= np.uint64(1)
         calls_left = instant
         send(tracker, ram, target)

@@ -246,7 +246,7 @@ async def test_an_engine_is_cancelled_between_two_steps() -> None:
 
 
 async def test_a_content_tracker_is_asked_in_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(content, "_STEP_RUNS", 1)
+    monkeypatch.setattr(content, "_STEP_BLOCKS", 1)
     machine = SmallMachine()
     machine.source.tracker = ContentTracker(machine.source.memory.words, fresh_digest())
     assert await _send(machine, Steering()) is None
