@@ -61,6 +61,7 @@ class GuestMemory:
         # Threads write to pages of their own, but the words of a bitmap are everybody's.
         self._populating = threading.Lock()
         self._data: Callable[[], Iterable[tuple[int, int]]] | None = None
+        self._store: Callable[[int, memoryview], None] | None = None
         self._holes: DirtyBitmap | None = None
         # (start, stop) of all gfns that had memory behind them at the last look.
         self.data_ranges: list[tuple[int, int]] = [(0, self.pages)]
@@ -83,16 +84,24 @@ class GuestMemory:
 
     @classmethod
     def over(
-        cls, words: NDArray[np.uint64], data: Callable[[], Iterable[tuple[int, int]]] | None = None
+        cls,
+        words: NDArray[np.uint64],
+        data: Callable[[], Iterable[tuple[int, int]]] | None = None,
+        store: Callable[[int, memoryview], None] | None = None,
     ) -> GuestMemory:
         """RAM that is mapped already, `words` of shape (pages, 512); it has no `ram_fd` (-1).
 
         `data` gives (start, stop) of all gfns that have memory behind them now: every other page is zero, is not read on
         the way out, and is not provided in advance on the way in. Default: all have.
+
+        `store` puts octets of whole pages where the page of a gfn begins, and raises OSError where it cannot; threads may
+        call it at the same time for different pages. Where RAM is a file that was not touched yet, writing to the file
+        spares its mapping's page faults. Default: by way of `words`.
         """
         memory = cls.__new__(cls)
         memory._set_up(-1, words)
         memory._data = data
+        memory._store = store
         memory.find_holes()
         if memory._holes is not None:
             memory._populated.clear_gfns(memory._holes.gfns())
@@ -133,8 +142,21 @@ class GuestMemory:
         much memory and lets other threads run meanwhile. Returns False where the kernel does not do it (Linux before
         5.14, no memory left): then pages are provided one by one as they are written.
 
-        Of RAM whose holes are known, what is provided here is there already, in a file, and has to be mapped only: as if
-        to be read, which maps 16 pages at a time and leaves them writable, and takes a third of the time.
+        RAM that is not written by way of its mapping is left as it is as well.
+        """
+        return self._store is not None or self._populate(start, length)
+
+    def map_ahead(self, start: int, length: int) -> bool:
+        """As `prefault`, before `length` bytes are read. Returns False also for RAM that this process has mapped already.
+
+        Where RAM is a file that another process made, reading a page for the first time costs more than sealing it.
+        """
+        return self._data is not None and self._populate(start, length)
+
+    def _populate(self, start: int, length: int) -> bool:
+        """Of RAM whose holes are known, what is provided here is there already, in a file, and has to be mapped only.
+
+        So it is, as if to be read, which maps 16 pages at a time and leaves them writable, and takes a third of the time.
         """
         pages, holes = range(start // PAGE_SIZE, (start + length) // PAGE_SIZE), self._holes
         if holes is not None and holes.any_of(pages):
@@ -143,13 +165,6 @@ class GuestMemory:
         advice = _MADV_POPULATE_WRITE if self._data is None else _MADV_POPULATE_READ
         failed: int = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice)
         return failed == 0
-
-    def map_ahead(self, start: int, length: int) -> bool:
-        """As `prefault`, before `length` bytes are read. Returns False also for RAM that this process has mapped already.
-
-        Where RAM is a file that another process made, reading a page for the first time costs more than sealing it.
-        """
-        return self._data is not None and self.prefault(start, length)
 
     @property
     def ram_bytes(self) -> int:
@@ -212,11 +227,20 @@ class GuestMemory:
         self.states[self._locate(gfns)] = states
 
     def write(self, gfns: NDArray[np.int64] | range, content: NDArray[np.uint64]) -> None:
-        """Store `content` (uint64, shape (n, 512)) at `gfns`. Raises PageStateError where one may not be written."""
+        """Store `content` (uint64, shape (n, 512), contiguous) at `gfns`.
+
+        Raises PageStateError where one may not be written, or there is no memory left for it.
+        """
         pages = self._locate(gfns)
         if np.count_nonzero(self.states[pages] & _ACCESSIBLE) < len(gfns):
             raise PageStateError("write to a page that is neither validated nor shared")
-        self.words[pages] = content
+        if self._store is not None and isinstance(gfns, range):
+            try:
+                self._store(gfns.start, content.reshape(-1).view(np.uint8).data)
+            except OSError as error:
+                raise PageStateError(f"RAM cannot be written: {error.strerror}") from None
+        else:
+            self.words[pages] = content
         with self._populating:
             self._populated.set_gfns(gfns)
 

@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -20,7 +21,7 @@ from .qmp import QmpRefused
 from .values import record, records, text, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
 
@@ -108,6 +109,28 @@ def map_backends(backends: tuple[Backend, ...]) -> NDArray[np.uint64]:
     return np.frombuffer(reservation, dtype=np.uint64, count=total // 8, offset=offset).reshape(
         -1, WORDS_PER_PAGE
     )
+
+
+def writer(backends: tuple[Backend, ...]) -> Callable[[int, memoryview], None] | None:
+    """What writes octets of whole pages to the backends' files from a gfn on; None where these cannot be written so.
+
+    It raises OSError where a file has no room, for which a mapping would have its process killed.
+    """
+    if any(backend.page_bytes != PAGE_SIZE for backend in backends):
+        return None  # hugetlbfs has no write(2)
+    ends = tuple(accumulate(backend.size for backend in backends))
+
+    def write(gfn: int, octets: memoryview) -> None:
+        at = gfn * PAGE_SIZE
+        for backend, end in zip(backends, ends, strict=True):
+            here = octets[: max(end - at, 0)]
+            octets = octets[len(here) :]
+            while here:
+                written = os.pwrite(backend.fd, here, at - end + backend.size)
+                here = here[written:]
+                at += written
+
+    return write
 
 
 def data_gfns(backends: tuple[Backend, ...]) -> list[tuple[int, int]]:

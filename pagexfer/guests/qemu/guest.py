@@ -12,7 +12,7 @@ from ...dirty.content import ContentTracker
 from ...errors import GuestError
 from ...svsm.memory import GuestMemory
 from ...svsm.page_digest import fresh_digest
-from .backends import close_backends, data_gfns, find_backends, map_backends
+from .backends import close_backends, data_gfns, find_backends, map_backends, writer
 from .device_state import Platform
 from .gate import CpuModel, QemuGate
 from .hypervisor import QemuHypervisor
@@ -92,7 +92,7 @@ class QemuGuest:
         name = text(await qmp.execute("qom-get", {"path": "/machine", "property": "type"}))
         backends = await find_backends(qmp)
         cleanup.callback(close_backends, backends)
-        memory = GuestMemory.over(map_backends(backends), lambda: data_gfns(backends))
+        memory = GuestMemory.over(map_backends(backends), lambda: data_gfns(backends), writer(backends))
         memory.launch()  # a stock guest has no RMP: every page counts as private, at both ends
         tracker = _HoleTracker(memory)
         if incoming:
