@@ -49,6 +49,11 @@ if TYPE_CHECKING:
 
 # Steps in which the destination's RAM is provided: some 20 ms each, so that an end does not wait for long.
 _PROVIDED_BYTES: Final = 1 << 24
+# More channels than this, where nobody chose, share the event loop. An engine that is a process of its own sleeps for every
+# bundle, and a thread's sleep is cheap; with more threads, the switches between them cost more. Where the SVSM is in the
+# same process, threads contend for the interpreter's lock, but for a single one.
+_MOST_THREADS_ISOLATED: Final = 8
+_MOST_THREADS: Final = 1
 
 FreshnessChoice = Literal["auto", "digest-audit"]
 
@@ -104,8 +109,8 @@ async def send_guest(
     else; `cpus` pins that process, and the threads that serve its slots, to these processors.
 
     With `channel_threads` each channel has a thread of its own, without them one event loop carries all. By default up to
-    eight channels have threads where the engine is a process of its own; otherwise threads pay where one core cannot fill
-    the link, or compress enough, and there are cores to spare.
+    eight channels have threads where the engine is a process of its own, and a single one anywhere; otherwise threads pay
+    where one core cannot fill the link, or compress enough, and there are cores to spare.
 
     `ledger` is what the guest's last destination reported as its ledger, empty for a guest that never moved.
 
@@ -138,7 +143,7 @@ async def send_guest(
     _check_network(port, 1, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
     audit = freshness == "digest-audit"
-    threads = _channel_threads(channel_threads, isolated=isolated)
+    threads = _most_threads(channel_threads, isolated=isolated)
     options = SourceOptions(channels, stall_timeout_s, audit, threads, compressor is not None)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
@@ -236,7 +241,7 @@ async def receive_guest(
             guest.hypervisor.dirty_log is not None,
             cpus,
             stall_timeout_s,
-            channel_threads=_channel_threads(channel_threads, isolated=isolated),
+            most_threads=_most_threads(channel_threads, isolated=isolated),
         )
         receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
         with kept or nullcontext():
@@ -257,7 +262,7 @@ async def receive_guest(
         on_progress,
         on_stranger,
         stall_timeout_s,
-        channel_threads=_channel_threads(channel_threads, isolated=isolated),
+        _most_threads(channel_threads, isolated=isolated),
     )
     with kept or nullcontext():
         listener = await listen(host, port, stall_timeout_s)
@@ -311,9 +316,11 @@ def _check_cpus(cpus: tuple[int, ...], *, isolated: bool) -> None:
         raise UsageError(f"CPU {missing[0]} does not exist or is not this process's to use")
 
 
-def _channel_threads(wanted: bool | None, *, isolated: bool) -> bool | None:
-    """The engine's own choice only where it shares no lock of the interpreter with the SVSM: there threads pay always."""
-    return wanted if isolated else bool(wanted)
+def _most_threads(wanted: bool | None, *, isolated: bool) -> int:
+    """Up to how many channels have threads. By default as many as are faster so."""
+    if wanted is not None:
+        return MAX_CHANNELS if wanted else 0
+    return _MOST_THREADS_ISOLATED if isolated else _MOST_THREADS
 
 
 async def _provide(memory: GuestMemory, provide: Callable[[int, int], bool]) -> None:

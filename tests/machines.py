@@ -71,6 +71,7 @@ class Machines:
         journal: Path | None = None,
         *,
         isolated: bool = False,
+        channels: int = CHANNELS,
         channel_threads: bool | None = None,
     ) -> Side:
         """Migrate the source guest; returns how that ended."""
@@ -82,7 +83,7 @@ class Machines:
                 HOST,
                 port,
                 ATTESTOR,
-                channels=CHANNELS,
+                channels=channels,
                 downtime_limit_s=1.0,
                 stall_timeout_s=stall_timeout_s,
                 journal=journal,

@@ -17,7 +17,7 @@ import trio
 from pagexfer.engine import destination as destination_engine
 from pagexfer.engine import source as source_engine
 from pagexfer.engine.streams import Connection
-from pagexfer.engine.threads import MAX_CHANNELS_WITH_THREADS, Interrupt, carrier, in_loop, in_thread
+from pagexfer.engine.threads import Interrupt, carrier, in_loop, in_thread
 from pagexfer.errors import ChannelBroken, ChannelClosed, SvsmLost
 from pagexfer.migration import MigrationReport
 from pagexfer.svsm.destination import DestinationSvsm
@@ -46,19 +46,11 @@ async def test_work_is_done_in_another_thread_or_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("channels", "wanted", "chosen"),
-    [
-        (1, None, in_thread),
-        (MAX_CHANNELS_WITH_THREADS, None, in_thread),
-        (MAX_CHANNELS_WITH_THREADS + 1, None, in_loop),
-        (64, True, in_thread),
-        (1, False, in_loop),
-    ],
+    ("channels", "most", "chosen"),
+    [(1, 1, in_thread), (2, 1, in_loop), (8, 8, in_thread), (9, 8, in_loop), (1, 0, in_loop)],
 )
-def test_threads_are_for_few_channels_unless_wanted(
-    channels: int, wanted: bool | None, chosen: threads.Carrier
-) -> None:
-    assert carrier(channels, channel_threads=wanted) is chosen
+def test_threads_are_for_few_channels(channels: int, most: int, chosen: threads.Carrier) -> None:
+    assert carrier(channels, most) is chosen
 
 
 async def test_data_crosses_between_two_threads() -> None:
@@ -262,30 +254,43 @@ def test_an_interrupt_stays_and_leaves_no_descriptor() -> None:
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-@pytest.mark.parametrize(("at_source", "at_destination"), [(True, True), (True, False), (False, True)])
-async def test_a_guest_arrives_by_threads_where_they_are_wanted(
-    monkeypatch: pytest.MonkeyPatch, at_source: bool, at_destination: bool
+@pytest.mark.parametrize(
+    ("channels", "at_source", "at_destination", "expected"),
+    [
+        (4, True, True, {"source", "destination"}),
+        (4, True, False, {"source"}),
+        (4, False, True, {"destination"}),
+        (4, None, None, set()),
+        (1, None, None, {"source", "destination"}),
+        (1, False, None, {"destination"}),
+    ],
+)
+async def test_a_guest_arrives_by_threads_where_they_are_wanted_or_a_channel_is_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    channels: int,
+    at_source: bool | None,
+    at_destination: bool | None,
+    expected: set[str],
 ) -> None:
     by_threads: set[str] = set()
 
-    def watched(channels: int, *, channel_threads: bool | None, side: str) -> threads.Carrier:
-        if channel_threads:
+    def watched(channels: int, most_threads: int, *, side: str) -> threads.Carrier:
+        chosen = carrier(channels, most_threads)
+        if chosen is in_thread:
             by_threads.add(side)
-        return carrier(channels, channel_threads=channel_threads)
+        return chosen
 
     monkeypatch.setattr(source_engine, "carrier", partial(watched, side="source"))
     monkeypatch.setattr(destination_engine, "carrier", partial(watched, side="destination"))
-    await _arrives(isolated=False, at_source=at_source, at_destination=at_destination)
-    assert by_threads == {
-        side for side, wanted in (("source", at_source), ("destination", at_destination)) if wanted
-    }
+    await _arrives(False, at_source, at_destination, channels)
+    assert by_threads == expected
 
 
 @pytest.mark.parametrize(("at_source", "at_destination"), [(None, None), (True, False), (False, True)])
 async def test_a_guest_arrives_over_isolated_engines(
     at_source: bool | None, at_destination: bool | None
 ) -> None:
-    await _arrives(isolated=True, at_source=at_source, at_destination=at_destination)
+    await _arrives(True, at_source, at_destination, 4)
 
 
 @pytest.mark.parametrize("isolated", [False, True])
@@ -327,7 +332,9 @@ async def test_a_cancel_after_the_start_token_arrived_changes_nothing(
         assert await goes_on(machines.destination)
 
 
-async def _arrives(*, isolated: bool, at_source: bool | None, at_destination: bool | None) -> None:
+async def _arrives(
+    isolated: bool, at_source: bool | None, at_destination: bool | None, channels: int
+) -> None:
     with Machines() as machines:
         await machines.start()
         destination = Side()
@@ -336,7 +343,9 @@ async def _arrives(*, isolated: bool, at_source: bool | None, at_destination: bo
                 port = await sides.start(
                     receive, machines.destination, destination, 10.0, None, isolated, at_destination
                 )
-                source = await machines.send(port, 10.0, isolated=isolated, channel_threads=at_source)
+                source = await machines.send(
+                    port, 10.0, isolated=isolated, channels=channels, channel_threads=at_source
+                )
                 if not isinstance(source.end, MigrationReport):
                     sides.cancel_scope.cancel()
         assert isinstance(source.end, MigrationReport), source.end

@@ -119,8 +119,7 @@ class DestinationEngine:
         on_progress: Callable[[MigrationInfo], None],
         on_stranger: Callable[[str], None],
         stall_timeout_s: float = STALL_TIMEOUT_S,
-        *,
-        channel_threads: bool | None = False,
+        most_threads: int = 0,
     ) -> None:
         self._control_slot = control_slot
         self._make_slots = make_slots
@@ -128,7 +127,7 @@ class DestinationEngine:
         self._on_progress = on_progress
         self._on_stranger = on_stranger
         self._stall_timeout_s = stall_timeout_s
-        self._channel_threads = channel_threads
+        self._most_threads = most_threads
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
         self._attempts = 0
         self._session = b""
@@ -267,7 +266,7 @@ class DestinationEngine:
     async def _receive(self, control: Control) -> None:
         """Import everything until the guest runs."""
         barrier = Barrier(len(self._channels))
-        carry = carrier(len(self._channels), channel_threads=self._channel_threads)
+        carry = carrier(len(self._channels), self._most_threads)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._report)
             for channel in self._channels:

@@ -82,7 +82,7 @@ class SourceOptions:
     channels: int = 4
     stall_timeout_s: float = STALL_TIMEOUT_S
     audit: bool = False
-    channel_threads: bool | None = False
+    most_threads: int = 0
     compressed: bool = False
 
 
@@ -122,7 +122,7 @@ class SourceEngine:
             Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
         )
         self._epoch = FIRST_EPOCH
-        self._carry = carrier(options.channels, channel_threads=options.channel_threads)
+        self._carry = carrier(options.channels, options.most_threads)
         self._completed = False
 
     async def run(self, host: str, port: int) -> MigrationInfo:

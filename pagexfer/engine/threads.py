@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-# More threads than this cost more in switches between them than an event loop does.
-MAX_CHANNELS_WITH_THREADS: Final = 8
 # What poll(2) takes: an int.
 _LONGEST_POLL_MS: Final = 2**31 - 1
 
@@ -41,10 +39,9 @@ class Carrier(Protocol):
     ) -> Result: ...
 
 
-def carrier(channels: int, *, channel_threads: bool | None) -> Carrier:
-    """What carries each of `channels` channels: threads, the event loop, or with None threads as long as they are few."""
-    threads = channels <= MAX_CHANNELS_WITH_THREADS if channel_threads is None else channel_threads
-    return in_thread if threads else in_loop
+def carrier(channels: int, most_threads: int) -> Carrier:
+    """What carries each of `channels` channels: threads, or the event loop where they are more than `most_threads`."""
+    return in_thread if channels <= most_threads else in_loop
 
 
 async def in_loop(_connection: Connection, work: Callable[[], Coroutine[object, object, Result]]) -> Result:

@@ -161,7 +161,7 @@ class Engine:
             self._on_progress,
             lambda line: self._note({"type": "stranger", "line": line}),
             task.stall_timeout_s,
-            channel_threads=task.channel_threads,
+            task.most_threads,
         )
         listener = await listen(task.host, task.port, task.stall_timeout_s)
         self._note({"type": "listening", "port": listener.port})

@@ -12,7 +12,7 @@ from ..engine.streams import STALL_TIMEOUT_S
 @dataclass(frozen=True, slots=True)
 class Task:
     """One side of one migration, as the engine needs to know it. `options` to `can_throttle` count at a source only,
-    which has its `channel_threads` among its options.
+    which has its `most_threads` among its options.
 
     `parameters` are those that it begins with; others come while it runs.
     """
@@ -28,4 +28,4 @@ class Task:
     options: SourceOptions = field(default_factory=SourceOptions)
     parameters: MigrationParameters = field(default_factory=MigrationParameters)
     can_throttle: bool = False
-    channel_threads: bool | None = None
+    most_threads: int = 0
