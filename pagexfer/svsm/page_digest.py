@@ -1,11 +1,11 @@
 """The digest by which a `ContentTracker` compares RAM with what was sent, where freshness rests on it (R13).
 
 A GMAC tag under a key made here, as the audit's are (`audit`), and for the same reason: whoever chooses what is in RAM
-wins by two contents of one digest. Without the key he finds them with probability at most 32769 / 2^128 < 2^-112 for runs
-of 128 pages. A fast hash with a secret seed is no substitute: of XXH3 with 128 bits pairs of pages are known that differ in
+wins by two contents of one digest. Without the key he finds them with probability at most 8193 / 2^128 < 2^-114 for blocks
+of 32 pages. A fast hash with a secret seed is no substitute: of XXH3 with 128 bits pairs of pages are known that differ in
 two bits and collide under one seed in sixty. Neither key nor tag leaves the SVSM, which is why one nonce serves all.
 
-One page of 4 KiB a call takes five times as long as XXH3, a run of 512 KiB is hashed at about the speed of a copy.
+A block of 128 KiB is hashed at about the speed of a copy; page by page the same takes two to three times as long.
 """
 
 from __future__ import annotations
