@@ -30,8 +30,8 @@ _UNLIMITED: Final = 1 << 40
 _POLL_S: Final = 0.02
 _TIMEOUT_S: Final = 300.0
 DOWNTIME_LIMIT_MS: Final = 300
-# The guest stands still, so for pagexfer the limit only says whether RAM may be compared at all once it is stopped, which takes
-# a slow machine more than QEMU's usual limit for some GiB. How long that took is in the downtime.
+# The guest stands still, so for pagexfer the limit only says whether RAM may be compared once it is stopped, which takes a
+# slow machine more than QEMU's usual limit for some GiB. How long that took is in the downtime.
 _COMPARING_LIMIT_S: Final = 2.0
 
 

@@ -32,7 +32,7 @@ from .svsm.destination import DestinationSvsm
 from .svsm.export import usual_bundle_pages
 from .svsm.journal import FileJournal
 from .svsm.source import SourceSvsm
-from .wire.constants import GUEST_ID_BYTES, MAX_BUNDLE_ENTRIES, MAX_CHANNELS
+from .wire.constants import GUEST_ID_BYTES, MAX_BUNDLE_DATA_PAGES, MAX_CHANNELS
 from .wire.ledger import guest_id_of
 from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory
 
@@ -130,8 +130,8 @@ async def send_guest(
         raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
     if bundle_pages is None:
         bundle_pages = usual_bundle_pages(channels)
-    if not 1 <= bundle_pages <= MAX_BUNDLE_ENTRIES:
-        raise UsageError(f"a bundle has 1 to {MAX_BUNDLE_ENTRIES} pages, not {bundle_pages}")
+    if not 1 <= bundle_pages <= MAX_BUNDLE_DATA_PAGES:
+        raise UsageError(f"a bundle has 1 to {MAX_BUNDLE_DATA_PAGES} pages, not {bundle_pages}")
     if steering is None:
         limit_s = DOWNTIME_LIMIT_S if downtime_limit_s is None else downtime_limit_s
         steering = Steering(MigrationParameters(downtime_limit_s=limit_s))

@@ -31,7 +31,7 @@ from pagexfer.svsm.compression import (
 )
 from pagexfer.svsm.service import refusal_code
 from pagexfer.wire.bundle import PAGE_KINDS, BundleKind, Direction, Operation, pack_entries
-from pagexfer.wire.constants import MAX_BUNDLE_ENTRIES, PAGE_SIZE, WORDS_PER_PAGE
+from pagexfer.wire.constants import MAX_BUNDLE_DATA_PAGES, PAGE_SIZE, WORDS_PER_PAGE
 from pagexfer.wire.page_state import PRIVATE
 from pagexfer.wire.slot import SessionStatus as State
 
@@ -110,7 +110,7 @@ def test_a_frame_is_taken_whole_only(pages: int) -> None:
 @pytest.mark.parametrize("level", range(MIN_LEVEL, MAX_LEVEL + 1))
 def test_every_frame_that_is_made_has_the_one_header(level: int) -> None:
     compressor = Compressor(level)
-    for pages in (*range(1, 19), 128, 129, 255, 256, 257, MAX_BUNDLE_ENTRIES):
+    for pages in (*range(1, 19), 128, 129, 255, 256, 257, MAX_BUNDLE_DATA_PAGES):
         text = LINES[: pages * PAGE_SIZE]
         frame = compressor.compress(memoryview(text))
         assert frame.startswith(frame_head(pages))

@@ -121,8 +121,34 @@ def test_against_a_naive_packager(data: st.DataObject) -> None:
 
 
 def test_full_bundle_of_zero_pages_in_one() -> None:
-    kinds = "z" * PAGES
+    kinds = "z" * MAX_BUNDLE_ENTRIES
     memory = memory_of(kinds)
     package = Packager(memory).package(np.arange(MAX_BUNDLE_ENTRIES), 128)
     assert (len(package.gfns), len(package.payload)) == (MAX_BUNDLE_ENTRIES, 0)
+    memory.close()
+
+
+@pytest.mark.parametrize("stage", [False, True])
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(
+    ("first", "pages", "data_pages"),
+    [
+        (0, 512, 16),
+        (511, 512, 1),
+        (512, 512, 16),
+        (600, 512, 16),
+        (1023, 512, 1),
+        (1024, 1024, 0),
+        (2500, 2048, 0),
+    ],
+)
+def test_zero_pages_go_together_up_to_the_first_that_is_none(
+    stage: bool, every: int, first: int, pages: int, data_pages: int
+) -> None:
+    """A bundle is all zero, in steps of 512, or has at most 512 pages."""
+    memory = memory_of("z" * (MAX_BUNDLE_ENTRIES * every))
+    memory.words[first * every : (first + 16) * every, 7] = 1
+    package = Packager(memory, stage=stage).package(np.arange(MAX_BUNDLE_ENTRIES) * every, 128)
+    assert len(package.gfns) == pages
+    assert np.count_nonzero(package.operations == Operation.DATA) == (data_pages if first < 512 else 0)
     memory.close()

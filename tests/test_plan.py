@@ -63,8 +63,8 @@ def test_an_idle_epoch_has_no_chunk() -> None:
 
 def test_a_hot_region_is_divided() -> None:
     chunks = plan_chunks(_counts(0, 1 << 20, 0, 1), 1 << 20, 4 << 20, 2)
-    assert len(chunks) == 1024 + 1
-    assert {chunk.pages for chunk in chunks[:-1]} == {1024}
+    assert len(chunks) == 256 + 1
+    assert {chunk.pages for chunk in chunks[:-1]} == {MAX_CHUNK_PAGES}
     assert chunks[0].start == 1 << 20
     assert chunks[-1] == Chunk(3 << 20, 1 << 20)
 

@@ -223,7 +223,7 @@ def test_frames_of_compressed_pages() -> None:
         assert len(compression.frame_head(first)) == len(compression.frame_head(last)) == layout.size
     assert low.endswith(str(compression._SIZE_2_OFFSET))
     assert int(few.split()[-1]) + 1 == int(many.split()[0])
-    assert int(many.split()[-1]) == constants.MAX_BUNDLE_ENTRIES
+    assert int(many.split()[-1]) == constants.MAX_BUNDLE_DATA_PAGES
 
 
 def bits(rows: Rows) -> dict[str, int]:

@@ -92,9 +92,17 @@ def test_bundle_takes_up_to_its_pages_and_says_whether_more_may_come() -> None:
 
 
 def test_zero_pages_come_by_the_hundreds_after_one_bundle_without_data() -> None:
-    source = in_first_epoch(4000).pair.source
-    sizes = [source.export(0, 2000, 2000 + BUNDLE_PAGES + 600, BUFFER).pages for _ in range(4)]
-    assert sizes == [BUNDLE_PAGES, MAX_BUNDLE_ENTRIES, 600 - MAX_BUNDLE_ENTRIES, 0]
+    source = in_first_epoch(12000).pair.source  # of which the second half is zero
+    sizes = [source.export(0, 6000, 6000 + BUNDLE_PAGES + 5000, BUFFER).pages for _ in range(4)]
+    assert sizes == [BUNDLE_PAGES, MAX_BUNDLE_ENTRIES, 5000 - MAX_BUNDLE_ENTRIES, 0]
+
+
+def test_a_small_buffer_gets_as_many_zero_pages_as_fit() -> None:
+    source = in_first_epoch(12000).pair.source
+    small = memoryview(bytearray((1 << 14) + 100))
+    exported = [source.export(0, 6000, 12000, small) for _ in range(2)]
+    assert [one.pages for one in exported] == [3, ((1 << 14) + 100 - 80) // 8]
+    assert exported[1].length == len(small) - 4
 
 
 def test_small_buffer_gets_small_bundles() -> None:

@@ -200,8 +200,36 @@ def test_any_bytes_are_entries_or_malformed(data: bytes, count: int, data_pages:
             assert pack_entries(*parsed) == data
 
 
+@pytest.mark.parametrize(("data_pages", "zero_pages"), [(512, 0), (512, 3584), (0, 4096), (1, 4095)])
+@pytest.mark.parametrize("kind", sorted(PAGE_KINDS))
+def test_a_bundle_has_up_to_512_pages_with_content_among_4096(
+    kind: BundleKind, data_pages: int, zero_pages: int
+) -> None:
+    def entries(data: int) -> bytes:
+        operations = [Operation.DATA] * data + [Operation.ZERO] * (data_pages + zero_pages - data)
+        return pack_entries(*columns([(gfn, op, VALIDATED) for gfn, op in enumerate(operations)]))
+
+    def parse(packed: bytes, data: int) -> Entries:
+        header = header_for(packed, data)._replace(kind=kind)
+        if kind is BundleKind.PAGES_ZSTD:  # whose length says nothing of how many pages it has
+            header = header._replace(payload_bytes=PAGE_SIZE // 2)
+        return parse_entries_untrusted(packed, header, PAGES)
+
+    if data_pages or kind is BundleKind.PAGES:
+        assert len(parse(entries(data_pages), data_pages).gfns) == data_pages + zero_pages
+    if zero_pages and data_pages == 512:
+        with pytest.raises(MalformedData, match="513 DATA pages"):
+            parse(entries(513), 513)
+
+
+def test_more_entries_than_a_bundle_may_have_are_refused() -> None:
+    header = header_for(bytes(4097 * ENTRY_BYTES), 0)
+    with pytest.raises(MalformedData):
+        parse_whole(header.pack() + bytes(header.bundle_bytes - HEADER_BYTES))
+
+
 def test_the_largest_bundle() -> None:
-    assert MAX_BUNDLE_BYTES == HEADER_BYTES + 512 * 8 + 512 * 4096 + TAG_BYTES
-    header = header_for(bytes(512 * ENTRY_BYTES), 512)
+    assert MAX_BUNDLE_BYTES == HEADER_BYTES + 4096 * 8 + 512 * 4096 + TAG_BYTES
+    header = header_for(bytes(4096 * ENTRY_BYTES), 512)
     assert header.bundle_bytes == MAX_BUNDLE_BYTES
     assert parse_header_untrusted(header.pack(), MAX_BUNDLE_BYTES) == header

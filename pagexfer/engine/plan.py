@@ -15,9 +15,9 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# A chunk gives a channel a few bundles' worth: enough that asking for work does not show, little enough that all
-# channels end an epoch at about the same time.
-MAX_CHUNK_PAGES: Final = 1024
+# A chunk gives a channel a few bundles' worth, or one of the most zero pages: enough that asking for work does not show,
+# little enough that all channels end an epoch at about the same time.
+MAX_CHUNK_PAGES: Final = 4096
 MIN_CHUNK_PAGES: Final = 64
 # Sums of parts fall short of whole numbers by less than this.
 _ROUNDING: Final = 1e-6

@@ -38,8 +38,7 @@ from ..wire.bundle import (
 from ..wire.constants import (
     FINAL_EPOCH,
     FIRST_EPOCH,
-    MAX_BUNDLE_ENTRIES,
-    PAGE_SIZE,
+    MAX_BUNDLE_PAYLOAD_BYTES,
     WORDS_PER_PAGE,
 )
 from ..wire.device_state import PART_HEADER_BYTES
@@ -76,7 +75,7 @@ if TYPE_CHECKING:
 # Open handshakes of peers that proved nothing yet; more than this many strangers at once push out the oldest.
 MAX_ATTEMPTS: Final = 16
 
-_STAGING_BYTES: Final = MAX_BUNDLE_ENTRIES * PAGE_SIZE
+_STAGING_BYTES: Final = MAX_BUNDLE_PAYLOAD_BYTES
 _VCPU: Final = struct.Struct("<I")
 _STATE_FOR: Final = {
     BundleKind.READY: State.VERIFIED,

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..dirty import PageCopies, as_run
 from ..wire.bundle import DATA, DROP, ENTRY_BYTES, HEADER_BYTES, ZERO, pack_entries
-from ..wire.constants import MAX_BUNDLE_ENTRIES, TAG_BYTES
+from ..wire.constants import MAX_BUNDLE_DATA_PAGES, MAX_BUNDLE_ENTRIES, TAG_BYTES
 from ..wire.page_state import SHARED, VALIDATED
 
 if TYPE_CHECKING:
@@ -26,16 +26,21 @@ BUNDLE_PAGES: Final = 256
 # With few channels little is on its way at a time, and fewer bundles are worth more than what their length costs in cache.
 FEW_CHANNELS: Final = 2
 FEW_CHANNELS_BUNDLE_PAGES: Final = 384
-# What a bundle of the most entries has beside its payload.
-OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_ENTRIES + TAG_BYTES
+# What a bundle with the most pages with content has beside its payload.
+OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_DATA_PAGES + TAG_BYTES
 
 _HAS_CONTENT: Final = np.uint32(VALIDATED | SHARED)
-_ALL_DATA: Final = np.full(MAX_BUNDLE_ENTRIES, DATA)
+_ALL_DATA: Final = np.full(MAX_BUNDLE_DATA_PAGES, DATA)
 
 
 def usual_bundle_pages(channels: int) -> int:
     """Pages with content in a bundle, where nobody chose a number."""
     return FEW_CHANNELS_BUNDLE_PAGES if channels <= FEW_CHANNELS else BUNDLE_PAGES
+
+
+def most_entries(buffer_bytes: int) -> int:
+    """Pages without content in a bundle that fits a buffer."""
+    return min(MAX_BUNDLE_ENTRIES, (buffer_bytes - HEADER_BYTES - TAG_BYTES) // ENTRY_BYTES)
 
 
 class Package(NamedTuple):
@@ -73,19 +78,25 @@ class Packager:
     def __init__(self, memory: GuestMemory, *, stage: bool = False) -> None:
         self._memory = memory
         self._stage = stage
-        self._copies = PageCopies(MAX_BUNDLE_ENTRIES)
+        self._copies = PageCopies(MAX_BUNDLE_DATA_PAGES)
         self._gathered = self._copies.words
         self._compacted = np.empty_like(self._gathered)
 
     def package(self, gfns: NDArray[np.int64], max_data_pages: int) -> Package:
-        """Package `gfns` (ascending, 1 to 512), or as many of them from the start as have `max_data_pages` DATA pages.
+        """Package `gfns` (ascending, 1 to 4096), or as many of them from the start as have `max_data_pages` DATA pages.
 
-        RAM may be written meanwhile; every page is classified and read once, and a later write is the dirty tracker's.
+        More than 512 only where they are all zero. RAM may be written meanwhile; what a page is packaged as was read once,
+        and a later write is the dirty tracker's.
         """
+        if len(gfns) > MAX_BUNDLE_DATA_PAGES:
+            zero = self._zero_in_front(gfns)
+            if zero > MAX_BUNDLE_DATA_PAGES:
+                return self._without_content(gfns[:zero])
+            gfns = gfns[:MAX_BUNDLE_DATA_PAGES]
         run = as_run(gfns)
         holes = self._memory.in_holes(run)
         if holes is not None and holes.all():
-            return self._nothing_there(gfns)
+            return self._without_content(gfns)
         words, states = self._view(run, holes)
         has_content = (states & _HAS_CONTENT) != 0
         # Most pages in use differ from zero in their first word: only the others are read whole.
@@ -106,8 +117,27 @@ class Packager:
             )
         return self._package(gfns, operations, states, words, operations != ZERO)
 
-    def _nothing_there(self, gfns: NDArray[np.int64]) -> Package:
-        """A package of pages without memory."""
+    def _zero_in_front(self, gfns: NDArray[np.int64]) -> int:
+        """How many of `gfns` from the start are zero, in whole steps of 512."""
+        for start in range(0, len(gfns), MAX_BUNDLE_DATA_PAGES):
+            run = as_run(gfns[start : start + MAX_BUNDLE_DATA_PAGES])
+            holes = self._memory.in_holes(run)
+            if holes is None:
+                if not self._is_zero(run):
+                    return start
+            elif not holes.all():
+                return start
+        return len(gfns)
+
+    def _is_zero(self, gfns: NDArray[np.int64] | range) -> bool:
+        if isinstance(gfns, range):
+            words = self._memory.words[gfns.start : gfns.stop]
+        else:
+            words = np.take(self._memory.words, gfns, axis=0, out=self._gathered[: len(gfns)], mode="clip")
+        return not np.count_nonzero(words[:, 0]) and not np.bitwise_or.reduce(words.reshape(-1))
+
+    def _without_content(self, gfns: NDArray[np.int64]) -> Package:
+        """A package of pages that are zero."""
         states = self._memory.states[gfns]
         operations = np.where((states & _HAS_CONTENT) != 0, np.uint8(ZERO), np.uint8(DROP))
         return self._package(gfns, operations, states, self._gathered[:0], np.zeros(len(gfns), np.bool_))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from ..dirty import as_run
 from ..errors import IntegrityError, LocalProtocolError, NotReady, PagexferError, RemoteProtocolError
 from ..wire.bundle import BundleKind
-from ..wire.constants import FINAL_EPOCH, MAX_BUNDLE_ENTRIES, MAX_CHANNELS, PAGE_SIZE
+from ..wire.constants import FINAL_EPOCH, MAX_CHANNELS, PAGE_SIZE
 from ..wire.handshake import Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
@@ -23,7 +23,7 @@ from .compression import pack
 from .content import ContentTable, vcpu_digest
 from .device_state import Carried
 from .epoch import EpochBook
-from .export import BUNDLE_PAGES, OVERHEAD_BYTES, Exported, Packager
+from .export import BUNDLE_PAGES, OVERHEAD_BYTES, Exported, Packager, most_entries
 from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
 from .ledger import check_chain, next_body
@@ -248,7 +248,7 @@ class SourceSvsm:
             self._require_epoch()
             sealer = self._sealer(channel)
             # Zero pages cost 8 bytes each: after a bundle without data, look at as many pages as entries allow.
-            look = MAX_BUNDLE_ENTRIES if self._zero_run else capacity
+            look = most_entries(len(out)) if self._zero_run else capacity
             found = self._pending.pages.first(start, stop, look)
             if not found.size:
                 return Exported(0, 0, 0, more=False)

@@ -250,8 +250,8 @@ def parse_entries_untrusted(data: bytes, header: BundleHeader, pages: int) -> En
     """Entries of a bundle of pages for a guest of `pages` pages; `data` is what stands between its header and payload.
 
     Raises MalformedData where `data` is not exactly the entries that the header counts, a gfn is out of range or not above
-    the one before it, an operation is unknown or does not fit the page's state, a reserved bit is set, or the payload is
-    not exactly the DATA pages: in PAGES_ZSTD, not smaller than they are.
+    the one before it, an operation is unknown or does not fit the page's state, a reserved bit is set, there are more DATA
+    pages than a bundle may have, or the payload is not exactly these: in PAGES_ZSTD, not smaller than they are.
     """
     count = header.entry_count
     if not data or len(data) != ENTRY_BYTES * count:
@@ -262,6 +262,8 @@ def parse_entries_untrusted(data: bytes, header: BundleHeader, pages: int) -> En
     if int(entries.gfns[-1]) >= pages:
         raise MalformedData("entries out of RAM")
     data_bytes = int(np.count_nonzero(entries.operations == DATA)) * PAGE_SIZE
+    if data_bytes > MAX_BUNDLE_PAYLOAD_BYTES:  # which a compressed payload does not show
+        raise MalformedData(f"{data_bytes // PAGE_SIZE} DATA pages in one bundle")
     if header.kind is BundleKind.PAGES_ZSTD:
         if not 0 < header.payload_bytes < data_bytes:
             raise MalformedData("compressed payload is not smaller than the DATA pages")

@@ -16,11 +16,13 @@ WORDS_PER_PAGE: Final = PAGE_SIZE // 8
 GFN_BITS: Final = 40
 MAX_PAGES: Final = 1 << GFN_BITS
 
-# One 2 MiB region: a bundle never has more, so that one RMP entry of 2 MiB fits in one bundle.
-MAX_BUNDLE_ENTRIES: Final = 512
+# One 2 MiB region: a bundle never has more pages with content, so that one RMP entry of 2 MiB fits in one bundle.
+MAX_BUNDLE_DATA_PAGES: Final = 512
+# Pages without content are an entry each: 16 MiB of zeros are worth one bundle's fixed work, and no more than 32 KiB.
+MAX_BUNDLE_ENTRIES: Final = 4096
 # vCPU state is an x86 save area with its registers; the largest (XSAVE with AMX tiles and all MSRs) stays below 64 KiB.
 MAX_STATE_BYTES: Final = 1 << 16
-MAX_BUNDLE_PAYLOAD_BYTES: Final = MAX_BUNDLE_ENTRIES * PAGE_SIZE
+MAX_BUNDLE_PAYLOAD_BYTES: Final = MAX_BUNDLE_DATA_PAGES * PAGE_SIZE
 
 # Channel 0 carries the tokens; the channel number is a u16 and 0xFFFF stays unused.
 MAX_CHANNELS: Final = 1024

@@ -39,7 +39,7 @@ from pagexfer.wire.bundle import (
     parse_header_untrusted,
     says_kind_untrusted,
 )
-from pagexfer.wire.constants import MAX_BUNDLE_ENTRIES, PAGE_SIZE
+from pagexfer.wire.constants import MAX_BUNDLE_DATA_PAGES, PAGE_SIZE
 from pagexfer.wire.control import pack_control, parse_control_untrusted
 from pagexfer.wire.device_state import PART_HEADER_BYTES, parse_device_part_untrusted
 from pagexfer.wire.framing import (
@@ -152,7 +152,7 @@ def _bundle(data: bytes) -> None:
 
 def _frame(data: bytes) -> None:
     """Two bytes say how many pages the entries in front of the frame count, which are never more than 512."""
-    pages = int.from_bytes(data[:2], "little") % MAX_BUNDLE_ENTRIES + 1
+    pages = int.from_bytes(data[:2], "little") % MAX_BUNDLE_DATA_PAGES + 1
     operations = np.full(pages, DATA, dtype=np.uint8)
     content = Decompressor().content_untrusted(BundleKind.PAGES_ZSTD, memoryview(data)[2:], operations)
     assert len(content) == pages * PAGE_SIZE

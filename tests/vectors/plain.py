@@ -185,7 +185,7 @@ def slot() -> Json:
 
 
 def framing() -> Json:
-    caps = {1: 32, 2: 1 << 17, 3: 64 + 8 * 512 + 512 * 4096 + 16, 4: 4}
+    caps = {1: 32, 2: 1 << 17, 3: 64 + 8 * 4096 + 512 * 4096 + 16, 4: 4}
     hello = struct.pack("<8sHBBHH16s", b"PAGEXFER", 1, 2, 0, 1023, 0, noise("session", 16))
     changes = {
         "magic": (0, b"pagexfer"),

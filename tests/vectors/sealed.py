@@ -288,7 +288,7 @@ def header_refusals() -> list[Json]:
         "epoch 0": (28, bytes(4)),
         "no entry counted": (40, bytes(4)),
         "two entries counted": (40, struct.pack("<I", 2)),
-        "513 entries": (40, struct.pack("<I", 513)),
+        "4097 entries": (40, struct.pack("<I", 4097)),
         "2^32 - 1 entries": (40, b"\xff" * 4),
         "shorter payload": (44, struct.pack("<I", 15)),
         "longer payload": (44, struct.pack("<I", 17)),
