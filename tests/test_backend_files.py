@@ -64,7 +64,24 @@ def test_content_arrives_where_the_mapping_has_it(pages: list[int], span: tuple[
         assert not memory.words[stop:].any()
 
 
-def test_neither_pages_nor_page_tables_are_provided_for_what_is_written_to_files() -> None:
+@settings(max_examples=50)
+@given(gfns=st.sets(st.integers(0, 199), min_size=1))
+@pytest.mark.parametrize("prealloc", [False, True])
+def test_scattered_pages_arrive_by_file_or_mapping(prealloc: bool, gfns: set[int]) -> None:
+    """As few runs as are stored one by one, or more."""
+    where = np.array(sorted(gfns))
+    content = np.random.default_rng(1).integers(1, 1 << 63, (len(where), WORDS_PER_PAGE), dtype=np.uint64)
+    with backend_files(70, 130) as backends:
+        if prealloc:
+            for backend in backends:
+                os.posix_fallocate(backend.fd, 0, backend.size)
+        memory = memory_of(backends)
+        memory.write(where, content)
+        assert np.array_equal(memory.words[where], content)
+        assert np.count_nonzero(memory.words[:, 0]) == len(where)
+
+
+def test_no_page_is_provided_before_it_is_written() -> None:
     with backend_files(64) as backends:
         memory = memory_of(backends)
         assert memory.prefault(0, 64 * PAGE_SIZE)
@@ -81,8 +98,28 @@ def test_a_file_without_room_refuses_the_page_and_kills_nobody() -> None:
         memory = memory_of(backends)
         os.ftruncate(backends[0].fd, 4 * PAGE_SIZE)
         fcntl.fcntl(backends[0].fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW)
-        with pytest.raises(PageStateError, match="cannot be written: Operation not permitted"):
-            memory.write(range(6, 8), np.ones((2, WORDS_PER_PAGE), dtype=np.uint64))
+        for gfns in (range(6, 8), np.array([1, 6])):
+            with pytest.raises(PageStateError, match="cannot be written: Operation not permitted"):
+                memory.write(gfns, np.ones((2, WORDS_PER_PAGE), dtype=np.uint64))
+
+
+def test_the_writer_has_descriptors_of_its_own_as_long_as_it_lives() -> None:
+    """A thread that hangs in it may come back when the backends' numbers are other files'."""
+    with backend_files(4) as backends:
+        before = len(os.listdir("/proc/self/fd"))
+        write = writer(backends)
+        assert write is not None
+        other = os.memfd_create("other", os.MFD_CLOEXEC)
+        words = map_backends(backends)
+        kept = os.dup(backends[0].fd)
+        os.dup2(other, backends[0].fd)
+        write(2, memoryview(bytes([7]) * PAGE_SIZE))
+        assert words[2, 0] == 0x0707070707070707
+        assert os.fstat(other).st_size == 0
+        os.close(other)
+        os.close(kept)
+        del write
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_huge_pages_are_written_by_their_mapping() -> None:

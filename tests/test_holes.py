@@ -169,6 +169,29 @@ def test_holes_are_told_and_compared_as_zero_and_stay_holes(
         assert not found()
 
 
+def test_probes_of_what_was_sent_leave_holes_alone() -> None:
+    """A mapping provides memory for a hole that is read, and has its process killed where there is none left."""
+    blocks = 2 * 1024
+    fd = os.memfd_create("guest-ram", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, blocks * 32 * PAGE_SIZE)
+        for block in range(blocks):
+            os.pwrite(fd, b"\7", block * 32 * PAGE_SIZE)
+        backends = (Backend("m0", blocks * 32 * PAGE_SIZE, PAGE_SIZE, fd),)
+        memory = GuestMemory.over(map_backends(backends), lambda: data_gfns(backends))
+        memory.launch()
+        tracker = ContentTracker(memory.words, fresh_digest(), data=lambda: memory.data_ranges)
+        tracker.start()
+        packager = Packager(memory, stage=True)
+        for first in range(0, memory.pages, 512):
+            package = packager.package(np.arange(first, first + 512), 512)
+            tracker.sent(package.gfns, package.copies, package.in_use)
+        assert not tracker.collect().any()
+        assert os.fstat(fd).st_blocks * 512 == blocks * PAGE_SIZE
+    finally:
+        os.close(fd)
+
+
 def test_ram_without_a_hole_is_not_asked_for_again() -> None:
     with sparse(*range(PAGES)) as ram:
         ram.punch(5)

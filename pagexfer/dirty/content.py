@@ -16,12 +16,13 @@ should it change, all of its pages are reported. From then on it has digests of 
 places this would send more than it saves, so blocks that were sent are probed meanwhile, and once enough of them have
 changed, pages that are sent are kept one by one.
 
-Why no write is lost. For each page one of two things holds at any time between two calls: it was reported and not sent
-since, or what is kept, for itself or for its block, is the digest of the copy that was sent last (of zero, where none was).
+Why no write is lost. For each page one of three things holds at any time between two calls: it was reported and not sent
+since; or what is kept, for itself or for its block, is the digest of the copy that was sent last (of zero, where none was);
+or nothing is known of it, and the next scan reports it.
 
 - `sent` makes it the second, from the very bytes that are sealed: when, and how often, the guest wrote between scan, copy
   and sealing does not matter. A page that was other while it was sent and is back since differs from what is kept. A part
-  of a block that was kept as a whole leaves nothing known of the other pages, which the next scan reports.
+  of a block that was kept as a whole makes it the third for the other pages.
 - A scan that does not report a page has read each of its bytes as it stands in that copy (but for a collision), torn or
   not, and leaves the digest as it is. One that reports it makes it the first.
 - Where sending fails after `sent`, or the sent bundle is lost, the sender has the page to send again: for the tracker it
@@ -83,7 +84,8 @@ class ContentTracker:
 
     `data` gives (start, stop) of all gfns that may be other than zero, as SEEK_DATA does for a file: nothing else is read
     unless it was other than zero before. Default: all. `workers` threads scan; more than one pays where one core does not
-    take all of the memory's bandwidth. 16 bytes are kept for each page. Only one thread scans, starts and stops.
+    take all of the memory's bandwidth. 16 bytes are kept for each page, and 19 for each block. Only one thread scans,
+    starts and stops.
     """
 
     def __init__(
@@ -231,14 +233,15 @@ class ContentTracker:
         blocks[holds] = self._digest([copies.octets[start : min(start + size, stop)] for start in offsets])
         self._merged[first:end] = holds & ~single
         self._stale[first:end] = False
-        if not self._probes.many_change and np.count_nonzero(holds):
-            self._probes.add(
-                first + int(np.flatnonzero(holds)[-1]), int(np.count_nonzero(holds)), self._differs
-            )
+        # Reading a block with a hole would have the kernel provide memory for it.
+        probed = first + np.flatnonzero(np.logical_and.reduceat(used, starts))
+        if probed.size:
+            self._probes.add(probed, self._has_changed)
 
-    def _differs(self, block: int) -> bool:
-        """Whether a block is not as it was sent."""
-        return bool((self._digest([self._block(block)]) != self._kept_blocks[block]).any())
+    def _has_changed(self, block: int) -> bool:
+        """Whether a block is other than when it was sent, as far as that is known without a closer look."""
+        differs = (self._digest([self._block(block)]) != self._kept_blocks[block]).any()
+        return bool(differs) and not self._stale[block]
 
     def _page_digests(self, copies: PageCopies, in_use: NDArray[np.bool_], at: int) -> NDArray[np.uint64]:
         """Digests of copies from `at` on, of zero for pages not in use."""

@@ -12,6 +12,7 @@ import functools
 import mmap
 import os
 import threading
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -31,6 +32,8 @@ _ACCESSIBLE: Final = np.uint32(VALIDATED | SHARED)
 # include/uapi/asm-generic/mman-common.h, Linux 5.14
 _MADV_POPULATE_READ: Final = 22
 _MADV_POPULATE_WRITE: Final = 23
+# Runs of pages that one bundle may store one by one.
+_MOST_STORES: Final = 64
 
 
 class GuestMemory:
@@ -95,8 +98,8 @@ class GuestMemory:
         the way out, and is not provided in advance on the way in. Default: all have.
 
         `store` puts octets of whole pages where the page of a gfn begins, and raises OSError where it cannot; threads may
-        call it at the same time for different pages. Where RAM is a file that was not touched yet, writing to the file
-        spares its mapping's page faults. Default: by way of `words`.
+        call it at the same time for different pages. It is called for runs of pages that had no memory when the guest was
+        made: where RAM is a file, writing to that spares page faults and zeroing. Default: by way of `words`.
         """
         memory = cls.__new__(cls)
         memory._set_up(-1, words)
@@ -142,21 +145,8 @@ class GuestMemory:
         much memory and lets other threads run meanwhile. Returns False where the kernel does not do it (Linux before
         5.14, no memory left): then pages are provided one by one as they are written.
 
-        RAM that is not written by way of its mapping is left as it is as well.
-        """
-        return self._store is not None or self._populate(start, length)
-
-    def map_ahead(self, start: int, length: int) -> bool:
-        """As `prefault`, before `length` bytes are read. Returns False also for RAM that this process has mapped already.
-
-        Where RAM is a file that another process made, reading a page for the first time costs more than sealing it.
-        """
-        return self._data is not None and self._populate(start, length)
-
-    def _populate(self, start: int, length: int) -> bool:
-        """Of RAM whose holes are known, what is provided here is there already, in a file, and has to be mapped only.
-
-        So it is, as if to be read, which maps 16 pages at a time and leaves them writable, and takes a third of the time.
+        Of RAM whose holes are known, what is provided here is there already, in a file, and has to be mapped only: as if
+        to be read, which maps 16 pages at a time and leaves them writable, and takes a third of the time.
         """
         pages, holes = range(start // PAGE_SIZE, (start + length) // PAGE_SIZE), self._holes
         if holes is not None and holes.any_of(pages):
@@ -165,6 +155,13 @@ class GuestMemory:
         advice = _MADV_POPULATE_WRITE if self._data is None else _MADV_POPULATE_READ
         failed: int = _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice)
         return failed == 0
+
+    def map_ahead(self, start: int, length: int) -> bool:
+        """As `prefault`, before `length` bytes are read. Returns False also for RAM that this process has mapped already.
+
+        Where RAM is a file that another process made, reading a page for the first time costs more than sealing it.
+        """
+        return self._data is not None and self.prefault(start, length)
 
     @property
     def ram_bytes(self) -> int:
@@ -229,20 +226,27 @@ class GuestMemory:
     def write(self, gfns: NDArray[np.int64] | range, content: NDArray[np.uint64]) -> None:
         """Store `content` (uint64, shape (n, 512), contiguous) at `gfns`.
 
-        Raises PageStateError where one may not be written, or there is no memory left for it.
+        Raises PageStateError where one may not be written, or `store` has no memory left for it.
         """
         pages = self._locate(gfns)
         if np.count_nonzero(self.states[pages] & _ACCESSIBLE) < len(gfns):
             raise PageStateError("write to a page that is neither validated nor shared")
-        if self._store is not None and isinstance(gfns, range):
-            try:
-                self._store(gfns.start, content.reshape(-1).view(np.uint8).data)
-            except OSError as error:
-                raise PageStateError(f"RAM cannot be written: {error.strerror}") from None
-        else:
-            self.words[pages] = content
         with self._populating:
             self._populated.set_gfns(gfns)
+        if self._store is None or self._holes is None or not self._holes.any_of(gfns):
+            self.words[pages] = content
+            return
+        # For more runs the calls would take longer than the page faults.
+        breaks = [] if isinstance(gfns, range) else (np.flatnonzero(np.diff(gfns) != 1) + 1).tolist()
+        if len(breaks) >= _MOST_STORES:
+            self.words[pages] = content
+            return
+        octets = content.reshape(-1).view(np.uint8).data
+        try:
+            for start, stop in pairwise((0, *breaks, len(gfns))):
+                self._store(int(gfns[start]), octets[start * PAGE_SIZE : stop * PAGE_SIZE])
+        except OSError as error:
+            raise PageStateError(f"RAM cannot be written: {error.strerror}") from None
 
     def zero(self, gfns: NDArray[np.int64]) -> None:
         """Make pages zero, or forget those that the guest gave up; only pages that may differ from zero are touched."""

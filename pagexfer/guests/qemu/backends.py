@@ -6,8 +6,11 @@ Pages are numbered through the backends in the order of their ids, which must be
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
+import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -114,22 +117,31 @@ def map_backends(backends: tuple[Backend, ...]) -> NDArray[np.uint64]:
 def writer(backends: tuple[Backend, ...]) -> Callable[[int, memoryview], None] | None:
     """What writes octets of whole pages to the backends' files from a gfn on; None where these cannot be written so.
 
-    It raises OSError where a file has no room, for which a mapping would have its process killed.
+    It raises OSError where a file has no room, for which a mapping would have its process killed. It has descriptors of its
+    own, as long as it lives: a thread that hangs in it may outlive `close_backends`.
     """
     if any(backend.page_bytes != PAGE_SIZE for backend in backends):
         return None  # hugetlbfs has no write(2)
     ends = tuple(accumulate(backend.size for backend in backends))
+    files = ExitStack()
+    fds = []
+    for backend in backends:
+        fds.append(os.dup(backend.fd))
+        files.callback(os.close, fds[-1])
 
     def write(gfn: int, octets: memoryview) -> None:
         at = gfn * PAGE_SIZE
-        for backend, end in zip(backends, ends, strict=True):
+        for fd, backend, end in zip(fds, backends, ends, strict=True):
             here = octets[: max(end - at, 0)]
             octets = octets[len(here) :]
             while here:
-                written = os.pwrite(backend.fd, here, at - end + backend.size)
+                written = os.pwrite(fd, here, at - end + backend.size)
+                if not written:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
                 here = here[written:]
                 at += written
 
+    weakref.finalize(write, files.close)
     return write
 
 
