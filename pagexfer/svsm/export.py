@@ -134,7 +134,8 @@ class Packager:
             words = self._memory.words[gfns.start : gfns.stop]
         else:
             words = np.take(self._memory.words, gfns, axis=0, out=self._gathered[: len(gfns)], mode="clip")
-        return not np.count_nonzero(words[:, 0]) and not np.bitwise_or.reduce(words.reshape(-1))
+        # The first word of every page, which shows most pages in use, is a cache line of each: as slow as a quarter of all.
+        return not words[0, 0] and not words[-1, 0] and not np.bitwise_or.reduce(words.reshape(-1))
 
     def _without_content(self, gfns: NDArray[np.int64]) -> Package:
         """A package of pages that are zero."""
