@@ -61,7 +61,7 @@ class Job:
     destination: Machine
     channels: int
     compression_level: int | None
-    channel_threads: bool
+    channel_threads: bool | None
 
 
 def by_multifd(
@@ -92,7 +92,7 @@ def by_pagexfer(
     channels: int,
     *,
     compression_level: int | None = None,
-    channel_threads: bool = False,
+    channel_threads: bool | None = None,
     route: Route = DIRECT,
 ) -> Taken:
     """pagexfer with a process of its own at each side, whose CPU seconds count as well as those of the QEMUs."""

@@ -54,7 +54,10 @@ _REFUSALS: Final = {
         "the source would compress pages, and the destination was not told to accept that (--accept-compression)",
     ),
     RefusalCode.EXHAUSTED: ("key-exhausted", "a channel's key reached its limit: use more channels"),
-    RefusalCode.GUEST: ("guest", "a vCPU or page state was refused: both sides need the same kind of guest"),
+    RefusalCode.GUEST: (
+        "guest",
+        "a vCPU, a page or its state was refused: both sides need the same kind of guest, the destination room for RAM",
+    ),
     RefusalCode.INTERNAL: ("internal", "internal fault of the SVSM"),
     RefusalCode.JOURNAL: ("journal", "the journal could not be written: look at its disk and its folder"),
 }
