@@ -96,8 +96,8 @@ async def send_guest(
 ) -> MigrationReport:
     """Migrate a running guest to the destination that listens at `host`:`port`, over `channels` TCP connections.
 
-    A bundle has up to `bundle_pages` pages with content, as far as they fit a slot's buffer: more of them cost less in
-    calls, fewer stay in a core's cache. By default 384 with up to two channels, and 256 with more.
+    A bundle has up to `bundle_pages` pages with content, as far as they fit a slot's buffer (480 do): more of them cost
+    less in calls. By default 480, and 256 with more than 16 channels.
 
     `steering` holds what may be changed while it runs, and can pause and end it; make one for each migration.
     `downtime_limit_s` is short for one that is never changed.

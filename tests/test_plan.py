@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pagexfer.dirty.content import BLOCK_PAGES
 from pagexfer.engine.plan import MAX_CHUNK_PAGES, MIN_CHUNK_PAGES, Chunk, plan_chunks
 
 _REGION_PAGES = 512
@@ -67,6 +68,14 @@ def test_a_hot_region_is_divided() -> None:
     assert {chunk.pages for chunk in chunks[:-1]} == {MAX_CHUNK_PAGES}
     assert chunks[0].start == 1 << 20
     assert chunks[-1] == Chunk(3 << 20, 1 << 20)
+
+
+@given(st.integers(1, 1 << 15), st.integers(1, 64))
+def test_a_chunk_begins_with_a_whole_block(pending: int, channels: int) -> None:
+    region_pages = 1 << 15
+    chunks = plan_chunks(_counts(pending, region_pages), region_pages, 2 * region_pages, channels)
+    assert all(chunk.start % MIN_CHUNK_PAGES == 0 for chunk in chunks)
+    assert MIN_CHUNK_PAGES % BLOCK_PAGES == 0
 
 
 def test_a_small_dense_epoch_has_work_for_every_channel() -> None:

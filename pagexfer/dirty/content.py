@@ -192,9 +192,9 @@ class ContentTracker:
         """Pages whose blocks were not sent whole, the first of which is copy `at`."""
         digests = self._page_digests(copies, in_use, at)
         blocks = gfns // BLOCK_PAGES
-        merged = np.unique(blocks[self._merged[blocks]])
+        merged = blocks[self._merged[blocks]]  # ascending, as gfns are
         if merged.size:
-            self._forget_pages(merged)
+            self._forget_pages(merged[np.flatnonzero(np.diff(merged, prepend=-1))])
         others = (self._kept[gfns] != digests).any(axis=1)
         self._stale[blocks[others]] = True
         self._split[blocks] = True

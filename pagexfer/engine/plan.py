@@ -3,7 +3,8 @@
 pending pages of each region of RAM (the SVSM tells them)  ->  chunks: ranges with about equal work
 
 A region with more than a chunk's work is divided evenly: where in it the pending pages are is not known, but every division
-is right, and channels that end an epoch together send it sooner.
+is right, and channels that end an epoch together send it sooner. It is divided by a power of two, as it is one itself: so
+bundles begin where the blocks do over which a comparing tracker makes its digests.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def plan_chunks(
         return []
     pending = counts[dirty].astype(np.int64)
     target = chunk_pages(int(pending.sum()), channels)
-    parts = np.clip(-(-pending // target), 1, max(region_pages // MIN_CHUNK_PAGES, 1))
+    halvings = np.ceil(np.log2(np.maximum(pending / target, 1))).astype(np.int64)
+    parts = np.minimum(np.int64(1) << halvings, max(region_pages // MIN_CHUNK_PAGES, 1))
     region, of = np.repeat(dirty, parts), np.repeat(parts, parts)
     part = np.arange(len(region)) - np.repeat(np.cumsum(parts) - parts, parts)
     starts = region * region_pages + part * region_pages // of

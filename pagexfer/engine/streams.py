@@ -31,7 +31,7 @@ STALL_TIMEOUT_S: Final = 30.0
 _WAKE_BYTES: Final = 1 << 18
 # A sender waits until less than a bundle has not left the kernel. The kernel alone would wake it when a third of the buffer
 # is free, and take a bundle in four parts.
-_UNSENT_BYTES: Final = 1 << 20
+_UNSENT_BYTES: Final = 1 << 21
 # Linux, asm-generic/socket.h; Python's socket module does not name it. An unsigned long: bytes a second, all ones no limit.
 _SO_MAX_PACING_RATE: Final = 47
 _NO_PACE: Final = 2**64 - 1

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from ..dirty import PageCopies, as_run
+from ..dirty.content import BLOCK_PAGES
 from ..wire.bundle import DATA, DROP, ENTRY_BYTES, HEADER_BYTES, ZERO, pack_entries
-from ..wire.constants import MAX_BUNDLE_DATA_PAGES, MAX_BUNDLE_ENTRIES, TAG_BYTES
+from ..wire.constants import MAX_BUNDLE_DATA_PAGES, MAX_BUNDLE_ENTRIES, PAGE_SIZE, TAG_BYTES
 from ..wire.page_state import SHARED, VALIDATED
 
 if TYPE_CHECKING:
@@ -20,14 +21,14 @@ if TYPE_CHECKING:
 
     from .memory import GuestMemory
 
-# 1 MiB of payload. Half of it keeps plaintext and ciphertext in a core's L2 cache and costs as much again in calls; twice
-# of it gains nothing.
-BUNDLE_PAGES: Final = 256
-# With few channels little is on its way at a time, and fewer bundles are worth more than what their length costs in cache.
-FEW_CHANNELS: Final = 2
-FEW_CHANNELS_BUNDLE_PAGES: Final = 384
+# As many whole blocks, of 32 pages each, over which a comparing tracker makes one digest, as fit a slot's buffer of 2 MiB:
+# what is spent once for each bundle counts most.
+BUNDLE_PAGES: Final = 480
+# Above so many channels the buffers of all, which each has of its own, leave no room in a cache.
+MANY_CHANNELS: Final = 16
+MANY_CHANNELS_BUNDLE_PAGES: Final = 256
 # What a bundle with the most pages with content has beside its payload.
-OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_DATA_PAGES + TAG_BYTES
+_OVERHEAD_BYTES: Final = HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_DATA_PAGES + TAG_BYTES
 
 _HAS_CONTENT: Final = np.uint32(VALIDATED | SHARED)
 _ALL_DATA: Final = np.full(MAX_BUNDLE_DATA_PAGES, DATA)
@@ -35,7 +36,13 @@ _ALL_DATA: Final = np.full(MAX_BUNDLE_DATA_PAGES, DATA)
 
 def usual_bundle_pages(channels: int) -> int:
     """Pages with content in a bundle, where nobody chose a number."""
-    return FEW_CHANNELS_BUNDLE_PAGES if channels <= FEW_CHANNELS else BUNDLE_PAGES
+    return MANY_CHANNELS_BUNDLE_PAGES if channels > MANY_CHANNELS else BUNDLE_PAGES
+
+
+def most_data_pages(buffer_bytes: int) -> int:
+    """Pages with content in a bundle that fits a buffer: whole blocks, where there is room for one."""
+    fitting = (buffer_bytes - _OVERHEAD_BYTES) // PAGE_SIZE
+    return fitting - fitting % BLOCK_PAGES if fitting > BLOCK_PAGES else fitting
 
 
 def most_entries(buffer_bytes: int) -> int:

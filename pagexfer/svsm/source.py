@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from ..dirty import as_run
 from ..errors import IntegrityError, LocalProtocolError, NotReady, PagexferError, RemoteProtocolError
 from ..wire.bundle import BundleKind
-from ..wire.constants import FINAL_EPOCH, MAX_CHANNELS, PAGE_SIZE
+from ..wire.constants import FINAL_EPOCH, MAX_CHANNELS
 from ..wire.handshake import Role
 from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
@@ -23,7 +23,7 @@ from .compression import pack
 from .content import ContentTable, vcpu_digest
 from .device_state import Carried
 from .epoch import EpochBook
-from .export import BUNDLE_PAGES, OVERHEAD_BYTES, Exported, Packager, most_entries
+from .export import BUNDLE_PAGES, Exported, Packager, most_data_pages, most_entries
 from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
 from .ledger import check_chain, next_body
@@ -243,7 +243,7 @@ class SourceSvsm:
 
     def export(self, channel: int, start: int, stop: int, out: memoryview) -> Exported:
         """Seal the next bundle of what is pending in gfns `start` to `stop` - 1 into `out`."""
-        capacity = min(self._bundle_pages, (len(out) - OVERHEAD_BYTES) // PAGE_SIZE)
+        capacity = min(self._bundle_pages, most_data_pages(len(out)))
         with self.lock:
             self._require_epoch()
             sealer = self._sealer(channel)

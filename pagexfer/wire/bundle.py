@@ -291,7 +291,7 @@ def _run_untrusted(first: int, count: int) -> Entries:
 def _columns_untrusted(data: bytes) -> Entries:
     raw = np.frombuffer(data, dtype="<u8")
     upper = (raw >> _OPERATION_SHIFT).astype(np.uint32)
-    for distinct in np.unique(upper).tolist():  # pages differ in few ways
+    for distinct in set(upper.tolist()):  # pages differ in few ways
         _check_upper_untrusted(distinct)
     gfns = (raw & np.uint64(_GFN_MASK)).astype(np.int64)
     if (gfns[1:] <= gfns[:-1]).any():
