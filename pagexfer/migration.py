@@ -51,9 +51,11 @@ if TYPE_CHECKING:
 _PROVIDED_BYTES: Final = 1 << 24
 # More channels than this, where nobody chose, share the event loop. An engine that is a process of its own sleeps for every
 # bundle, and a thread's sleep is cheap; with more threads, the switches between them cost more. Where the SVSM is in the
-# same process, threads contend for the interpreter's lock, but for a single one.
+# same process, threads contend for the interpreter's lock: a source that makes digests takes it many times for a bundle, a
+# destination seldom.
 _MOST_THREADS_ISOLATED: Final = 8
-_MOST_THREADS: Final = 1
+_MOST_SOURCE_THREADS: Final = 1
+_MOST_DESTINATION_THREADS: Final = 4
 
 FreshnessChoice = Literal["auto", "digest-audit"]
 
@@ -109,8 +111,9 @@ async def send_guest(
     else; `cpus` pins that process, and the threads that serve its slots, to these processors.
 
     With `channel_threads` each channel has a thread of its own, without them one event loop carries all. By default up to
-    eight channels have threads where the engine is a process of its own, and a single one anywhere; otherwise threads pay
-    where one core cannot fill the link, or compress enough, and there are cores to spare.
+    eight channels have threads where the engine is a process of its own; elsewhere a single one of a source has, and up to
+    four of a destination. Otherwise threads pay where one core cannot fill the link, or compress enough, and there are
+    cores to spare.
 
     `ledger` is what the guest's last destination reported as its ledger, empty for a guest that never moved.
 
@@ -143,7 +146,7 @@ async def send_guest(
     _check_network(port, 1, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
     audit = freshness == "digest-audit"
-    threads = _most_threads(channel_threads, isolated=isolated)
+    threads = _most_threads(channel_threads, _MOST_THREADS_ISOLATED if isolated else _MOST_SOURCE_THREADS)
     options = SourceOptions(channels, stall_timeout_s, audit, threads, compressor is not None)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
@@ -241,7 +244,7 @@ async def receive_guest(
             guest.hypervisor.dirty_log is not None,
             cpus,
             stall_timeout_s,
-            most_threads=_most_threads(channel_threads, isolated=isolated),
+            most_threads=_most_threads(channel_threads, _MOST_THREADS_ISOLATED),
         )
         receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
         with kept or nullcontext():
@@ -262,7 +265,7 @@ async def receive_guest(
         on_progress,
         on_stranger,
         stall_timeout_s,
-        _most_threads(channel_threads, isolated=isolated),
+        _most_threads(channel_threads, _MOST_DESTINATION_THREADS),
     )
     with kept or nullcontext():
         listener = await listen(host, port, stall_timeout_s)
@@ -316,11 +319,11 @@ def _check_cpus(cpus: tuple[int, ...], *, isolated: bool) -> None:
         raise UsageError(f"CPU {missing[0]} does not exist or is not this process's to use")
 
 
-def _most_threads(wanted: bool | None, *, isolated: bool) -> int:
-    """Up to how many channels have threads. By default as many as are faster so."""
-    if wanted is not None:
-        return MAX_CHANNELS if wanted else 0
-    return _MOST_THREADS_ISOLATED if isolated else _MOST_THREADS
+def _most_threads(wanted: bool | None, usual: int) -> int:
+    """Up to how many channels have threads: all or none where somebody chose."""
+    if wanted is None:
+        return usual
+    return MAX_CHANNELS if wanted else 0
 
 
 async def _provide(memory: GuestMemory, provide: Callable[[int, int], bool]) -> None:

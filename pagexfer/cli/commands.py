@@ -110,7 +110,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--channel-threads/--no-channel-threads",
             default=None,
-            help="A thread for each channel. Default: for a single one, and with --isolated for up to 8.",
+            help="A thread for each channel. Default: for a single one, at a destination up to 4, with --isolated up to 8.",
         ),
     ):
         command = option(command)
