@@ -7,17 +7,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pagexfer.svsm.export import Package, Packager
+from pagexfer.dirty.content import BLOCK_PAGES
+from pagexfer.isolation.sides import BUFFER_BYTES, BUFFERS
+from pagexfer.svsm.export import BUNDLE_PAGES, Package, Packager, most_data_pages
 from pagexfer.svsm.memory import GuestMemory
-from pagexfer.wire.bundle import BundleHeader, BundleKind, Direction, Operation, parse_entries_untrusted
-from pagexfer.wire.constants import MAX_BUNDLE_ENTRIES, PAGE_SIZE
+from pagexfer.wire.bundle import (
+    ENTRY_BYTES,
+    HEADER_BYTES,
+    BundleHeader,
+    BundleKind,
+    Direction,
+    Operation,
+    parse_entries_untrusted,
+)
+from pagexfer.wire.constants import MAX_BUNDLE_DATA_PAGES, MAX_BUNDLE_ENTRIES, PAGE_SIZE, TAG_BYTES
 from pagexfer.wire.page_state import PRIVATE, SHARED
+from pagexfer.wire.slot import SlotGeometry
 
 PAGES = 600
 
 
 def memory_of(kinds: str) -> GuestMemory:
-    """One page a letter: d data, l data in its last word only, z zero, s shared data, x given up with old data."""
+    """One page a letter: d data, l in its last word only, m in a middle one, z zero, s shared, x given up with old data."""
     memory = GuestMemory.allocate(len(kinds) * PAGE_SIZE)
     for gfn, kind in enumerate(kinds):
         memory.states[gfn] = {"s": SHARED, "x": 0}.get(kind, PRIVATE)
@@ -25,12 +36,15 @@ def memory_of(kinds: str) -> GuestMemory:
             memory.words[gfn] = 1000 + gfn
         elif kind == "l":
             memory.words[gfn, -1] = 1000 + gfn
+        elif kind == "m":
+            memory.words[gfn, 200] = 1000 + gfn
     return memory
 
 
 _OPERATION = {
     "d": Operation.DATA,
     "l": Operation.DATA,
+    "m": Operation.DATA,
     "s": Operation.DATA,
     "z": Operation.ZERO,
     "x": Operation.DROP,
@@ -68,6 +82,8 @@ def check(memory: GuestMemory, kinds: str, asked: list[int], package: Package, m
         ("dddd", [1, 2]),
         ("dddd", [0, 3]),
         ("llll", [0, 1, 2, 3]),
+        ("mmmm", [0, 1, 2, 3]),
+        ("dlmz", [0, 1, 2, 3]),
         ("dzdz", [0, 1, 2, 3]),
         ("zzzz", [0, 1, 2, 3]),
         ("zzzz", [0, 2]),
@@ -109,7 +125,7 @@ def test_cut_takes_the_zero_pages_before_the_page_that_is_too_much() -> None:
 @settings(deadline=None, max_examples=150)
 @given(data=st.data())
 def test_against_a_naive_packager(data: st.DataObject) -> None:
-    kinds = data.draw(st.text("dlzsx", min_size=1, max_size=40))
+    kinds = data.draw(st.text("dlmzsx", min_size=1, max_size=40))
     memory = memory_of(kinds)
     packager = Packager(memory)
     for _ in range(2):  # the staging areas are used again
@@ -118,6 +134,18 @@ def test_against_a_naive_packager(data: st.DataObject) -> None:
         package = packager.package(np.array(asked), max_data_pages)
         check(memory, kinds, asked, package, max_data_pages)
     memory.close()
+
+
+@pytest.mark.parametrize("buffer_bytes", [1 << 16, 1 << 17, 1 << 18, 1 << 21, 1 << 22])
+def test_a_bundle_that_fits_has_whole_blocks_as_soon_as_one_fits(buffer_bytes: int) -> None:
+    room = SlotGeometry(0, 2, buffer_bytes).package_bytes
+    pages = most_data_pages(room)
+    assert HEADER_BYTES + ENTRY_BYTES * MAX_BUNDLE_DATA_PAGES + PAGE_SIZE * pages + TAG_BYTES <= room
+    assert 0 < pages <= BLOCK_PAGES or pages % BLOCK_PAGES == 0
+
+
+def test_a_usual_bundle_is_all_that_a_usual_buffer_holds() -> None:
+    assert most_data_pages(SlotGeometry(0, BUFFERS, BUFFER_BYTES).package_bytes) == BUNDLE_PAGES
 
 
 def test_full_bundle_of_zero_pages_in_one() -> None:

@@ -106,9 +106,11 @@ class Packager:
             return self._without_content(gfns)
         words, states = self._view(run, holes)
         has_content = (states & _HAS_CONTENT) != 0
-        # Most pages in use differ from zero in their first word: only the others are read whole.
+        # Most pages in use differ from zero in their first word, or in their last: only the others are read whole.
         in_use = words[:, 0] != 0
         # Counted, as numpy's own all() costs four times as much for so few.
+        if np.count_nonzero(in_use) < len(gfns):
+            in_use |= words[:, -1] != 0
         if len(gfns) <= max_data_pages and np.count_nonzero(in_use & has_content) == len(gfns):
             return self._package(gfns, _ALL_DATA[: len(gfns)], states, words, in_use)
         operations = _classify(words, in_use, has_content)
