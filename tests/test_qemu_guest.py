@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from .qemu_guests import errors, free_huge_pages, goes_on, needs_qemu, qemu, rou
 from .test_migration import PSK, migrate
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = needs_qemu
@@ -109,34 +110,69 @@ async def test_the_gmac_audit_can_be_had_as_well(tmp_path: Path) -> None:
     assert report.info.audit.pages == 0  # the tracker had found all of them
 
 
-@pytest.mark.parametrize("isolation", [[], ["--isolated"]], ids=["one-process", "isolated"])
-def test_the_command_moves_a_qemu(tmp_path: Path, isolation: list[str]) -> None:
-    psk = tmp_path / "psk"
+def _by_command(folder: Path, here: Path, there: Path, *options: str) -> tuple[_Ended, _Ended]:
+    """Move a guest with two commands; how the source's and the destination's ended."""
+    psk = folder / "psk"
     psk.write_text("0123456789abcdef" * 4)
     psk.chmod(0o600)
     command = [sys.executable, "-m", "pagexfer"]
-    common = ["--psk-file", str(psk), "--guest", "qemu", "--json", *isolation]
+    common = ["--psk-file", str(psk), "--guest", "qemu", "--json", *options]
+    receive = [*command, "receive", "--listen", "127.0.0.1:0", "--qmp", str(there), *common]
+    received = subprocess.Popen(receive, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert received.stderr is not None
+        address = received.stderr.readline().split()[-1]
+        send = [*command, "send", "--to", address, "--qmp", str(here), *common]
+        sent = subprocess.run(send, capture_output=True, text=True, check=False, timeout=60)
+        output, said = received.communicate(timeout=60)
+    finally:
+        received.kill()
+        received.communicate()
+    return _Ended(sent.returncode, sent.stdout, sent.stderr), _Ended(received.returncode, output, said)
+
+
+class _Ended(NamedTuple):
+    code: int
+    output: str
+    said: str
+
+
+@pytest.mark.parametrize("isolation", [[], ["--isolated"]], ids=["one-process", "isolated"])
+def test_the_command_moves_a_qemu(tmp_path: Path, isolation: list[str]) -> None:
     with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", incoming=True) as there:
-        received = subprocess.Popen(
-            [*command, "receive", "--listen", "127.0.0.1:0", "--qmp", str(there), *common],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert received.stderr is not None
-            address = received.stderr.readline().split()[-1]
-            send = [*command, "send", "--to", address, "--qmp", str(here), *common]
-            sent = subprocess.run(send, capture_output=True, text=True, check=False, timeout=60)
-            assert sent.returncode == 0, sent.stderr
-            output, _ = received.communicate(timeout=60)
-        finally:
-            received.kill()
-            received.communicate()
-        assert received.returncode == 0
-        assert json.loads(sent.stdout)["guest"] == {"kind": "qemu", "run-state": "postmigrate"}
-        assert json.loads(output)["guest"] == {"kind": "qemu", "run-state": "running"}
-        assert json.loads(sent.stdout)["freshness"] == "digest-audit"
+        sent, received = _by_command(tmp_path, here, there, *isolation)
+    assert (sent.code, received.code) == (0, 0), sent.said + received.said
+    assert json.loads(sent.output)["guest"] == {"kind": "qemu", "run-state": "postmigrate"}
+    assert json.loads(received.output)["guest"] == {"kind": "qemu", "run-state": "running"}
+    assert json.loads(sent.output)["freshness"] == "digest-audit"
+
+
+@pytest.fixture
+def small_memory_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in a memory file system of 8 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounting = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(mounting, check=False).returncode:
+        pytest.skip("only root can mount a memory file system of its own")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+async def test_a_destination_without_memory_for_all_of_ram_leaves_the_source_running(
+    tmp_path: Path, small_memory_folder: Path
+) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "m0").write_bytes(np.random.default_rng(1).bytes(16 << 20))
+    with qemu(tmp_path / "s") as here, qemu(small_memory_folder, incoming=True) as there:
+        sent, received = await trio.to_thread.run_sync(_by_command, tmp_path, here, there)
+        async with QemuGuest.attach(here) as source:
+            await goes_on(source)
+    assert (sent.code, received.code) == (1, 1)
+    for side in (sent, received):
+        assert "the destination room for RAM" in side.said.splitlines()[-1]
+        assert "Traceback" not in side.said
+    assert json.loads(received.output)["guest"] == {"kind": "qemu", "run-state": "inmigrate"}
 
 
 def test_options_of_test_guests_are_refused(tmp_path: Path) -> None:
