@@ -91,6 +91,11 @@ def test_slices_lie_side_by_side_in_ram(ram_pages: int, vcpus: int, free: float)
     assert ram_pages - layout.end_gfn >= int((ram_pages - PATTERN_GFN) * free)
 
 
+def test_plan_refuses_to_leave_nothing_to_write_to() -> None:
+    with pytest.raises(GuestError, match="100% of it free, is too small"):
+        Layout.plan(1 << 20, 1, free=1.0)
+
+
 @pytest.mark.parametrize(
     ("ram_bytes", "vcpus", "reason"),
     [

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 STATUS_GFN: Final = 16
 PATTERN_GFN: Final = 64
 MAX_GUEST_VCPUS: Final = 32
+_MIN_SLICE_PAGES: Final = 8
 
 STATUS_MAGIC: Final = 0x5055_4747_5354_4154
 GFN_FACTOR: Final = 0x9E37_79B9_7F4A_7C15
@@ -82,8 +83,11 @@ class Layout:
             raise GuestError(f"RAM of {ram_bytes} bytes is not a whole number of {PAGE_SIZE}-byte pages")
         ram_pages = ram_bytes // PAGE_SIZE
         slice_pages = int((ram_pages - PATTERN_GFN) * (1 - free)) // vcpus
-        if slice_pages < 8:
-            raise GuestError(f"RAM of {ram_bytes} bytes is too small for {vcpus} vCPUs: give at least 1MiB")
+        if slice_pages < _MIN_SLICE_PAGES:
+            raise GuestError(
+                f"RAM of {ram_bytes} bytes, {free:.0%} of it free, is too small for {vcpus} vCPUs, "
+                f"each of which writes {_MIN_SLICE_PAGES} pages or more: give more RAM, or leave less of it free"
+            )
         return cls(ram_pages, vcpus, slice_pages, scattered_stride(slice_pages), seed)
 
     def first_gfn(self, vcpu: int) -> int:
