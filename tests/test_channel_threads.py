@@ -260,12 +260,13 @@ def test_an_interrupt_stays_and_leaves_no_descriptor() -> None:
         (4, True, True, {"source", "destination"}),
         (4, True, False, {"source"}),
         (4, False, True, {"destination"}),
-        (4, None, None, set()),
+        (5, None, None, set()),
+        (4, None, None, {"destination"}),
         (1, None, None, {"source", "destination"}),
         (1, False, None, {"destination"}),
     ],
 )
-async def test_a_guest_arrives_by_threads_where_they_are_wanted_or_a_channel_is_alone(
+async def test_a_guest_arrives_by_threads_where_they_are_wanted_or_usual(
     monkeypatch: pytest.MonkeyPatch,
     channels: int,
     at_source: bool | None,

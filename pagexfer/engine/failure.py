@@ -156,11 +156,17 @@ def _leaves(error: BaseException) -> list[BaseException]:
 
 def _rank(failure: PagexferError) -> int:
     """Lower explains more: what a side said, then what was refused, then what only broke."""
-    order: tuple[type[PagexferError], ...] = (TransferAborted, SvsmRefused, PagexferError)
-    if isinstance(failure, ChannelBroken):
-        return len(order)
-    if isinstance(failure, ChannelClosed):
-        return len(order) + 1
-    if isinstance(failure, TransferAborted) and failure.reason in SECOND_HAND:
-        return len(order)
-    return next(index for index, kind in enumerate(order) if isinstance(failure, kind))
+    match failure:
+        case TransferAborted() if failure.reason not in SECOND_HAND:
+            return 0
+        case SvsmRefused() if failure.code is not RefusalCode.STATE:
+            return 1
+        case SvsmRefused():
+            # Another channel's bundle was refused, and ended the session, while this one's was on its way to the SVSM.
+            return 2
+        case ChannelClosed():
+            return 5
+        case ChannelBroken() | TransferAborted():
+            return 4
+        case _:
+            return 3
