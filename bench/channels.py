@@ -59,8 +59,8 @@ COLUMNS: Final = (
     "memory MiB",
 )
 BUNDLES_NOTE: Final = (
-    "512 is what the format allows, and means as many as fit: a slot's buffer of 2 MiB holds 510 pages beside header, "
-    "entries and tag."
+    "512 is what the format allows, and means as many whole blocks of 32 as fit a slot's buffer of 2 MiB: 480, the default "
+    "with up to 16 channels."
 )
 
 

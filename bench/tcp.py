@@ -13,7 +13,7 @@ from .pair import DIRECT, Route, Side, Watch, run_pair
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-# The payload of one of the engine's bundles.
+# About half of one of the engine's bundles. With all of it plain TCP is not faster, and over 64 connections a third slower.
 BUFFER_BYTES: Final = 1 << 20
 
 

@@ -27,7 +27,7 @@ CONNECT_TIMEOUT_S: Final = 10.0
 # How long a peer may be silent in the middle of something: as long as a TCP connection survives a short outage, and
 # short enough that a parked guest is not kept waiting by a dead peer for minutes.
 STALL_TIMEOUT_S: Final = 30.0
-# A quarter of a bundle: the rest arrives while the first part is copied out of the kernel.
+# A part of a bundle: the rest arrives while the first part is copied out of the kernel.
 _WAKE_BYTES: Final = 1 << 18
 # A sender waits until less than a bundle has not left the kernel. The kernel alone would wake it when a third of the buffer
 # is free, and take a bundle in four parts.
