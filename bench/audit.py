@@ -107,7 +107,7 @@ def export_digests(memory: GuestMemory, repeats: int) -> dict[str, Spread]:
     starts = iter(range(0, 1 << 62, BUNDLE_PAGES))
 
     def stage() -> None:
-        start = next(starts) % memory.pages
+        start = next(starts) % (memory.pages - BUNDLE_PAGES)
         np.copyto(staging, memory.words[start : start + BUNDLE_PAGES])
 
     cases = {
@@ -202,7 +202,7 @@ def manifest_seconds(gib: int, repeats: int) -> dict[str, Spread]:
     pages = gib * PAGES_PER_GIB
     table = ContentTable(np.full(pages, 0xF2, dtype=np.uint32))
     for counter, first in enumerate(range(0, pages, BUNDLE_PAGES)):
-        table.record(np.arange(first, first + BUNDLE_PAGES), 0, 0, counter)
+        table.record(np.arange(first, min(first + BUNDLE_PAGES, pages)), 0, 0, counter)
     began = perf_counter()
     table.refresh()
     after_all = perf_counter() - began

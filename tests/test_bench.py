@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bench import (
+    audit,
     channels,
     compression,
     convergence,
@@ -340,6 +341,16 @@ def test_scale(tmp_path: Path) -> None:
     assert measured["left_out_bytes"] == [1 << 30]
     assert "1 GiB" in measured["tables"][0]["note"]
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_audit(tmp_path: Path) -> None:
+    result = tmp_path / "audit.json"
+    # Neither RAM nor the tables are whole bundles.
+    audit.main(["--quick", "--ram", "32MiB", "--table", "2", "--repeats", "1", "--json", str(result)])
+    measured = json.loads(result.read_text())
+    assert {rate["operation"] for rate in measured["rates"]} == {"copy", "audit", "audit, 5% pending"}
+    assert measured["move"].keys() == {"host-reported", "digest-audit"}
+    assert measured["manifest"].keys() == {"1", "2"}
 
 
 def test_a_line_has_its_fixed_cost_and_its_cost_per_gib() -> None:
