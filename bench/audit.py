@@ -103,12 +103,12 @@ def export_digests(memory: GuestMemory, repeats: int) -> dict[str, Spread]:
     """Seconds per bundle of DATA pages: the digests, and the copy that they are made of."""
     digests = PageDigests(memory, 1)
     bundle = _bundle(memory, 0)
-    staging = np.ones((BUNDLE_PAGES, WORDS_PER_PAGE), dtype=np.uint64)
+    staging = np.ones((len(bundle[0]), WORDS_PER_PAGE), dtype=np.uint64)
     starts = iter(range(0, 1 << 62, BUNDLE_PAGES))
 
     def stage() -> None:
-        start = next(starts) % (memory.pages - BUNDLE_PAGES)
-        np.copyto(staging, memory.words[start : start + BUNDLE_PAGES])
+        start = next(starts) % (memory.pages - len(staging) + 1)
+        np.copyto(staging, memory.words[start : start + len(staging)])
 
     cases = {
         "digests": Case(lambda: digests.record(*bundle), calls=100),

@@ -41,8 +41,8 @@ PROJECTED_GIB: Final = 1024
 LINK_BYTES_PER_S: Final = 100e9 / 8
 ASSUMPTIONS: Final = (
     "Assumptions: the guest is idle and no page is zero; the lines hold far beyond the largest guest measured; a "
-    "network card costs the CPU what loopback does; the measured cores are the target's. The first row is one event "
-    "loop a side, the default; the second takes for granted that the work spreads evenly over that many cores."
+    "network card costs the CPU what loopback does; the measured cores are the target's. The first row has the usual "
+    "carriers of the channels; the second takes for granted that the work spreads evenly over that many cores."
 )
 
 

@@ -343,10 +343,11 @@ def test_scale(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_audit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ram", ["1MiB", "32MiB"])
+def test_audit(tmp_path: Path, ram: str) -> None:
     result = tmp_path / "audit.json"
-    # Neither RAM nor the tables are whole bundles.
-    audit.main(["--quick", "--ram", "32MiB", "--table", "2", "--repeats", "1", "--json", str(result)])
+    # Neither RAM nor the tables are whole bundles, and one RAM is less than a bundle.
+    audit.main(["--quick", "--ram", ram, "--table", "2", "--repeats", "1", "--json", str(result)])
     measured = json.loads(result.read_text())
     assert {rate["operation"] for rate in measured["rates"]} == {"copy", "audit", "audit, 5% pending"}
     assert measured["move"].keys() == {"host-reported", "digest-audit"}
