@@ -23,6 +23,7 @@ from .engine.slots import Slot
 from .engine.source import SourceEngine, SourceOptions
 from .engine.steering import DOWNTIME_LIMIT_S, MigrationParameters, Steering
 from .engine.streams import STALL_TIMEOUT_S, listen
+from .engine.threads import most_threads
 from .errors import LedgerRefused, MalformedData, TransferAborted, UsageError
 from .isolation.sides import BUFFER_BYTES, BUFFERS, receive_isolated, send_isolated
 from .isolation.task import Task
@@ -49,13 +50,12 @@ if TYPE_CHECKING:
 
 # Steps in which the destination's RAM is provided: some 20 ms each, so that an end does not wait for long.
 _PROVIDED_BYTES: Final = 1 << 24
-# More channels than this, where nobody chose, share the event loop. An engine that is a process of its own sleeps for every
-# bundle, and a thread's sleep is cheap; with more threads, the switches between them cost more. Where the SVSM is in the
-# same process, threads contend for the interpreter's lock: a source that makes digests takes it many times for a bundle, a
-# destination seldom.
-_MOST_THREADS_ISOLATED: Final = 8
-_MOST_SOURCE_THREADS: Final = 1
-_MOST_DESTINATION_THREADS: Final = 4
+# Up to how many channels have threads on few CPUs, where nobody chose. An engine that is a process of its own sleeps for
+# every bundle, and a thread's sleep is cheap. Where the SVSM is in the same process, threads contend for the interpreter's
+# lock: a source that makes digests takes it many times for a bundle, a destination seldom.
+_MOST_ISOLATED_ON_FEW: Final = 8
+_MOST_SOURCE_ON_FEW: Final = 1
+_MOST_DESTINATION_ON_FEW: Final = 4
 
 FreshnessChoice = Literal["auto", "digest-audit"]
 
@@ -111,9 +111,8 @@ async def send_guest(
     else; `cpus` pins that process, and the threads that serve its slots, to these processors.
 
     With `channel_threads` each channel has a thread of its own, without them one event loop carries all. By default up to
-    eight channels have threads where the engine is a process of its own; elsewhere a single one of a source has, and up to
-    four of a destination. Otherwise threads pay where one core cannot fill the link, or compress enough, and there are
-    cores to spare.
+    16 channels have threads. On one or two CPUs up to eight have where the engine is a process of its own; elsewhere a
+    single one of a source, and up to four of a destination.
 
     `ledger` is what the guest's last destination reported as its ledger, empty for a guest that never moved.
 
@@ -146,7 +145,7 @@ async def send_guest(
     _check_network(port, 1, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
     audit = freshness == "digest-audit"
-    threads = _most_threads(channel_threads, _MOST_THREADS_ISOLATED if isolated else _MOST_SOURCE_THREADS)
+    threads = _most_threads(channel_threads, _MOST_ISOLATED_ON_FEW if isolated else _MOST_SOURCE_ON_FEW, cpus)
     options = SourceOptions(channels, stall_timeout_s, audit, threads, compressor is not None)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
@@ -244,7 +243,7 @@ async def receive_guest(
             guest.hypervisor.dirty_log is not None,
             cpus,
             stall_timeout_s,
-            most_threads=_most_threads(channel_threads, _MOST_THREADS_ISOLATED),
+            most_threads=_most_threads(channel_threads, _MOST_ISOLATED_ON_FEW, cpus),
         )
         receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
         with kept or nullcontext():
@@ -265,7 +264,7 @@ async def receive_guest(
         on_progress,
         on_stranger,
         stall_timeout_s,
-        _most_threads(channel_threads, _MOST_DESTINATION_THREADS),
+        _most_threads(channel_threads, _MOST_DESTINATION_ON_FEW),
     )
     with kept or nullcontext():
         listener = await listen(host, port, stall_timeout_s)
@@ -319,10 +318,10 @@ def _check_cpus(cpus: tuple[int, ...], *, isolated: bool) -> None:
         raise UsageError(f"CPU {missing[0]} does not exist or is not this process's to use")
 
 
-def _most_threads(wanted: bool | None, usual: int) -> int:
-    """Up to how many channels have threads: all or none where somebody chose."""
+def _most_threads(wanted: bool | None, on_few_cpus: int, cpus: tuple[int, ...] = ()) -> int:
+    """Up to how many channels have threads, on `cpus` or all that this process may use."""
     if wanted is None:
-        return usual
+        return most_threads(len(cpus or os.sched_getaffinity(0)), on_few_cpus)
     return MAX_CHANNELS if wanted else 0
 
 

@@ -17,7 +17,7 @@ import trio
 from pagexfer.engine import destination as destination_engine
 from pagexfer.engine import source as source_engine
 from pagexfer.engine.streams import Connection
-from pagexfer.engine.threads import Interrupt, carrier, in_loop, in_thread
+from pagexfer.engine.threads import Interrupt, carrier, in_loop, in_thread, most_threads
 from pagexfer.errors import ChannelBroken, ChannelClosed, SvsmLost
 from pagexfer.migration import MigrationReport
 from pagexfer.svsm.destination import DestinationSvsm
@@ -51,6 +51,11 @@ async def test_work_is_done_in_another_thread_or_here() -> None:
 )
 def test_threads_are_for_few_channels(channels: int, most: int, chosen: threads.Carrier) -> None:
     assert carrier(channels, most) is chosen
+
+
+@pytest.mark.parametrize(("cpus", "most"), [(1, 4), (2, 4), (3, 16), (64, 16)])
+def test_many_channels_have_threads_where_there_are_cpus_for_them(cpus: int, most: int) -> None:
+    assert most_threads(cpus, on_few_cpus=4) == most
 
 
 async def test_data_crosses_between_two_threads() -> None:

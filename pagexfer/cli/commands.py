@@ -110,7 +110,7 @@ def _engine_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--channel-threads/--no-channel-threads",
             default=None,
-            help="A thread for each channel. Default: for a single one, at a destination up to 4, with --isolated up to 8.",
+            help="A thread for each channel. Default: up to 16; with 1 or 2 CPUs up to 1, at a destination 4, isolated 8.",
         ),
     ):
         command = option(command)

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+# With more threads than this, the switches between them cost what further CPUs win.
+_MOST_THREADS: Final = 16
+# Of so few CPUs the guest has its part, and perhaps the other side: threads win less there.
+_FEW_CPUS: Final = 2
 # What poll(2) takes: an int.
 _LONGEST_POLL_MS: Final = 2**31 - 1
 
@@ -37,6 +41,11 @@ class Carrier(Protocol):
     async def __call__(
         self, connection: Connection, work: Callable[[], Coroutine[object, object, Result]], /
     ) -> Result: ...
+
+
+def most_threads(cpus: int, on_few_cpus: int) -> int:
+    """Up to how many channels have threads where nobody chose: `on_few_cpus` of one or two CPUs, 16 of more."""
+    return on_few_cpus if cpus <= _FEW_CPUS else _MOST_THREADS
 
 
 def carrier(channels: int, most_threads: int) -> Carrier:
