@@ -15,12 +15,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 from unittest.mock import patch
 
+import numpy as np
 from cryptography.exceptions import InvalidTag
 
 from pagexfer.attestation import Claims, PskAttestor
 from pagexfer.dirty import DirtyBitmap
+from pagexfer.dirty.content import ContentTracker
 from pagexfer.errors import IntegrityError, RemoteProtocolError
 from pagexfer.svsm import ledger, sealing, service
+from pagexfer.svsm.audit import PageDigests
 from pagexfer.svsm.content import ContentTable
 from pagexfer.svsm.destination import DestinationSvsm
 from pagexfer.svsm.device_state import Carried
@@ -43,6 +46,8 @@ from pagexfer.wire.token import EpochTotals
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from numpy.typing import NDArray
+
     from pagexfer.attestation.secret import Secret
     from pagexfer.svsm.destination import Imported
     from pagexfer.svsm.export import Exported
@@ -64,12 +69,12 @@ class Mutation:
     rule: str
     what: str
     apply: Callable[[ExitStack], None]
-    also: str = ""  # another property that its absence may break first
+    also: tuple[str, ...] = ()  # other properties that its absence may break first
 
     @property
     def found_as(self) -> set[str]:
         """What a violation may be reported as."""
-        return {self.rule, self.also} - {""}
+        return {self.rule, *self.also}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -99,7 +104,7 @@ def hunt(mutation: Mutation, schedules: int, seed: int = 1) -> Found | None:
     return None
 
 
-def _replaced(owner: object, name: str, new: Callable[..., object]) -> Callable[[ExitStack], None]:
+def _replaced(owner: object, name: str, new: object) -> Callable[[ExitStack], None]:
     def apply(stack: ExitStack) -> None:
         stack.enter_context(patch.object(owner, name, new))
 
@@ -439,7 +444,19 @@ def _any_signature(stack: ExitStack) -> None:
     stack.enter_context(patch.object(ledger, "_check_signature", lambda *_arguments: None))
 
 
+# R13
+
+
+def _found_nothing(
+    _self: object, start: int, _stop: int, _excused: DirtyBitmap | None = None
+) -> NDArray[np.int64]:
+    return np.arange(start, start)
+
+
 _any_epoch = _replaced(DestinationSvsm, "_check_epoch", lambda _self, _header: None)
+_nothing_compared = _replaced(PendingPages, "compared", True)
+_audit_is_blind = _replaced(PageDigests, "changed", _found_nothing)
+_comparison_is_blind = _replaced(ContentTracker, "collect_part", _found_nothing)
 _sweep_is_over = _replaced(Sweep, "require_closed", lambda _self: None)
 
 MUTATIONS: Final = (
@@ -449,8 +466,8 @@ MUTATIONS: Final = (
     Mutation("R2", "any epoch is the current one", _any_epoch),
     Mutation("R3", "totals of the epoch token ignored", _any_totals),
     Mutation("R4", "epoch token while pages are pending", _nothing_pending),
-    Mutation("R4", "bundles while an epoch is being begun", _sweep_is_over, "R1"),
-    Mutation("R4", "the host's dirty log believed", _hint_believed, "R6"),
+    Mutation("R4", "bundles while an epoch is being begun", _sweep_is_over, ("R1",)),
+    Mutation("R4", "the host's dirty log believed", _hint_believed, ("R6",)),
     Mutation("R5", "parked at the first word", _park_believed),
     Mutation("R5", "vCPUs saved without parking", _parked_enough),
     Mutation("R6", "destination: any manifest holds", _any_manifest),
@@ -462,18 +479,23 @@ MUTATIONS: Final = (
     Mutation("R7", "start token without READY", _no_ready_needed),
     Mutation("R7", "abort after the start token", _abort_after_start),
     Mutation("R7", "abort token without FAILED", _abort_token_without_failing),
-    Mutation("R7", "two sessions move one guest", _guest_is_anybodys, "R5"),
+    Mutation("R7", "two sessions move one guest", _guest_is_anybodys, ("R5",)),
     Mutation("R8", "the session goes on after a bad bundle", _goes_on_after_a_bad_bundle),
     Mutation("R8", "keys are not wiped", _nothing_wiped),
     Mutation("R8", "a stranger ends the session", _stranger_ends_it),
     Mutation("R9", "the counter is not raised", _counter_not_raised),
-    Mutation("R9", "source: what a lost connection did not bring is forgotten", _losses_forgotten, "R3"),
+    Mutation(
+        "R9", "source: what a lost connection did not bring is forgotten", _losses_forgotten, ("R1", "R3")
+    ),
     Mutation("R9", "a new connection under the old key", _same_key_again),
     Mutation("R10", "packages used in shared memory", _used_in_place),
     Mutation("R10", "pages written before the tag held", _written_before_the_tag),
-    Mutation("R10", "the tag is not looked at", _any_tag, "G2"),
+    Mutation("R10", "the tag is not looked at", _any_tag, ("G2",)),
     Mutation("R11", "evidence is not verified", _any_evidence),
-    Mutation("R12", "the source's signature of the move is not checked", _any_signature, "R6"),
+    Mutation("R12", "the source's signature of the move is not checked", _any_signature, ("R6",)),
+    Mutation("R13", "manifest without a comparison after the park", _nothing_compared),
+    Mutation("R13", "the audit finds nothing", _audit_is_blind, ("R4",)),
+    Mutation("R13", "a comparing tracker finds nothing", _comparison_is_blind, ("R4",)),
 )
 
 

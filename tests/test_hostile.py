@@ -16,6 +16,7 @@ from pagexfer.testing.hostile import (
     HostileHost,
     Schedule,
     Step,
+    Tracking,
     Violation,
     as_python,
     fails_alike,
@@ -44,6 +45,8 @@ def test_no_schedule_violates_a_rule_and_every_attack_and_state_was_there() -> N
     reached += [f"destination {state.name}" for state in DESTINATION.values()]
     assert {name: report.tally[name] for name in reached if report.tally[name] < AT_LEAST_REACHED} == {}
     assert report.tally["migrations completed"] > SCHEDULES // 4
+    assert report.tally["audits completed"] > AT_LEAST_TRIED
+    assert report.tally["pages that an audit caught"] > 0
     for code in ("COMMAND", "STATE", "NOT_READY", "INTEGRITY", "AUTHENTICATION"):
         assert report.tally[f"refused {code}"] > AT_LEAST_TRIED
 
@@ -68,14 +71,15 @@ def test_an_honest_host_completes_every_migration() -> None:
     "act",
     [Act.HIDE_DIRTY, Act.FALSE_HINT, Act.SLOW_PARK, Act.STRANGER, Act.RERUN_SOURCE, Act.RERUN_SESSION],
 )
-def test_what_a_host_may_do_without_harm_does_not_end_a_migration(act: Act) -> None:
+@pytest.mark.parametrize("tracking", [Tracking.SVSM, Tracking.AUDIT, Tracking.COMPARISON])
+def test_what_a_host_may_do_without_harm_does_not_end_a_migration(act: Act, tracking: Tracking) -> None:
     """Also a network full of strangers, and a host that asks for a second session: refused, and nothing else happens."""
     host = HostileHost()
     for seed in range(20):
         attacks = [Step(act, *random.Random(seed).choices(range(1 << 16), k=3)) for _ in range(3)]
         steps = [Step(Act.HONEST, 3)] * 150
         steps[12:12], steps[30:30] = attacks[:1], attacks[1:]
-        host.run(Schedule(tuple(steps), pages=16, vcpus=2, channels=2))
+        host.run(Schedule(tuple(steps), pages=16, vcpus=2, channels=2, tracking=tracking))
     assert host.report.tally["migrations completed"] == 20
     assert host.report.tally[act.value] >= 20
 
@@ -115,15 +119,30 @@ def test_the_same_seeds_give_the_same_run() -> None:
     assert HostileHost().run_seeds(range(60)).tally == HostileHost().run_seeds(range(60)).tally
 
 
-def test_a_hidden_dirty_page_is_seen_where_no_svsm_tracks_writes() -> None:
-    """The one freshness that is not promised (R13): the referee must see the stale page that no SVSM can see."""
+@pytest.mark.parametrize("tracking", [Tracking.SVSM, Tracking.AUDIT, Tracking.COMPARISON])
+def test_a_hidden_dirty_page_is_sent_where_the_host_need_not_be_believed(tracking: Tracking) -> None:
+    """The one freshness that is not promised is the host's word (R13): there the referee sees the stale page."""
     steps = (
         [Step(Act.HONEST)] * 10 + [Step(Act.HIDE_DIRTY), Step(Act.WRITE, 3, 0, 5)] + [Step(Act.HONEST)] * 100
     )
-    untracked = Schedule(tuple(steps), tracked=False)
+    schedule = Schedule(tuple(steps), tracking=Tracking.HOST)
     with pytest.raises(Violation, match=r"^R4"):
-        HostileHost().run(untracked)
-    HostileHost().run(replace(untracked, tracked=True))
+        HostileHost().run(schedule)
+    host = HostileHost()
+    host.run(replace(schedule, tracking=tracking))
+    assert host.report.tally["migrations completed"] == 1
+    assert host.report.tally["pages that an audit caught"] == (tracking is Tracking.AUDIT)
+
+
+@pytest.mark.parametrize("tracking", [Tracking.AUDIT, Tracking.COMPARISON])
+def test_without_a_comparison_there_is_no_manifest(tracking: Tracking) -> None:
+    """The host's own attempt ends, and the guest goes on at the source."""
+    steps = (Step(Act.SKIP_COMPARISON), *[Step(Act.HONEST)] * 400)
+    host = HostileHost()
+    host.run(Schedule(steps, tracking=tracking))
+    assert host.report.tally["refused NOT_READY"] > 0
+    assert host.report.tally["source STARTED"] == 0
+    assert host.report.tally["source ABORTED"] > 0
 
 
 # Finding, shrinking, reproducing
@@ -141,7 +160,7 @@ def test_a_violation_comes_with_its_seed_and_a_schedule_that_reproduces_it() -> 
     assert caught.value.rule == "R7"
     text, _, code = caught.value.what.partition(", shortest schedule:\n")
     assert "; seed " in text
-    shortest = eval(code, {"Schedule": Schedule, "Step": Step, "Act": Act})
+    shortest = eval(code, {"Schedule": Schedule, "Step": Step, "Act": Act, "Tracking": Tracking})
     assert isinstance(shortest, Schedule)
     assert sum(step.act is not Act.HONEST for step in shortest.steps) <= 2
     with pytest.raises(Violation, match=r"^R7"):
@@ -188,7 +207,8 @@ def test_a_failure_of_another_kind_is_another_failure() -> None:
 
 
 def test_a_schedule_prints_as_python() -> None:
-    schedule = Schedule((Step(Act.HONEST), Step(Act.HONEST), Step(Act.FLIP, 0, 2)), 12, 2, 3, tracked=False)
+    steps = (Step(Act.HONEST), Step(Act.HONEST), Step(Act.FLIP, 0, 2))
+    schedule = Schedule(steps, 12, 2, 3, Tracking.AUDIT)
     text = as_python(schedule)
     assert "*[Step(Act.HONEST)] * 2," in text
-    assert eval(text, {"Schedule": Schedule, "Step": Step, "Act": Act}) == schedule
+    assert eval(text, {"Schedule": Schedule, "Step": Step, "Act": Act, "Tracking": Tracking}) == schedule

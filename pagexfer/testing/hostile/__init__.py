@@ -6,7 +6,7 @@
 """
 
 from .runner import HostileHost, Report, fails_alike
-from .schedule import ATTACKS, Act, Schedule, Step, as_python, make_schedule
+from .schedule import ATTACKS, Act, Schedule, Step, Tracking, as_python, make_schedule
 from .shrink import shrink
 from .violation import Violation
 
@@ -17,6 +17,7 @@ __all__ = [
     "Report",
     "Schedule",
     "Step",
+    "Tracking",
     "Violation",
     "as_python",
     "fails_alike",

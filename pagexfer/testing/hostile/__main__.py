@@ -49,7 +49,8 @@ def table(report: Report, violation: Violation | None = None) -> str:
     tally = report.tally
     rows = [("schedules", report.schedules), ("commands to SVSMs", tally["commands"])]
     rows += [("bundles sealed, each with a nonce of its own", report.seals)]
-    rows += [("migrations completed", tally["migrations completed"])]
+    for name in ("migrations completed", "audits completed", "pages that an audit caught"):
+        rows += [(name, tally[name])]
     lines = [_row(*row) for row in rows]
     lines += ["", "tried"]
     lines += [_row(f"  {act.value}", tally[act.value]) for act in (*ATTACKS, *GUEST_ACTS)]

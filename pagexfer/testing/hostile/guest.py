@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from ...dirty.content import ContentTracker
 from ...svsm.memory import GuestMemory
+from ...svsm.page_digest import fresh_digest
 from ...wire.constants import PAGE_SIZE
 from ...wire.page_state import SHARED, VALIDATED
 from ..gate import BytesGate
 from ..tracker import SteppedMarks
+from .schedule import Tracking
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from ...dirty import DirtyTracker
 
 # The larger guests take two steps to begin an epoch.
 _STEP_PAGES: Final = 32
@@ -75,19 +80,34 @@ class Machine:
 
 
 class HostileGuest(Machine):
-    """The running guest. `versions` counts the changes of each page, `log` is the hypervisor's dirty log."""
+    """The running guest. `log` is the hypervisor's dirty log, `tracker` what the SVSM has of its own, if anything."""
 
-    def __init__(self, pages: int, vcpus: int) -> None:
+    def __init__(self, pages: int, vcpus: int, tracking: Tracking) -> None:
         states = [b"vCPU %d as it booted" % vcpu for vcpu in range(vcpus)]
         super().__init__(GuestMemory.allocate(pages * PAGE_SIZE), WatchedGate(states, running=True))
         self.memory.launch()
         used = np.arange(1, pages // 2 + 1, dtype=np.uint64)
         self.memory.words[: used.size] = (used * np.uint64(0x9E3779B97F4A7C15))[:, np.newaxis]
         self._marks: NDArray[np.uint8] = np.zeros(pages, dtype=np.uint8)
-        self.tracker = SteppedMarks(self._marks, _STEP_PAGES)
-        self.versions = [1] * pages
+        self.tracking = tracking
+        self.tracker: DirtyTracker | None = None
+        if tracking is Tracking.SVSM:
+            self.tracker = SteppedMarks(self._marks, _STEP_PAGES)
+        elif tracking is Tracking.COMPARISON:
+            self.tracker = ContentTracker(self.memory.words, fresh_digest())
+        self._versions = [1] * pages
         self.log: set[int] = set()
         self._steps = 0
+
+    def is_now(self, gfn: int) -> tuple[int, bytes]:
+        """What a page is, to be compared with what it was.
+
+        How often it has changed; where only content counts, its state, and its content if by that state it has any.
+        """
+        if not self.tracking.compares:
+            return self._versions[gfn], b""
+        state = int(self.memory.states[gfn])
+        return state, self.memory.words[gfn].tobytes() if state & (VALIDATED | SHARED) else b""
 
     def write(self, x: int, y: int, z: int) -> bool:
         """A vCPU stores to a page, if one runs and may: nearly always something, now and then zeros."""
@@ -116,5 +136,5 @@ class HostileGuest(Machine):
 
     def _changed(self, vcpu: int, gfn: int) -> None:
         self._steps += 1
-        self.versions[gfn] += 1
+        self._versions[gfn] += 1
         self.gate.states[vcpu] = b"vCPU %d after %d steps" % (vcpu, self._steps)

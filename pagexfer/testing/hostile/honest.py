@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ...wire.bundle import BundleKind, Direction
 from ...wire.device_state import DevicePart
 from ...wire.slot import Command, SlotStatus
-from .schedule import Act
+from .schedule import Act, Tracking
 from .world import CONTROL, FIRST
 
 if TYPE_CHECKING:
@@ -73,7 +73,10 @@ def _migration(world: World) -> Script:
     for _ in range(_PRECOPY_EPOCHS):
         yield from _epoch(world)
     yield from _park(world)
-    yield from _epoch(world)
+    if world.schedule.tracking is Tracking.AUDIT:
+        yield from _audit(world)
+    if not (world.skipping and world.schedule.tracking is Tracking.COMPARISON):
+        yield from _epoch(world)
     # The last part last: so a manifest may be asked for when nothing but that is missing.
     yield from _device_part(world, 0, _FIRST_PART_BYTES)
     for vcpu in range(world.schedule.vcpus):
@@ -132,7 +135,8 @@ def _tampered(letters: list[bytes], step: Step) -> bytes:
 
 def _epoch(world: World) -> Script:
     """One epoch: pages are sealed and arrive in any order that the steps say, then the token closes it."""
-    if not world.hiding:
+    # Whoever has RAM compared has no log to give.
+    if not world.hiding and world.schedule.tracking is not Tracking.COMPARISON:
         hints = bytearray(8 * -(-world.schedule.pages // 64))
         for gfn in world.guest.log:
             hints[gfn // 8] |= 1 << gfn % 8
@@ -188,6 +192,17 @@ def _park(world: World) -> Script:
         if attempt == _PARK_PATIENCE:
             world.guest.gate.slow.clear()
         reply = world.command(world.source, CONTROL, Command.BLACKOUT)
+        yield
+        if not reply.ok or reply.status is None:
+            raise _Refused
+        if reply.status.status is SlotStatus.OK:
+            return
+
+
+def _audit(world: World) -> Script:
+    """All of RAM is hashed; what was found goes with the epoch that begins after it."""
+    while not world.skipping:
+        reply = world.command(world.source, CONTROL, Command.AUDIT)
         yield
         if not reply.ok or reply.status is None:
             raise _Refused

@@ -119,6 +119,12 @@ def _false_hint(world: World, step: Step) -> bool:
     return world.source.alive
 
 
+def _skip_comparison(world: World, _step: Step) -> bool:
+    """The host goes on after the park as if RAM had been compared with what was sent (`honest`)."""
+    world.skipping = True
+    return True
+
+
 def _slow_park(world: World, step: Step) -> bool:
     gate = world.guest.gate
     if not gate.any_moving:
@@ -182,6 +188,7 @@ HYPERVISOR: Final[Mapping[Act, Attack]] = {
     Act.DEVICE_PART: _device_part,
     Act.HIDE_DIRTY: _hide_dirty,
     Act.FALSE_HINT: _false_hint,
+    Act.SKIP_COMPARISON: _skip_comparison,
     Act.SLOW_PARK: _slow_park,
     Act.LIE_PARKED: _lie_parked,
     Act.ABORT_SOURCE: _abort_source,

@@ -20,6 +20,7 @@ from ...wire.handshake import parse_established_untrusted
 from ...wire.slot import Command, SlotStatus
 from ...wire.slot import SessionStatus as State
 from .ledger import stream_of
+from .schedule import Tracking
 from .violation import Violation
 
 if TYPE_CHECKING:
@@ -83,9 +84,10 @@ class _Book:
     taken: Counter[_Channel] = field(default_factory=Counter)
     incarnations: Counter[int] = field(default_factory=Counter)
     # A source's
-    sent: dict[int, int] = field(default_factory=dict)  # version of each page as sent last
+    sent: dict[int, tuple[int, bytes]] = field(default_factory=dict)  # what each page was as sent last
     due: set[int] = field(default_factory=set)
     beginning: bool = False  # EPOCH was given, and is not complete
+    compared: int = 0  # pages that were compared with what was sent since the park
     carried: dict[_Place, set[int]] = field(default_factory=dict)
     closed: dict[int, set[_Place]] = field(default_factory=dict)
     token: tuple[_Place, set[int]] | None = None  # where this epoch's token is, and the epoch's pages
@@ -214,8 +216,12 @@ class Referee:
             case Command.EPOCH:
                 if not book.beginning:
                     book.token = None
-                    book.due = self._unsent(book)
+                    book.due = self._known_unsent(book)
                 book.beginning = answer.status.status is SlotStatus.INCOMPLETE
+                if self._guest.tracking is Tracking.COMPARISON and answer.status.session is State.PARKED:
+                    book.compared = 0 if book.beginning else self._guest.memory.pages
+            case Command.AUDIT if answer.status.session is State.PARKED:
+                book.compared += answer.status.result
             case Command.REPLACE if answer.package:
                 self._settled(book, answer)
             case Command.REPLACE:
@@ -237,7 +243,7 @@ class Referee:
                 book.gfns |= gfns
                 book.bundles.add(_place(header))
                 book.carried[_place(header)] = gfns
-                book.sent.update((gfn, guest.versions[gfn]) for gfn in gfns)
+                book.sent.update((gfn, guest.is_now(gfn)) for gfn in gfns)
             case BundleKind.EPOCH_TOKEN:
                 _rule(
                     "R4",
@@ -276,11 +282,20 @@ class Referee:
 
     def _all_sent(self, book: _Book, what: str) -> None:
         _rule("R5", not self._guest.gate.any_moving, f"a {what} while a vCPU runs")
+        compared = not self._guest.tracking.compares or book.compared == self._guest.memory.pages
+        _rule("R13", compared, f"a {what}, but RAM was not compared with what was sent")
         _rule("R6", not self._unsent(book) and not book.bundles, f"a {what} while a page is dirty or unsent")
         _rule("R6", len(book.vcpus) == self._guest.gate.vcpus, f"a {what} without all vCPUs")
 
     def _unsent(self, book: _Book) -> set[int]:
-        return {gfn for gfn, version in enumerate(self._guest.versions) if book.sent.get(gfn) != version}
+        guest = self._guest
+        return {gfn for gfn in range(guest.memory.pages) if book.sent.get(gfn) != guest.is_now(gfn)}
+
+    def _known_unsent(self, book: _Book) -> set[int]:
+        """Without those that the SVSM cannot know of before its audit is done."""
+        unsent = self._unsent(book)
+        is_blind = self._guest.tracking is Tracking.AUDIT and book.compared < self._guest.memory.pages
+        return unsent - book.sent.keys() if is_blind else unsent
 
     def _settled(self, book: _Book, answer: Answered) -> None:
         """A channel was replaced: of its incarnations before, what the destination did not take is not sent."""

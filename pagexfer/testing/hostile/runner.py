@@ -27,7 +27,8 @@ class Report:
     """Counts over all schedules of a run.
 
     `tally` has the steps that found something to act on under their act's name, "commands", "refused CODE",
-    "source STATE" and "destination STATE" for each time a side came there, and "migrations completed".
+    "source STATE" and "destination STATE" for each time a side came there, "migrations completed", "audits completed", and
+    "pages that an audit caught".
     """
 
     schedules: int = 0

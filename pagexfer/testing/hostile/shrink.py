@@ -6,6 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from .schedule import Tracking
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -44,6 +46,7 @@ def _simpler(schedule: Schedule) -> Iterator[Callable[[Schedule], Schedule]]:
         yield partial(_with_pages, pages=pages)
     yield lambda s: replace(s, vcpus=1)
     yield lambda s: replace(s, channels=1)
+    yield lambda s: replace(s, tracking=Tracking.SVSM)
     yield lambda s: replace(s, steps=tuple(replace(step, x=0, y=0, z=0) for step in s.steps))
     for index in range(len(schedule.steps)):
         for zeroed in (_without_x, _without_y, _without_z):

@@ -18,10 +18,12 @@ from ...svsm.source import SourceSvsm
 from ...wire.bundle import Direction
 from ...wire.constants import GUEST_ID_BYTES
 from ...wire.slot import CONTROL_SLOT, NO_BUFFER, REGISTER_PAGE_BYTES, Command, SlotStatus
+from ...wire.slot import SessionStatus as State
 from ..pair import Message
 from ..slot import BUFFERS, HostSlot
 from .guest import HostileGuest, Machine
 from .referee import Answered, Referee
+from .schedule import Tracking
 from .violation import Violation
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class World:
     def __init__(self, schedule: Schedule, ledger: CipherLedger, arena: mmap.mmap) -> None:
         self.schedule = schedule
         self.ledger = ledger
-        self.guest = HostileGuest(schedule.pages, schedule.vcpus)
+        self.guest = HostileGuest(schedule.pages, schedule.vcpus, schedule.tracking)
         self.referee = Referee(self.guest, ledger)
         self.tally: Counter[str] = Counter()
         self._arena = memoryview(arena)
@@ -87,6 +89,7 @@ class World:
         self.letters: list[bytes] = []  # handshake messages
         self.withheld: set[int] = set()
         self.hiding = False
+        self.skipping = False
         self.waiting: list[Step] = []  # attacks that found nothing to act on so far
         source, destination = self.new_source(), self.new_destination()
         assert source is not None
@@ -104,9 +107,13 @@ class World:
         """Another SVSM session over the same guest, as after a reset; None where there were enough."""
         if len(self.sources) == _MAX_SOURCES:
             return None
-        tracker = self.guest.tracker if self.schedule.tracked else None
         svsm = SourceSvsm(
-            self.guest.memory, self.guest.gate, tracker, _ATTESTOR, secrets.token_bytes(GUEST_ID_BYTES)
+            self.guest.memory,
+            self.guest.gate,
+            self.guest.tracker,
+            _ATTESTOR,
+            secrets.token_bytes(GUEST_ID_BYTES),
+            audit=self.schedule.tracking is Tracking.AUDIT,
         )
         slots = [self._slot(CONTROL_SLOT, partial(source_control, svsm=svsm))] + [
             self._slot(channel, partial(source_channel, svsm=svsm, channel=channel))
@@ -194,6 +201,9 @@ class World:
             self.tally[f"refused {status.error.name}"] += 1
         if status.session is not before.state:
             self.tally[f"{'source' if side.is_source else 'destination'} {status.session.name}"] += 1
+        if command == Command.AUDIT and status.session is State.PARKED and ok:
+            self.tally["pages that an audit caught"] += status.result2
+            self.tally["audits completed"] += status.status is SlotStatus.OK
         self.referee.answered(side, before, Answered(slot, command, argument, package, status, data))
         return Reply(ok, status, data)
 
