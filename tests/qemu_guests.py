@@ -37,28 +37,36 @@ def qemu(
     share: str = "on",
     sizes: tuple[int, int] = (16, 16),
     huge: bool = False,
+    mem_path: str | None = None,
+    others: bool = False,
 ) -> Iterator[Path]:
     """A QEMU with `sizes` MiB in two shared backends, the second one a memfd (of huge pages, with `huge`).
+
+    The first one's file is `m0` in `folder`, or `mem_path`. With `others` there is a second monitor, `other` in `folder`.
 
     Gives the path of its monitor.
     """
     folder.mkdir(exist_ok=True)
     disk, monitor = folder / "boot", folder / "qmp"
+    monitors = [monitor, folder / "other"] if others else [monitor]
     disk.write_bytes(_CODE.ljust(510, b"\0") + b"\x55\xaa" + bytes(1440 * 1024 - 512))
     command = [
         str(QEMU),
         *("-accel", "tcg", "-m", f"{sum(sizes)}M", "-nodefaults", "-no-user-config", "-display", "none"),
-        *("-object", f"memory-backend-file,id=m0,size={sizes[0]}M,share={share},mem-path={folder / 'm0'}"),
+        *(
+            "-object",
+            f"memory-backend-file,id=m0,size={sizes[0]}M,share={share},mem-path={mem_path or folder / 'm0'}",
+        ),
         *("-object", f"memory-backend-memfd,id=m1,size={sizes[1]}M,share={share}{_HUGE if huge else ''}"),
         *("-numa", "node,memdev=m0", "-numa", "node,memdev=m1"),
         *("-drive", f"if=floppy,format=raw,readonly=on,file={disk}", "-boot", "a"),
-        *("-qmp", f"unix:{monitor},server=on,wait=off"),
+        *(option for path in monitors for option in ("-qmp", f"unix:{path},server=on,wait=off")),
         *(["-incoming", "defer"] if incoming else []),
         *options,
     ]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        while not _listens(monitor):
+        while not all(map(_listens, monitors)):
             assert process.poll() is None, "QEMU ended at once"
         yield monitor
     finally:

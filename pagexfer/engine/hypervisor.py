@@ -6,7 +6,7 @@ opaque blob that it only carries, its dirty log is a hint.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NoReturn, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from ..dirty import DirtyTracker
@@ -34,6 +34,18 @@ class Hypervisor(Protocol):
 
     async def load_device_state(self, state: bytes) -> None:
         """Take over the state that the source's hypervisor saved. Raises GuestError where it does not fit."""
+        ...
+
+
+@runtime_checkable
+class WatchedHypervisor(Hypervisor, Protocol):
+    """A hypervisor that hears of what others do to its machine; a source's engine ends the move with it."""
+
+    async def watch(self) -> NoReturn:
+        """For ever. Raises GuestError once the machine is stopped, continued or gone, and not by this hypervisor's calls.
+
+        What somebody else has stopped, `resume` leaves so, and raises GuestError.
+        """
         ...
 
 

@@ -50,6 +50,7 @@ from .failure import (
     svsm_lost,
     undecided,
 )
+from .hypervisor import WatchedHypervisor
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
 from .repair import Repair, used_up_key_as_broken
@@ -139,6 +140,8 @@ class SourceEngine:
                 nursery.start_soon(self._report)
                 nursery.start_soon(self._course.follow, self._channels)
                 nursery.start_soon(self._end_on_cancel)
+                if isinstance(self._hypervisor, WatchedHypervisor):
+                    nursery.start_soon(self._hypervisor.watch)
         except BaseException as error:
             if not self._completed:
                 with trio.CancelScope(shield=True):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import mmap
 import os
+import stat
 import weakref
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -34,6 +36,8 @@ _MAP_SHARED_FIXED: Final = 0x11
 _MAP_NORESERVE: Final = 0x4000  # include/uapi/asm-generic/mman.h
 _HUGE_BYTES: Final = 2 << 20
 _MEMFD: Final = "/memfd:memory-backend-memfd"
+# From here on x-ignore-shared leaves out RAM in named files only (`migrate_ram_is_ignored` of QEMU's migration/ram.c).
+_NAMED_FILES_ONLY: Final = (8, 1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +70,10 @@ async def find_backends(qmp: QmpClient) -> tuple[Backend, ...]:
             records(await qmp.execute("query-memdev")), key=lambda entry: str(entry.get("id"))
         ):
             found.append(await _open_backend(qmp, entry, found))
-        summary = record(await qmp.execute("query-memory-size-summary"))
-        ram_bytes = whole(summary.get("base-memory")) + whole(summary.get("plugged-memory", 0))
-        if ram_bytes != sum(backend.size for backend in found):
+        ram_bytes = await _ram_bytes(qmp)
+        if ram_bytes != _total(found):
             raise GuestError(
-                f"the machine has {ram_bytes} bytes of RAM and its memory backends {sum(b.size for b in found)}: "
+                f"the machine has {ram_bytes} bytes of RAM and its memory backends {_total(found)}: "
                 "all RAM must be in memory backends with share=on, and these must hold nothing else"
             )
     except BaseException:
@@ -79,15 +82,26 @@ async def find_backends(qmp: QmpClient) -> tuple[Backend, ...]:
     return tuple(found)
 
 
+async def check_unchanged(qmp: QmpClient, backends: tuple[Backend, ...]) -> None:
+    """Raises GuestError where the machine has other RAM by now than these backends hold: some was plugged or unplugged."""
+    now = {
+        text(entry.get("id")): whole(entry.get("size"))
+        for entry in records(await qmp.execute("query-memdev"))
+    }
+    if now != {backend.id: backend.size for backend in backends} or await _ram_bytes(qmp) != _total(backends):
+        raise GuestError("memory was plugged into this QEMU, or unplugged, while it was being moved")
+
+
 def close_backends(backends: tuple[Backend, ...] | list[Backend]) -> None:
-    """Close the files; mappings stay."""
+    """Close the files, for the next migration to have; mappings stay, and so does what `writer` gave."""
     for backend in backends:
+        fcntl.flock(backend.fd, fcntl.LOCK_UN)
         os.close(backend.fd)
 
 
 def map_backends(backends: tuple[Backend, ...]) -> NDArray[np.uint64]:
     """All backends as one range of memory, uint64 of shape (pages, 512), that lives as long as the array."""
-    total = sum(backend.size for backend in backends)
+    total = _total(backends)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     reservation = mmap.mmap(-1, total + _HUGE_BYTES, flags)
     base = int(np.frombuffer(reservation, dtype=np.uint8).ctypes.data)
@@ -157,69 +171,114 @@ def data_gfns(backends: tuple[Backend, ...]) -> list[tuple[int, int]]:
     return ranges
 
 
+async def _ram_bytes(qmp: QmpClient) -> int:
+    summary = record(await qmp.execute("query-memory-size-summary"))
+    return whole(summary.get("base-memory")) + whole(summary.get("plugged-memory", 0))
+
+
+def _total(backends: tuple[Backend, ...] | list[Backend]) -> int:
+    return sum(backend.size for backend in backends)
+
+
 async def _open_backend(qmp: QmpClient, entry: dict[str, object], others: list[Backend]) -> Backend:
     name, size = text(entry.get("id")), whole(entry.get("size"))
     if entry.get("share") is not True:
         raise GuestError(f"memory backend {name} is not shared: start QEMU with share=on for it")
     kind = text(await _property(qmp, name, "type"))
     if kind == "memory-backend-file":
-        if await _optional(qmp, name, "offset", 0):
+        if await _optional(qmp, name, "offset", default=0):
             raise GuestError(f"memory backend {name} begins inside of its file, which is not supported")
-        path = Path(text(await _property(qmp, name, "mem-path")))
-        fd = _open_file(path, name)
+        if await _optional(qmp, name, "readonly", default=False):
+            raise GuestError(f"memory backend {name} is readonly, and the destination's would be written to")
+        fd = _open_file(qmp.process_id, text(await _property(qmp, name, "mem-path")), name)
     elif kind == "memory-backend-memfd":
+        if qmp.version >= _NAMED_FILES_ONLY:
+            raise GuestError(
+                f"memory backend {name} is a memfd, which this QEMU puts into its own stream: use memory-backend-file"
+            )
         fd = _open_memfd(qmp.process_id, name, size, others)
     else:
         raise GuestError(f"memory backend {name} is a {kind}: only files and memfds can be reached")
-    if os.fstat(fd).st_size < size:
+    try:
+        _check_file(fd, name, size)
+    except BaseException:
         os.close(fd)
-        raise GuestError(f"the file of memory backend {name} is smaller than its {size} bytes")
-    if size % PAGE_SIZE:
-        os.close(fd)
-        raise GuestError(f"memory backend {name} of {size} bytes is not whole pages")
+        raise
     block = os.fstatvfs(fd).f_bsize
     return Backend(name, size, block if block >= _HUGE_BYTES else PAGE_SIZE, fd)
+
+
+def _check_file(fd: int, name: str, size: int) -> None:
+    """Raises GuestError where it does not hold whole pages of that size, or another migration has it."""
+    if os.fstat(fd).st_size < size:
+        raise GuestError(f"the file of memory backend {name} is smaller than its {size} bytes")
+    if size % PAGE_SIZE:
+        raise GuestError(f"memory backend {name} of {size} bytes is not whole pages")
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise GuestError(f"memory backend {name} is another migration's: this guest moves already") from None
 
 
 async def _property(qmp: QmpClient, name: str, key: str) -> object:
     return await qmp.execute("qom-get", {"path": f"/objects/{name}", "property": key})
 
 
-async def _optional(qmp: QmpClient, name: str, key: str, default: object) -> object:
+async def _optional(qmp: QmpClient, name: str, key: str, *, default: object) -> object:
     try:
         return await _property(qmp, name, key)
     except QmpRefused:  # a QEMU that does not have it yet
         return default
 
 
-def _open_file(path: Path, name: str) -> int:
-    if not path.is_file():
-        raise GuestError(
-            f"memory backend {name} has {path} as mem-path, which is not a file that can be reached here"
-        )
-    try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise GuestError(f"memory backend {name}: {path} cannot be opened: {error.strerror}") from error
+def _open_file(process_id: int, mem_path: str, name: str) -> int:
+    """The file that QEMU has as this backend's memory, and no other that goes by its name by now, or here."""
+    process = Path(f"/proc/{process_id}")
+    # QEMU may have another root, and another working directory.
+    seen = process / "root" / mem_path.lstrip("/") if mem_path.startswith("/") else process / "cwd" / mem_path
+    with _readable(process_id):
+        try:
+            wanted = seen.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            raise GuestError(f"memory backend {name}: its file {mem_path} is not there any more") from None
+        if not stat.S_ISREG(wanted.st_mode):
+            raise GuestError(f"memory backend {name} has {mem_path} as mem-path, which is not a file")
+        for link, status in _open_files(process):
+            if os.path.samestat(status, wanted):
+                return os.open(link, os.O_RDWR | os.O_CLOEXEC)
+    raise GuestError(f"memory backend {name}: {mem_path} is not the file that QEMU uses, but a later one")
 
 
 def _open_memfd(process_id: int, name: str, size: int, others: list[Backend]) -> int:
     """The memfd of that size among QEMU's open files: QMP does not say which one it is."""
     taken = {os.fstat(backend.fd).st_ino for backend in others}
-    candidates: dict[int, Path] = {}
-    try:
-        for link in Path(f"/proc/{process_id}/fd").iterdir():
-            if os.readlink(link).startswith(_MEMFD):
-                status = link.stat()
-                if status.st_size == size and status.st_ino not in taken:
-                    candidates[status.st_ino] = link
+    with _readable(process_id):
+        candidates = {
+            status.st_ino: link
+            for link, status in _open_files(Path(f"/proc/{process_id}"))
+            if os.readlink(link).startswith(_MEMFD) and status.st_size == size and status.st_ino not in taken
+        }
         if len(candidates) == 1:
             return os.open(next(iter(candidates.values())), os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise GuestError(
-            f"the files of QEMU's process {process_id} cannot be read: {error.strerror}"
-        ) from error
     raise GuestError(
         f"memory backend {name} is one of {len(candidates)} memfds of {size} bytes, which cannot be told apart: "
         "use memory-backend-file"
     )
+
+
+def _open_files(process: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for link in (process / "fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            yield link, link.stat()
+
+
+@contextmanager
+def _readable(process_id: int) -> Iterator[None]:
+    """Raises GuestError where the files of a process are not there to be read."""
+    try:
+        yield
+    except OSError as error:
+        raise GuestError(
+            f"the files of process {process_id}, which listens at the monitor, cannot be read: {error.strerror}; it has to "
+            "be QEMU itself, and this its user or root"
+        ) from error

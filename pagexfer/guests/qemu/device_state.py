@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from ...errors import GuestError, MalformedData
+from .qmp import QmpBroken
 from .values import record
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .backends import Backend
     from .qmp import QmpClient
 
@@ -35,6 +38,11 @@ _RECEIVE_BYTES: Final = 1 << 18
 # QEMU's default of 128 MiB/s would make video memory alone a good part of the black-out.
 _BANDWIDTH: Final = 1 << 40
 _POLL_S: Final = 0.002
+_IGNORE_SHARED: Final = "x-ignore-shared"
+_LATE_BLOCK_ACTIVATE: Final = "late-block-activate"
+_NOT_TAKEN: Final = (
+    "this QEMU did not take the device state, and its output says why: both need the same devices"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +91,18 @@ def split_state_untrusted(state: bytes) -> tuple[Platform, bytes]:
     return Platform(machine, backends), state[names_at + name_bytes :]
 
 
-async def save_stream(qmp: QmpClient) -> bytes:
-    """QEMU's own migration stream of a stopped machine, without shared RAM. Raises GuestError where QEMU fails."""
+async def save_stream(qmp: QmpClient, on_begun: Callable[[], None]) -> bytes:
+    """QEMU's own migration stream of a stopped machine, without shared RAM. Raises GuestError where QEMU fails.
+
+    Calls `on_begun` once QEMU has begun to save: from then on it may be "postmigrate".
+    """
     settings = record(await qmp.execute("query-migrate-parameters"))
-    await _set_ignore_shared(qmp, on=True)
+    await _set_capabilities(qmp, _IGNORE_SHARED, on=True)
     try:
         await qmp.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
         with await _hand_over(qmp) as link:
             await qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
+            on_begun()
             stream = await _receive_all(link)
         await _wait_completed(qmp)
     except BaseException:
@@ -100,13 +112,16 @@ async def save_stream(qmp: QmpClient) -> bytes:
     finally:
         with trio.CancelScope(shield=True), suppress(GuestError):
             await qmp.execute("migrate-set-parameters", {"max-bandwidth": settings.get("max-bandwidth")})
-            await _set_ignore_shared(qmp, on=False)
+            await _set_capabilities(qmp, _IGNORE_SHARED, on=False)
     return stream
 
 
 async def load_stream(qmp: QmpClient, stream: bytes) -> None:
-    """Have a QEMU that waits for it take a stream over. Raises GuestError where it does not fit."""
-    await _set_ignore_shared(qmp, on=True)
+    """Have a QEMU that waits for it take a stream over. Raises GuestError where it does not fit.
+
+    It does not open disks for writing before it runs, so that the source can have them back where it never does.
+    """
+    await _set_capabilities(qmp, _IGNORE_SHARED, _LATE_BLOCK_ACTIVATE, on=True)
     with await _hand_over(qmp) as link:
         await qmp.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
         try:
@@ -115,14 +130,17 @@ async def load_stream(qmp: QmpClient, stream: bytes) -> None:
                 sent += await link.send(stream[sent:])
             link.shutdown(socket.SHUT_WR)
         except OSError as error:
-            raise GuestError(f"QEMU took only a part of the device state: {error.strerror}") from error
-        await _wait_completed(qmp)
-    await _set_ignore_shared(qmp, on=False)
+            raise GuestError(f"{_NOT_TAKEN}: {error.strerror}") from error
+        try:
+            await _wait_completed(qmp)
+        except QmpBroken as error:  # it ends where it meets anything that it does not have
+            raise GuestError(f"{_NOT_TAKEN}: {error}") from error
+    await _set_capabilities(qmp, _IGNORE_SHARED, on=False)
 
 
-async def _set_ignore_shared(qmp: QmpClient, *, on: bool) -> None:
+async def _set_capabilities(qmp: QmpClient, *names: str, on: bool) -> None:
     await qmp.execute(
-        "migrate-set-capabilities", {"capabilities": [{"capability": "x-ignore-shared", "state": on}]}
+        "migrate-set-capabilities", {"capabilities": [{"capability": name, "state": on} for name in names]}
     )
 
 

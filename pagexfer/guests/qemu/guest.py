@@ -28,6 +28,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# They change what QEMU's stream goes over, or what it waits for.
+_UNFIT_CAPABILITIES: Final = (
+    "background-snapshot",
+    "block",
+    "compress",
+    "mapped-ram",
+    "multifd",
+    "pause-before-switchover",
+    "postcopy-ram",
+    "rdma-pin-all",
+    "return-path",
+    "switchover-ack",
+    "x-colo",
+)
 _IDLE_MIGRATION: Final = (None, "none", "completed", "cancelled", "failed")
 
 
@@ -72,7 +86,7 @@ class QemuGuest:
         with ExitStack() as cleanup:
             cleanup.callback(qmp.close)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(qmp.run)
+                nursery.start_soon(_follow, qmp, machine)
                 try:
                     guest = await cls._open(qmp, machine, cleanup, incoming=incoming)
                     nursery.start_soon(machine.run, qmp)
@@ -96,13 +110,13 @@ class QemuGuest:
         memory.launch()  # a stock guest has no RMP: every page counts as private, at both ends
         tracker = _HoleTracker(memory)
         if incoming:
-            machine.flag_up = True
+            machine.flag_up = machine.holds = True
             machine.wanted = False
             await qmp.execute(
                 "stop"
             )  # while it waits this says: do not run by yourself after the device state
         gate = QemuGate(machine, models)
-        hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, backends))
+        hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, backends), backends)
         return cls(memory, tracker, gate, hypervisor, machine)
 
 
@@ -129,6 +143,11 @@ class _HoleTracker(ContentTracker):
         return super().collect_part(start, stop)
 
 
+async def _follow(qmp: QmpClient, machine: QemuMachine) -> None:
+    await qmp.run()
+    machine.interfere("QEMU has ended, or its monitor takes nobody any more")
+
+
 async def _check_idle(qmp: QmpClient, machine: QemuMachine, *, incoming: bool) -> None:
     status = await machine.refresh(qmp)
     if incoming and status != "inmigrate":
@@ -144,6 +163,16 @@ async def _check_idle(qmp: QmpClient, machine: QemuMachine, *, incoming: bool) -
     blocked = migration.get("blocked-reasons")
     if isinstance(blocked, list) and blocked:
         raise GuestError(f"QEMU says that this guest cannot be migrated: {blocked[0]}")
+    if "socket-address" in migration:
+        raise GuestError("this QEMU listens for a migration of its own: start it with -incoming defer")
+    for capability in records(await qmp.execute("query-migrate-capabilities")):
+        if capability.get("capability") in _UNFIT_CAPABILITIES and capability.get("state") is True:
+            raise GuestError(
+                f"QEMU's own migration has {capability.get('capability')} on, with which the device state cannot be had: "
+                "switch it off (migrate-set-capabilities)"
+            )
+    if record(await qmp.execute("query-migrate-parameters")).get("tls-creds"):
+        raise GuestError("QEMU's own migration has tls-creds, with which the device state cannot be had")
 
 
 async def _model(qmp: QmpClient, cpu: dict[str, object]) -> CpuModel:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from ...errors import GuestError, MalformedData
+from .backends import check_unchanged
 from .device_state import load_stream, save_stream, split_state_untrusted
 
 if TYPE_CHECKING:
+    from .backends import Backend
     from .device_state import Platform
     from .machine import QemuMachine
     from .qmp import QmpClient
@@ -19,10 +21,13 @@ class QemuHypervisor:
     # A guest's tracker finds what was written.
     dirty_log = None
 
-    def __init__(self, qmp: QmpClient, machine: QemuMachine, platform: Platform) -> None:
+    def __init__(
+        self, qmp: QmpClient, machine: QemuMachine, platform: Platform, backends: tuple[Backend, ...]
+    ) -> None:
         self._qmp = qmp
         self._machine = machine
         self._platform = platform
+        self._backends = backends
 
     async def stop(self) -> None:
         self._machine.wanted = False
@@ -34,7 +39,8 @@ class QemuHypervisor:
         await self._machine.wait_settled()
 
     async def save_device_state(self) -> bytes:
-        stream = await save_stream(self._qmp)
+        await check_unchanged(self._qmp, self._backends)
+        stream = await save_stream(self._qmp, self._begun)
         await self._machine.refresh(self._qmp)  # no event says that QEMU is "postmigrate" now
         return self._platform.pack() + stream
 
@@ -45,7 +51,15 @@ class QemuHypervisor:
         except MalformedData as error:
             raise GuestError(str(error)) from error
         self._platform.check_accepts(source)
+        await check_unchanged(self._qmp, self._backends)
         await load_stream(self._qmp, stream)
         status = await self._machine.refresh(self._qmp)
         if status != "paused":
             raise GuestError(f"QEMU took the device state and is not paused but {status}")
+
+    async def watch(self) -> NoReturn:
+        """`engine.hypervisor.WatchedHypervisor`."""
+        await self._machine.watch()
+
+    def _begun(self) -> None:
+        self._machine.migrates = True
