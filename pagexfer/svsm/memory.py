@@ -1,8 +1,10 @@
 """Guest RAM as the SVSM sees it, and the reverse map table (RMP) that says what each page is.
 
-The RMP is emulated: on a machine with SEV-SNP the processor keeps it, here an array does, with the same refusals. A
-write to a page that is neither validated nor shared is refused, and so is a second PVALIDATE to the same state, which
-on hardware is the only sign of a page that the hypervisor swapped under the guest.
+The RMP is emulated: on a machine with SEV-SNP the processor keeps it, here an array does. A write to a page that is neither
+validated nor shared is refused, where hardware raises #VC: a page that the hypervisor put in another's place is not
+validated. A second PVALIDATE to the same state is refused too. Hardware does it without an error, and says with the carry
+flag that nothing changed (AMD64 manual, volume 3); that a gfn is validated once, so that a swapped page is never validated
+anew, is for the guest's own record to see to.
 """
 
 from __future__ import annotations
