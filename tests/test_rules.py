@@ -231,6 +231,22 @@ def test_r5_nothing_of_the_black_out_without_park(move: Move) -> None:
         pair.seal_vcpu(0)
 
 
+@pytest.mark.parametrize("kind", [BundleKind.MANIFEST, BundleKind.START_TOKEN])
+def test_r5_nothing_is_handed_over_once_a_vcpu_runs_again(move: Move, kind: BundleKind) -> None:
+    """Where the park is emulated, as with a stock QEMU, whoever has the hypervisor can undo it."""
+    pair = move.pair
+    pair.until_manifest()
+    if kind is BundleKind.START_TOKEN:
+        pair.manifest()
+        pair.ready()
+    move.guest.gate.slow.add(1)
+    with pytest.raises(NotReady, match="runs again"):
+        pair.seal_token(kind)
+    assert pair.source.state is State.PARKED
+    pair.source.abort()
+    assert move.guest.gate.running
+
+
 def test_r5_writes_before_the_park_cannot_be_skipped(move: Move) -> None:
     """The host skips the epoch after the park; the manifest looks at the tracker by itself."""
     pair = move.pair

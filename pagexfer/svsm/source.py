@@ -375,10 +375,11 @@ class SourceSvsm:
     def start_token(self, out: memoryview) -> int:
         """Seal the start token: the point of no return, and durably so before the token exists (R7).
 
-        Raises NotReady before the destination's READY, and for good where a page changed after the manifest (R6);
-        JournalError, with the session still PARKED, where STARTED cannot be written down.
+        Raises NotReady before the destination's READY, and for good where a page changed after the manifest (R6) or a vCPU
+        runs again (R5); JournalError, with the session still PARKED, where STARTED cannot be written down.
         """
         self._machine.require(Event.START)
+        self._require_parked()
         if not self._peer_ready:
             raise NotReady("the destination did not say READY")
         self._pending.collect_reports(self._epoch.lost)
@@ -465,6 +466,9 @@ class SourceSvsm:
     def _require_parked(self) -> None:
         if self._machine.state is not State.PARKED:
             raise LocalProtocolError(f"the vCPUs are not parked: {self._machine.state.name}")
+        # Where the park is emulated, whoever has the hypervisor can undo it.
+        if self._gate.parked() < self._gate.vcpus:
+            raise NotReady("a vCPU runs again: abort")
         self._pending.require_collected()
 
     def _fail(self) -> None:
