@@ -197,6 +197,21 @@ async def test_a_qemu_that_ends_in_precopy_ends_the_move(tmp_path: Path) -> None
             assert "QEMU has ended" in str(aborted)
 
 
+async def test_a_destination_whose_qemu_ends_waits_for_nobody(tmp_path: Path) -> None:
+    with qemu(tmp_path / "d", incoming=True, others=True) as there:
+        async with (
+            somebody_else(tmp_path / "d") as other,
+            QemuGuest.attach(there, incoming=True) as destination,
+            trio.open_nursery() as nursery,
+        ):
+            ends: list[BaseException] = []
+            await nursery.start(receive, destination, ends)
+            await other.execute("quit")
+            await until(lambda: bool(ends))
+            assert destination.run_state == "gone"
+        assert "QEMU has ended" in str(ends[0])
+
+
 @pytest.mark.parametrize("first", [True, False], ids=["before", "after"])
 async def test_a_guest_that_is_continued_in_blackout_is_not_handed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool

@@ -42,6 +42,7 @@ from ..wire.slot import Command
 from .channel import DestinationChannel, EpochEnd
 from .control import Control
 from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, svsm_lost, unfit
+from .hypervisor import WatchedHypervisor
 from .progress import ChannelTally, Progress, Status
 from .reception import INTRODUCTION_TIMEOUT_S, Reception
 from .streams import STALL_TIMEOUT_S
@@ -153,6 +154,8 @@ class DestinationEngine:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(reception.serve)
+                if isinstance(self._hypervisor, WatchedHypervisor):
+                    nursery.start_soon(self._hypervisor.watch)
                 control = await self._agree()
                 nursery.start_soon(control.listen)
                 # The source has nothing more to say there but that it failed.

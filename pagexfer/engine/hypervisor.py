@@ -39,7 +39,7 @@ class Hypervisor(Protocol):
 
 @runtime_checkable
 class WatchedHypervisor(Hypervisor, Protocol):
-    """A hypervisor that hears of what others do to its machine; a source's engine ends the move with it."""
+    """A hypervisor that hears of what others do to its machine; the engine ends the move with it."""
 
     async def watch(self) -> NoReturn:
         """For ever. Raises GuestError once the machine is stopped, continued or gone, and not by this hypervisor's calls.

@@ -69,7 +69,7 @@ class QemuGuest:
 
     @property
     def run_state(self) -> str:
-        """QEMU's run state as it said last: "running", "paused", "postmigrate"."""
+        """QEMU's run state: "running", "paused", "postmigrate"; empty where it may have changed, "gone" after its end."""
         return self._machine.status
 
     @classmethod
@@ -145,7 +145,7 @@ class _HoleTracker(ContentTracker):
 
 async def _follow(qmp: QmpClient, machine: QemuMachine) -> None:
     await qmp.run()
-    machine.interfere("QEMU has ended, or its monitor takes nobody any more")
+    machine.end()
 
 
 async def _check_idle(qmp: QmpClient, machine: QemuMachine, *, incoming: bool) -> None:

@@ -81,6 +81,11 @@ class QemuMachine:
         self.holds = False
         self._tell()
 
+    def end(self) -> None:
+        """QEMU is gone for good."""
+        self.status = "gone"
+        self.interfere("QEMU has ended, or its monitor takes nobody any more")
+
     def wake(self) -> None:
         """Somebody's wish has changed."""
         with suppress(trio.RunFinishedError):  # then nobody is left who could tell QEMU
