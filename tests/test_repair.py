@@ -171,9 +171,9 @@ async def test_r9_a_token_that_is_being_imported_counts_although_its_connection_
 
     async def seen_replace(
         engine: DestinationEngine, connection: Connection, channel: int, opening: bytes
-    ) -> bool:
+    ) -> None:
         replacing.set()
-        return await replace(engine, connection, channel, opening)
+        await replace(engine, connection, channel, opening)
 
     monkeypatch.setattr(DestinationSvsm, "_close_epoch", slow_close)
     monkeypatch.setattr(DestinationEngine, "_replace", seen_replace)

@@ -133,6 +133,7 @@ class DestinationEngine:
         self._session = b""
         self._established_message = b""
         self._slots: list[Slot] = []
+        self._doors: list[trio.Lock] = []
         self._channels: dict[int, DestinationChannel] = {}
         self._control: Control | None = None
         self._established = trio.Event()
@@ -198,6 +199,7 @@ class DestinationEngine:
         self._established_message = established
         self._session, _ = parse_established_untrusted(established)
         self._slots = await self._make_slots(answer.result)
+        self._doors = [trio.Lock() for _ in self._slots]
         self._progress.channels = [ChannelTally(channel) for channel in range(answer.result)]
         self._control = control
         self._established.set()
@@ -208,19 +210,24 @@ class DestinationEngine:
         if hello.session != self._session or hello.channel >= len(self._slots):
             raise MalformedData("it names no channel of this migration")
         opening = await connection.receive_frame(FrameType.BUNDLE)
-        if parse_header_untrusted(opening, len(opening)).incarnation:
-            return await self._replace(connection, hello.channel, opening)
-        if hello.channel in self._channels:  # its slot is in use: nothing of a stranger goes there
-            raise MalformedData(f"channel {hello.channel} of this migration is open already")
-        slot = self._slots[hello.channel]
-        await slot.exchange(Command.SETUP, package=opening)
-        tally = self._progress.channels[hello.channel]
-        self._channels[hello.channel] = DestinationChannel(slot, connection, tally)
+        replaces = parse_header_untrusted(opening, len(opening)).incarnation > 0
+        # One after the other, each in its turn: so nobody but its worker gives commands to the slot of a channel that is
+        # attached, and a stranger, of whom nothing more is awaited, keeps the real one waiting for one refusal.
+        async with self._doors[hello.channel]:
+            await (self._replace if replaces else self._open)(connection, hello.channel, opening)
         if len(self._channels) == len(self._slots):
             self._all_open.set()
         return True
 
-    async def _replace(self, connection: Connection, channel: int, opening: bytes) -> bool:
+    async def _open(self, connection: Connection, channel: int, opening: bytes) -> None:
+        """Let a connection that proves that it is the session's be a channel's first."""
+        if channel in self._channels:  # its slot is in use: nothing of a stranger goes there
+            raise MalformedData(f"channel {channel} of this migration is open already")
+        slot = self._slots[channel]
+        await slot.exchange(Command.SETUP, package=opening)
+        self._channels[channel] = DestinationChannel(slot, connection, self._progress.channels[channel])
+
+    async def _replace(self, connection: Connection, channel: int, opening: bytes) -> None:
         """Let a connection that proves that it is the session's take the place of a channel's before (R9)."""
         await self._control_slot.exchange(Command.REPLACE, channel, opening)
         old = self._channels.get(channel)
@@ -234,9 +241,6 @@ class DestinationEngine:
         self._channels[channel] = DestinationChannel(self._slots[channel], connection, tally)
         if old is not None:
             old.replaced.set()
-        if len(self._channels) == len(self._slots):
-            self._all_open.set()
-        return True
 
     # Phases
 
@@ -353,7 +357,8 @@ class DestinationEngine:
             except (ChannelBroken, ChannelClosed) as error:
                 # The source stays parked and says that it is undecided; this side's answer is clear.
                 self._on_stranger(f"the guest runs here, but the source may not know: {error}")
-            await self._control_slot.command(Command.FINISH)
+            # Strangers may still be at the door, whose hellos go to this slot as well.
+            await self._control_slot.exchange(Command.FINISH)
 
     async def _report(self) -> None:
         while True:
