@@ -21,6 +21,7 @@ from ..errors import (
     Outcome,
     PagexferError,
     RefusalCode,
+    SvsmLost,
     SvsmRefused,
     TransferAborted,
 )
@@ -38,7 +39,7 @@ from ..wire.control import (
 from ..wire.device_state import MAX_DEVICE_STATE_BYTES
 from ..wire.framing import FrameType
 from ..wire.handshake import parse_established_untrusted
-from ..wire.slot import Command
+from ..wire.slot import Command, SessionStatus
 from .channel import DestinationChannel, EpochEnd
 from .control import Control
 from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, svsm_lost, unfit
@@ -67,6 +68,9 @@ _CANCELLED: Final = TransferAborted(
 )
 _BUSY: Final = TransferAborted(
     Outcome.ENDED, "busy", "the destination receives another guest already: choose another port"
+)
+_TAKEN: Final = TransferAborted(
+    Outcome.ENDED, "guest", "another session has the destination's guest, or had it: receive into a new one"
 )
 
 
@@ -132,6 +136,7 @@ class DestinationEngine:
         self._attempts = 0
         self._session = b""
         self._established_message = b""
+        self._expected_channels = 0
         self._slots: list[Slot] = []
         self._doors: list[trio.Lock] = []
         self._channels: dict[int, DestinationChannel] = {}
@@ -185,22 +190,19 @@ class DestinationEngine:
             await control.send(Accept(reply))
             proof = (await control.receive_first(Confirm)).handshake
             answer, established = await self._control_slot.exchange(Command.SETUP, attempt, proof)
-        except SvsmRefused as refused:
-            aborted = _BUSY if self._established.is_set() else as_aborted(refused)
-            if refused.code is RefusalCode.GEOMETRY:
-                aborted = unfit(hello, reply)
-            await say_farewell(control, aborted)
-            # The peer is the source and this side cannot serve it: waiting for another one would not help.
-            if refused.code not in (RefusalCode.GEOMETRY, RefusalCode.COMPRESSION, RefusalCode.JOURNAL):
+        except (SvsmRefused, SvsmLost) as error:
+            is_over = isinstance(error, SvsmLost) or self._control_slot.session is SessionStatus.FAILED
+            if self._established.is_set() or not is_over:
+                await say_farewell(control, _BUSY if self._established.is_set() else as_aborted(error))
                 raise
-            self._refused = aborted
-            self._established.set()
-            return False
-        self._established_message = established
-        self._session, _ = parse_established_untrusted(established)
-        self._slots = await self._make_slots(answer.result)
-        self._doors = [trio.Lock() for _ in self._slots]
-        self._progress.channels = [ChannelTally(channel) for channel in range(answer.result)]
+            # The SVSM is lost, or the peer is the source and cannot be served: waiting for another one would not help.
+            self._refused = as_aborted(error)
+            if isinstance(error, SvsmRefused) and error.code in (RefusalCode.GEOMETRY, RefusalCode.GUEST):
+                self._refused = unfit(hello, reply) if error.code is RefusalCode.GEOMETRY else _TAKEN
+        else:
+            self._established_message = established
+            self._expected_channels = answer.result
+        # The rest is `_agree`'s: the introduction's timeout must not come between the SVSM's session and this side's.
         self._control = control
         self._established.set()
         return True
@@ -251,6 +253,10 @@ class DestinationEngine:
             raise self._refused
         if self._control is None:
             raise LocalProtocolError("established without a control connection")
+        self._session, _ = parse_established_untrusted(self._established_message)
+        self._slots = await self._make_slots(self._expected_channels)
+        self._doors = [trio.Lock() for _ in self._slots]
+        self._progress.channels = [ChannelTally(channel) for channel in range(len(self._slots))]
         await self._control.send(Established(self._established_message))
         return self._control
 
@@ -397,6 +403,8 @@ class DestinationEngine:
                 return None
         except PagexferError:
             pass  # not verified yet, or the source is gone: then the plain end below
+        if self._control_slot.session is SessionStatus.FAILED:
+            return None
         try:
             await self._control_slot.command(Command.ABORT)
         except PagexferError as refusal:
