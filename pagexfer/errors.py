@@ -19,7 +19,7 @@ class RefusalCode(enum.IntEnum):
     AUTHENTICATION = 5  # the peer did not prove what it must; nothing of the session is left
     GEOMETRY = 6  # the peer is authentic, but its guest has another RAM size, page size or vCPU count
     EXHAUSTED = 7  # a key reached its limit of bundles or bytes
-    GUEST = 8  # the guest's own side (vCPU state, page states) refused
+    GUEST = 8  # the guest's own side (vCPU state, page states) refused, or it is another session's
     INTERNAL = 9  # a fault of the SVSM itself; the session is over
     POLICY = (
         10  # the peer proved who it is, and the policy does not accept it; nothing of the session is left

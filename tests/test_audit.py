@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
+
+    from pagexfer.svsm.export import Package
 
 BUFFER = memoryview(bytearray(MAX_BUNDLE_BYTES))
 RAM_PAGES = 3 * RUN_PAGES + 5
@@ -343,6 +347,46 @@ def test_page_found_in_the_epoch_that_carried_it_goes_with_the_next() -> None:
     assert move.pair.source.audit() == (PAGES, 1, False)
     while message := move.pair.seal_pages(1, 0, PAGES):
         move.pair.send(message)
+    move.pair.send(move.pair.seal_token(BundleKind.EPOCH_TOKEN))
+    move.pair.epoch()
+    finish(move)
+    assert move.arrived()
+
+
+def test_no_audit_while_a_page_is_being_sealed_that_was_read_before_the_park(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The host holds an EXPORT across the park, and hides that the page it has read is written back meanwhile."""
+    move = in_precopy()
+    source, words = move.pair.source, move.guest.memory.words
+    before = words[7].copy()
+    write_hidden(move, 7, 4711)
+    source.hint(0, (1 << 7).to_bytes(8, "little"))
+    source.begin_epoch()
+    read, go_on, package = threading.Event(), threading.Event(), Packager.package
+
+    def held(self: Packager, gfns: NDArray[np.int64], most: int) -> Package:
+        done = package(self, gfns, most)
+        read.set()
+        assert go_on.wait(30)
+        return done
+
+    monkeypatch.setattr(Packager, "package", held)
+    with ThreadPoolExecutor(1) as threads:
+        export = threads.submit(move.pair.seal_pages, 1, 0, PAGES)
+        try:
+            assert read.wait(30)
+            with source.lock:
+                words[7] = before
+                move.pair.park()
+                with pytest.raises(LocalProtocolError, match="being sealed"):
+                    source.audit()
+        finally:
+            go_on.set()
+        message = export.result()
+    assert message is not None
+    move.pair.send(message)
+    assert source.audit() == (PAGES, 1, False)
     move.pair.send(move.pair.seal_token(BundleKind.EPOCH_TOKEN))
     move.pair.epoch()
     finish(move)

@@ -11,6 +11,7 @@ from pagexfer.errors import (
     KeyPoisoned,
     LocalProtocolError,
     MalformedData,
+    PageStateError,
     RemoteProtocolError,
 )
 from pagexfer.svsm.destination import DestinationSvsm, Imported
@@ -44,6 +45,14 @@ def test_nothing_is_known_before_the_handshake() -> None:
     with pytest.raises(LocalProtocolError):
         svsm.import_untrusted(0, memoryview(bytes(80)))
     assert svsm.state is State.IDLE
+
+
+def test_a_guest_that_another_session_has_is_refused_for_good() -> None:
+    move = Move()
+    move.memory.claim()
+    with pytest.raises(PageStateError, match="another session"):
+        move.pair.handshake()
+    assert move.pair.destination.state is State.FAILED
 
 
 def test_every_page_state_arrives() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import pytest
@@ -12,8 +13,10 @@ import trio.testing
 from pagexfer.engine.reception import MAX_STRANGERS, Reception
 from pagexfer.engine.streams import connect, listen
 from pagexfer.errors import Outcome, RefusalCode, SvsmRefused, TransferAborted
-from pagexfer.migration import receive_guest, send_guest
+from pagexfer.migration import _local_slot, receive_guest, send_guest
+from pagexfer.svsm.commands import destination_channel, destination_control
 from pagexfer.testing.proxy import FaultProxy
+from pagexfer.wire.bundle import BundleHeader, BundleKind, Direction, parse_header_untrusted
 from pagexfer.wire.constants import PROTOCOL_VERSION
 from pagexfer.wire.control import Prepare, pack_control
 from pagexfer.wire.framing import (
@@ -24,6 +27,7 @@ from pagexfer.wire.framing import (
     Purpose,
     parse_connection_hello_untrusted,
 )
+from pagexfer.wire.slot import CONTROL_SLOT
 
 from .engine_guests import SmallMachine
 from .loopback import HOST
@@ -32,8 +36,11 @@ from .small_guests import ATTESTOR
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
+    from pagexfer.engine.slots import Slot
     from pagexfer.engine.streams import Connection
-    from pagexfer.testing.proxy import Frame
+    from pagexfer.svsm.service import SlotService
+    from pagexfer.testing.proxy import Frame, _Link
+    from pagexfer.wire.slot import SlotMemory
 
 _SHORT_S: Final = 0.4
 _CONTROL: Final = ConnectionHello(Purpose.CONTROL, 0, bytes(16)).pack()
@@ -84,13 +91,14 @@ async def _destination(
                 stall_timeout_s=stall_timeout_s,
                 on_listening=task_status.started,
                 on_stranger=lines.append,
+                channel_threads=False,
             )
 
         yield await nursery.start(receive)
 
 
-async def _migrate(machine: SmallMachine, port: int) -> None:
-    await send_guest(machine.source, HOST, port, ATTESTOR, channels=2)
+async def _migrate(machine: SmallMachine, port: int, *, channel_threads: bool | None = None) -> None:
+    await send_guest(machine.source, HOST, port, ATTESTOR, channels=2, channel_threads=channel_threads)
     assert machine.moved()
 
 
@@ -194,6 +202,112 @@ async def test_who_only_names_the_session_is_a_stranger(channel: int) -> None:
             await _migrate_beside(machine, port, disturb)
     assert len(lines) == 1
     assert "not a bundle" in lines[0]
+
+
+class _SlowSlots:
+    """Makes a destination's slots of one kind answer later, as another process's do, and `held` not before `go_on`."""
+
+    def __init__(self, kind: Callable[..., SlotService], held: int) -> None:
+        self.go_on = trio.Event()
+        self.asked = trio.Event()  # the slot that is held
+        self.overlapping: list[int] = []
+        self._kind = kind
+        self._held = held
+        self._busy: set[int] = set()
+
+    def make(self, slot_id: int, serve: Callable[[SlotMemory], SlotService]) -> Slot:
+        slot = _local_slot(slot_id, serve)
+        if isinstance(serve, partial) and serve.func is self._kind:
+            slot._ring = partial(self._answer, slot_id, slot._ring)
+        return slot
+
+    async def _answer(self, slot_id: int, ring: Callable[[], Awaitable[None]]) -> None:
+        if slot_id in self._busy:
+            self.overlapping.append(slot_id)
+        self._busy.add(slot_id)
+        with trio.CancelScope(shield=True):
+            if slot_id == self._held:
+                self.asked.set()
+                await self.go_on.wait()
+            await trio.sleep(0.001)
+        await ring()
+        self._busy.discard(slot_id)
+
+
+class _Crowd(FaultProxy):
+    """Has strangers open channel 1, some before its source and more after it, all while the first one is looked at."""
+
+    def __init__(self, port: int, slots: _SlowSlots) -> None:
+        super().__init__(HOST, port)
+        self._slots = slots
+        self.streams: list[trio.SocketStream] = []
+
+    async def _pass(self, link: _Link, frame: Frame, target: trio.SocketStream) -> None:
+        if frame.kind is not BundleKind.CHANNEL_OPEN or frame.channel != 1:
+            await super()._pass(link, frame, target)
+            return
+        session = parse_header_untrusted(frame.data[FRAME_HEADER_BYTES:], 80).session
+        await self._push_in(session, 5)
+        await super()._pass(link, frame, target)
+        await self._push_in(session, 15)
+        self._slots.go_on.set()
+
+    async def _push_in(self, session: bytes, count: int) -> None:
+        hello = ConnectionHello(Purpose.CHANNEL, 1, session).pack()
+        kind, incarnations = BundleKind.CHANNEL_OPEN, (0, 0, 0, 0, 1)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        for number in range(count):
+            header = BundleHeader(kind, Direction.FORWARD, session, 1, incarnations[number % 5], 1, 0, 0, 0)
+            bogus = header.pack() + bytes(16)
+            stream = await trio.open_tcp_stream(*self._target)
+            self.streams.append(stream)
+            await stream.send_all(_HELLO + hello + FrameHeader(FrameType.BUNDLE, len(bogus)).pack() + bogus)
+        await trio.testing.wait_all_tasks_blocked(0.01)
+
+
+async def test_who_asks_for_a_channel_that_opens_meanwhile_neither_uses_its_slot_nor_keeps_its_source_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    slots = _SlowSlots(destination_channel, held=1)
+    monkeypatch.setattr("pagexfer.migration._local_slot", slots.make)
+    lines: list[str] = []
+    machine = SmallMachine()
+    with trio.fail_after(20):
+        async with _destination(machine, lines, 5) as port, trio.open_nursery() as nursery:
+            crowd = _Crowd(port, slots)
+            await _migrate(machine, await nursery.start(crowd.serve), channel_threads=False)
+            nursery.cancel_scope.cancel()
+    for stream in crowd.streams:
+        await stream.aclose()
+    assert slots.overlapping == []
+    assert len(lines) == 20
+    assert sum("is open already" in line for line in lines) == 12
+    assert sum("did not prove" in line for line in lines) == 8
+
+
+async def test_the_last_command_waits_for_the_hello_of_a_stranger(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = _SlowSlots(destination_control, held=CONTROL_SLOT)
+    slots.go_on.set()
+    monkeypatch.setattr("pagexfer.migration._local_slot", slots.make)
+    lines: list[str] = []
+    machine = SmallMachine()
+
+    async def push_in() -> None:
+        slots.go_on, slots.asked = trio.Event(), trio.Event()
+        await stranger.send_all(_STRANGERS["a handshake that is none"][0])
+        await slots.asked.wait()
+
+    machine.destination.hypervisor.before_resume = push_in
+    with trio.fail_after(20):
+        async with (
+            _destination(machine, lines, 5) as port,
+            await trio.open_tcp_stream(HOST, port) as stranger,
+        ):
+            await _migrate(machine, port)
+            await trio.testing.wait_all_tasks_blocked()
+            slots.go_on.set()
+    assert slots.overlapping == []
+    assert machine.destination.gate.running
 
 
 async def test_a_second_source_is_told_that_it_came_too_late() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
@@ -11,7 +13,7 @@ import trio
 
 from pagexfer.engine.destination import DestinationEngine
 from pagexfer.errors import ChannelBroken, KeyExhausted, Outcome, TransferAborted
-from pagexfer.migration import MigrationReport
+from pagexfer.migration import MigrationReport, receive_guest, send_guest
 from pagexfer.svsm import sealing
 from pagexfer.svsm.destination import DestinationSvsm
 from pagexfer.svsm.sealing import Sealer
@@ -19,8 +21,9 @@ from pagexfer.testing.proxy import FaultProxy
 from pagexfer.wire.bundle import BundleKind
 from pagexfer.wire.framing import FrameType
 
+from .engine_guests import SmallMachine
 from .loopback import connections
-from .machines import HOST, PATIENCE_S, Machines, Side, goes_on, is_parked, receive
+from .machines import ATTESTOR, HOST, PATIENCE_S, Machines, Side, goes_on, is_parked, receive
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -168,9 +171,9 @@ async def test_r9_a_token_that_is_being_imported_counts_although_its_connection_
 
     async def seen_replace(
         engine: DestinationEngine, connection: Connection, channel: int, opening: bytes
-    ) -> bool:
+    ) -> None:
         replacing.set()
-        return await replace(engine, connection, channel, opening)
+        await replace(engine, connection, channel, opening)
 
     monkeypatch.setattr(DestinationSvsm, "_close_epoch", slow_close)
     monkeypatch.setattr(DestinationEngine, "_replace", seen_replace)
@@ -259,6 +262,75 @@ async def test_r9_channel_that_cannot_be_replaced_ends_the_migration(
     assert end.reason == "connection"
     assert "channel 1" in str(end)
     assert await goes_on(machines.source)
+
+
+class _TwoLosses(FaultProxy):
+    """Resets all channels but channel 0 once each has sent its first BARRIER, and then the first new connection.
+
+    That one breaks after the source has it, and before the source has all of the others.
+    """
+
+    def __init__(self, port: int, channels: int) -> None:
+        super().__init__(HOST, port)
+        self._channels = channels
+        self._ended: list[_Link] = []
+        self._renewed: list[_Link] = []
+        self.barriers: Counter[tuple[_Link, bytes]] = Counter()
+
+    async def _pass(self, link: _Link, frame: Frame, target: trio.SocketStream) -> None:
+        if frame.type is FrameType.BARRIER:
+            self.barriers[link, frame.data] += 1
+            if frame.channel and len(self._ended) < self._channels - 1:
+                self._ended.append(link)
+                if len(self._ended) == self._channels - 1:
+                    for each in self._ended:
+                        _reset(each)
+                return
+        if frame.kind is BundleKind.CHANNEL_STATE:
+            self._renewed.append(link)
+            if len(self._renewed) == 2:
+                _reset(self._renewed[0])
+        await super()._pass(link, frame, target)
+
+
+def _reset(link: _Link) -> None:
+    """Cut so that whoever sends next fails at once."""
+    for stream in (link.source, link.destination):
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    link.cut()
+
+
+async def test_r9_every_barrier_comes_over_a_new_connection_although_another_one_breaks() -> None:
+    channels, machine = 6, SmallMachine()
+    with trio.fail_after(PATIENCE_S):
+        async with trio.open_nursery() as network, trio.open_nursery() as sides:
+
+            async def receive_small(task_status: trio.TaskStatus[int]) -> None:
+                await receive_guest(
+                    machine.destination,
+                    HOST,
+                    0,
+                    ATTESTOR,
+                    stall_timeout_s=2,
+                    channel_threads=False,
+                    on_listening=task_status.started,
+                )
+
+            proxy = _TwoLosses(await sides.start(receive_small), channels)
+            port = await network.start(proxy.serve)
+            await send_guest(
+                machine.source,
+                HOST,
+                port,
+                ATTESTOR,
+                channels=channels,
+                channel_threads=False,
+                stall_timeout_s=2,
+            )
+            network.cancel_scope.cancel()
+    assert machine.moved()
+    assert len(proxy._renewed) > channels
+    assert set(proxy.barriers.values()) == {1}
 
 
 async def test_end_of_a_connection_is_noticed_without_sending() -> None:

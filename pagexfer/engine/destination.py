@@ -21,6 +21,7 @@ from ..errors import (
     Outcome,
     PagexferError,
     RefusalCode,
+    SvsmLost,
     SvsmRefused,
     TransferAborted,
 )
@@ -38,7 +39,7 @@ from ..wire.control import (
 from ..wire.device_state import MAX_DEVICE_STATE_BYTES
 from ..wire.framing import FrameType
 from ..wire.handshake import parse_established_untrusted
-from ..wire.slot import Command
+from ..wire.slot import Command, SessionStatus
 from .channel import DestinationChannel, EpochEnd
 from .control import Control
 from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, svsm_lost, unfit
@@ -68,6 +69,9 @@ _CANCELLED: Final = TransferAborted(
 )
 _BUSY: Final = TransferAborted(
     Outcome.ENDED, "busy", "the destination receives another guest already: choose another port"
+)
+_TAKEN: Final = TransferAborted(
+    Outcome.ENDED, "guest", "another session has the destination's guest, or had it: receive into a new one"
 )
 
 
@@ -133,7 +137,9 @@ class DestinationEngine:
         self._attempts = 0
         self._session = b""
         self._established_message = b""
+        self._expected_channels = 0
         self._slots: list[Slot] = []
+        self._doors: list[trio.Lock] = []
         self._channels: dict[int, DestinationChannel] = {}
         self._control: Control | None = None
         self._established = trio.Event()
@@ -187,21 +193,19 @@ class DestinationEngine:
             await control.send(Accept(reply))
             proof = (await control.receive_first(Confirm)).handshake
             answer, established = await self._control_slot.exchange(Command.SETUP, attempt, proof)
-        except SvsmRefused as refused:
-            aborted = _BUSY if self._established.is_set() else as_aborted(refused)
-            if refused.code is RefusalCode.GEOMETRY:
-                aborted = unfit(hello, reply)
-            await say_farewell(control, aborted)
-            # The peer is the source and this side cannot serve it: waiting for another one would not help.
-            if refused.code not in (RefusalCode.GEOMETRY, RefusalCode.COMPRESSION, RefusalCode.JOURNAL):
+        except (SvsmRefused, SvsmLost) as error:
+            is_over = isinstance(error, SvsmLost) or self._control_slot.session is SessionStatus.FAILED
+            if self._established.is_set() or not is_over:
+                await say_farewell(control, _BUSY if self._established.is_set() else as_aborted(error))
                 raise
-            self._refused = aborted
-            self._established.set()
-            return False
-        self._established_message = established
-        self._session, _ = parse_established_untrusted(established)
-        self._slots = await self._make_slots(answer.result)
-        self._progress.channels = [ChannelTally(channel) for channel in range(answer.result)]
+            # The SVSM is lost, or the peer is the source and cannot be served: waiting for another one would not help.
+            self._refused = as_aborted(error)
+            if isinstance(error, SvsmRefused) and error.code in (RefusalCode.GEOMETRY, RefusalCode.GUEST):
+                self._refused = unfit(hello, reply) if error.code is RefusalCode.GEOMETRY else _TAKEN
+        else:
+            self._established_message = established
+            self._expected_channels = answer.result
+        # The rest is `_agree`'s: the introduction's timeout must not come between the SVSM's session and this side's.
         self._control = control
         self._established.set()
         return True
@@ -211,19 +215,24 @@ class DestinationEngine:
         if hello.session != self._session or hello.channel >= len(self._slots):
             raise MalformedData("it names no channel of this migration")
         opening = await connection.receive_frame(FrameType.BUNDLE)
-        if parse_header_untrusted(opening, len(opening)).incarnation:
-            return await self._replace(connection, hello.channel, opening)
-        if hello.channel in self._channels:  # its slot is in use: nothing of a stranger goes there
-            raise MalformedData(f"channel {hello.channel} of this migration is open already")
-        slot = self._slots[hello.channel]
-        await slot.exchange(Command.SETUP, package=opening)
-        tally = self._progress.channels[hello.channel]
-        self._channels[hello.channel] = DestinationChannel(slot, connection, tally)
+        replaces = parse_header_untrusted(opening, len(opening)).incarnation > 0
+        # One after the other, each in its turn: so nobody but its worker gives commands to the slot of a channel that is
+        # attached, and a stranger, of whom nothing more is awaited, keeps the real one waiting for one refusal.
+        async with self._doors[hello.channel]:
+            await (self._replace if replaces else self._open)(connection, hello.channel, opening)
         if len(self._channels) == len(self._slots):
             self._all_open.set()
         return True
 
-    async def _replace(self, connection: Connection, channel: int, opening: bytes) -> bool:
+    async def _open(self, connection: Connection, channel: int, opening: bytes) -> None:
+        """Let a connection that proves that it is the session's be a channel's first."""
+        if channel in self._channels:  # its slot is in use: nothing of a stranger goes there
+            raise MalformedData(f"channel {channel} of this migration is open already")
+        slot = self._slots[channel]
+        await slot.exchange(Command.SETUP, package=opening)
+        self._channels[channel] = DestinationChannel(slot, connection, self._progress.channels[channel])
+
+    async def _replace(self, connection: Connection, channel: int, opening: bytes) -> None:
         """Let a connection that proves that it is the session's take the place of a channel's before (R9)."""
         await self._control_slot.exchange(Command.REPLACE, channel, opening)
         old = self._channels.get(channel)
@@ -237,9 +246,6 @@ class DestinationEngine:
         self._channels[channel] = DestinationChannel(self._slots[channel], connection, tally)
         if old is not None:
             old.replaced.set()
-        if len(self._channels) == len(self._slots):
-            self._all_open.set()
-        return True
 
     # Phases
 
@@ -250,6 +256,10 @@ class DestinationEngine:
             raise self._refused
         if self._control is None:
             raise LocalProtocolError("established without a control connection")
+        self._session, _ = parse_established_untrusted(self._established_message)
+        self._slots = await self._make_slots(self._expected_channels)
+        self._doors = [trio.Lock() for _ in self._slots]
+        self._progress.channels = [ChannelTally(channel) for channel in range(len(self._slots))]
         await self._control.send(Established(self._established_message))
         return self._control
 
@@ -356,7 +366,8 @@ class DestinationEngine:
             except (ChannelBroken, ChannelClosed) as error:
                 # The source stays parked and says that it is undecided; this side's answer is clear.
                 self._on_stranger(f"the guest runs here, but the source may not know: {error}")
-            await self._control_slot.command(Command.FINISH)
+            # Strangers may still be at the door, whose hellos go to this slot as well.
+            await self._control_slot.exchange(Command.FINISH)
 
     async def _report(self) -> None:
         while True:
@@ -395,6 +406,8 @@ class DestinationEngine:
                 return None
         except PagexferError:
             pass  # not verified yet, or the source is gone: then the plain end below
+        if self._control_slot.session is SessionStatus.FAILED:
+            return None
         try:
             await self._control_slot.command(Command.ABORT)
         except PagexferError as refusal:

@@ -18,7 +18,7 @@ from ..wire.slot import (
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from ..wire.slot import SlotMemory, StatusRegisters
+    from ..wire.slot import SessionStatus, SlotMemory, StatusRegisters
 
 
 class Slot:
@@ -32,6 +32,7 @@ class Slot:
         self._ring = ring
         self._sequence = memory.command_sequence  # which is not 0 where another engine had this slot before
         self._exchanging = trio.Lock()
+        self.session: SessionStatus | None = None  # as the last answer said
 
     async def command(
         self,
@@ -55,6 +56,7 @@ class Slot:
             raise SvsmLost(f"the SVSM's answer to {command.name} makes no sense: {error}") from None
         if answer.sequence != self._sequence:
             raise SvsmLost(f"the SVSM answered another command than {command.name}")
+        self.session = answer.session
         if answer.status is SlotStatus.REFUSED:
             if answer.error is None:
                 raise SvsmLost(f"the SVSM refused {command.name} without a code")

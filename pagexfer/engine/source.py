@@ -334,13 +334,14 @@ class SourceEngine:
         Where a connection breaks meanwhile, channel 0 is replaced as well: a token on its way counts what was lost.
         """
         first = self._channels[0]
-        again: set[SourceChannel] = set()
+        barriers_due: set[SourceChannel] = set()  # on connections that replaced those that had them
         token_due = True
         while True:
             try:
-                for channel in again if token_due else ():
-                    await channel.barrier(self._epoch)
                 if token_due:
+                    for channel in tuple(barriers_due):
+                        await channel.barrier(self._epoch)
+                        barriers_due.discard(channel)  # no connection carries it twice
                     with used_up_key_as_broken():
                         await first.token(BundleKind.EPOCH_TOKEN)
                     token_due = False
@@ -350,8 +351,9 @@ class SourceEngine:
                 closed = await self._epoch_closed(control, repair)
             if closed:
                 return
-            again = {first, *repair.ended()}
-            for channel in again:
+            broken = {first, *repair.ended()}
+            barriers_due |= broken
+            for channel in broken:
                 token_due |= await self._replace(channel, repair)
 
     async def _epoch_closed(self, control: Control, repair: Repair) -> bool:

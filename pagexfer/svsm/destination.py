@@ -22,6 +22,7 @@ from ..errors import (
     JournalError,
     LocalProtocolError,
     MalformedData,
+    PageStateError,
     PagexferError,
     ReplayError,
 )
@@ -75,7 +76,6 @@ if TYPE_CHECKING:
 # Open handshakes of peers that proved nothing yet; more than this many strangers at once push out the oldest.
 MAX_ATTEMPTS: Final = 16
 
-_STAGING_BYTES: Final = MAX_BUNDLE_PAYLOAD_BYTES
 _VCPU: Final = struct.Struct("<I")
 _STATE_FOR: Final = {
     BundleKind.READY: State.VERIFIED,
@@ -181,7 +181,7 @@ class DestinationSvsm:
         """Take a source's proof; returns the last message. A handshake works once, and the first proven one wins.
 
         Raises MalformedData or AttestationError, after which other attempts are still welcome; GeometryError,
-        CompressionRefused and JournalError end this side.
+        CompressionRefused, JournalError, and PageStateError where another session has the guest, end this side.
         """
         self._machine.require(Event.ESTABLISH)
         opened = self._attempts.pop(attempt, None)
@@ -191,8 +191,10 @@ class DestinationSvsm:
             self._session, established = opened.finish(proof)
             # Nobody may move a guest on, or let it go, while it is being received, nor after that failed (G5).
             self._memory.claim()
-        except (GeometryError, CompressionRefused, LocalProtocolError):
+        except (GeometryError, CompressionRefused, LocalProtocolError) as error:
             self.fail()
+            if isinstance(error, LocalProtocolError):
+                raise PageStateError(str(error)) from error
             raise
         self._drop_attempts()
         keys = self._session.keys
@@ -245,7 +247,7 @@ class DestinationSvsm:
             opener = self._session_streams().opener(channel)
         try:
             # Plaintext stays in staging for one call only; an area that was used last is still in the cache.
-            with self.staging.area(_STAGING_BYTES) as staging:
+            with self.staging.area(MAX_BUNDLE_PAYLOAD_BYTES) as staging:
                 return self._import(opener, channel, package, staging)
         except PagexferError as error:
             with self.lock:

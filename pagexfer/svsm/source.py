@@ -318,7 +318,11 @@ class SourceSvsm:
         Pages that are pending are not looked at, as they are sent anyway.
         """
         self._require_epoch()
-        return self._pending.audit(parked=self._machine.state is State.PARKED)
+        parked = self._machine.state is State.PARKED
+        # What is being sealed is not pending any more, is not digested yet, and may have been read before the park.
+        if parked and self._sealing:
+            raise LocalProtocolError(f"{self._sealing} bundles are being sealed: audit after them")
+        return self._pending.audit(parked=parked)
 
     def export_vcpu(self, vcpu: int, out: memoryview) -> int:
         """Seal the state of one parked vCPU. Raises GateError where its state cannot be saved."""
