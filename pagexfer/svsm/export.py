@@ -192,6 +192,23 @@ class Packager:
         )
 
 
+class PackagerPool:
+    """As many packagers as threads seal at a time; one that was used last is still in the cache. Called by one at a time."""
+
+    def __init__(self, memory: GuestMemory, *, stage: bool) -> None:
+        self._memory = memory
+        self._stage = stage
+        self._idle: list[Packager] = []
+
+    def take(self) -> Packager:
+        """One for the caller alone."""
+        return self._idle.pop() if self._idle else Packager(self._memory, stage=self._stage)
+
+    def give_back(self, packager: Packager) -> None:
+        """The caller is done with it."""
+        self._idle.append(packager)
+
+
 def _classify(
     words: NDArray[np.uint64], in_use: NDArray[np.bool_], has_content: NDArray[np.bool_]
 ) -> NDArray[np.uint8]:

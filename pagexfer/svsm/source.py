@@ -23,7 +23,7 @@ from .compression import pack
 from .content import ContentTable, vcpu_digest
 from .device_state import Carried
 from .epoch import EpochBook
-from .export import BUNDLE_PAGES, Exported, Packager, most_data_pages, most_entries
+from .export import BUNDLE_PAGES, Exported, PackagerPool, most_data_pages, most_entries
 from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
 from .ledger import check_chain, next_body
@@ -97,10 +97,9 @@ class SourceSvsm:
         self._streams: SourceStreams | None = None
         self._bundle_pages = bundle_pages
         self._compressor = compressor
-        # As many as threads seal at a time: one that was used last is still in the cache.
-        self._packagers: list[Packager] = []
         self._sealing = 0
         self._pending = PendingPages(memory, tracker, audit=audit)
+        self._packagers = PackagerPool(memory, stage=self._pending.staged or compressor is not None)
         self._content = ContentTable(memory.states)
         self._epoch = EpochBook(memory.pages)
         self._vcpu_states: dict[int, bytes] = {}
@@ -255,11 +254,7 @@ class SourceSvsm:
             # Taken at once, so that no other channel takes them; no epoch ends while something is being sealed.
             self._pending.pages.clear_gfns(as_run(found))
             self._sealing += 1
-            packager = (
-                self._packagers.pop()
-                if self._packagers
-                else Packager(self._memory, stage=self._pending.staged or self._compressor is not None)
-            )
+            packager = self._packagers.take()
         sent = 0
         try:
             package = packager.package(found, capacity)
@@ -270,7 +265,7 @@ class SourceSvsm:
             sent = len(package.gfns)
         finally:
             with self.lock:
-                self._packagers.append(packager)
+                self._packagers.give_back(packager)
                 self._sealing -= 1
                 self._disclaim()
                 self._pending.pages.set_gfns(found[sent:])
