@@ -193,7 +193,7 @@ class Packager:
 
 
 class PackagerPool:
-    """As many packagers as threads seal at a time; one that was used last is still in the cache. Called by one at a time."""
+    """As many packagers as threads seal at a time; one used last is still in the cache. Called by one thread at a time."""
 
     def __init__(self, memory: GuestMemory, *, stage: bool) -> None:
         self._memory = memory
