@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from socket import socketpair
 from typing import TYPE_CHECKING, Final
 
@@ -12,12 +12,13 @@ import trio
 
 from ..engine.hypervisor import ThrottlingHypervisor
 from ..engine.progress import MigrationInfo, Status
+from ..engine.streams import STALL_TIMEOUT_S
 from ..errors import ChannelBroken, GuestError, MalformedData, Outcome, TransferAborted, UsageError
 from ..wire.monitor import Fields, as_fields, from_fields_untrusted
 from .link import Link
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from ..engine.hypervisor import Hypervisor
     from ..engine.steering import Steering
@@ -49,6 +50,7 @@ class EngineProcess:
         self._on_listening = on_listening
         self._on_stranger = on_stranger
         self._patience_s = START_TIMEOUT_S
+        self._stall_timeout_s = STALL_TIMEOUT_S
         self._end: Fields | None = None
         self._has_said_its_end = False
         self.latest: MigrationInfo | None = None
@@ -59,6 +61,7 @@ class EngineProcess:
         Raises TransferAborted or UsageError as the engine says, TransferAborted with reason "engine" where it died, said
         nothing for too long, or spoke nonsense. A cancel is passed on, and the engine's answer to it is awaited.
         """
+        self._stall_timeout_s = task.stall_timeout_s
         ours, theirs = socketpair()
         with theirs:
             process = await trio.lowlevel.open_process(
@@ -107,17 +110,37 @@ class EngineProcess:
         ended.set()
 
     async def _cancel(self, link: Link) -> None:
-        try:
-            await link.send({"type": "cancel"})
-        except ChannelBroken:
-            return
+        with suppress(ChannelBroken):
+            await self._say(link, {"type": "cancel"})
 
     async def _begin(self, link: Link, task: Task) -> None:
+        with suppress(ChannelBroken):  # the other task hears of its end
+            await self._give(link, self._descriptors)
+            await self._say(link, {"type": "task", "task": as_fields(task)})
+
+    async def _say(self, link: Link, fields: Fields, payload: bytes = b"") -> None:
+        with self._in_time(link):
+            await link.send(fields, payload)
+
+    async def _give(self, link: Link, descriptors: list[int]) -> None:
+        with self._in_time(link):
+            await link.send_descriptors(descriptors)
+
+    @contextmanager
+    def _in_time(self, link: Link) -> Iterator[None]:
+        """Around whatever is sent. An engine that does not take it is at its end: raises ChannelBroken.
+
+        Half a message may have left, and others wait behind it: the link closes, and whoever uses it hears that.
+        """
         try:
-            await link.send_descriptors(self._descriptors)
-            await link.send({"type": "task", "task": as_fields(task)})
-        except (ChannelBroken, OSError):
-            return  # the other task hears of its end
+            with trio.fail_after(self._stall_timeout_s):
+                yield
+        except trio.TooSlowError:
+            self._end = self._end or _failed(
+                f"the engine's process took nothing for {self._stall_timeout_s:g} s"
+            )
+            link.close()
+            raise ChannelBroken("the engine's process takes nothing") from None
 
     async def _steer(self, link: Link, task: Task) -> None:
         """Pass on what the operator changes, for ever."""
@@ -128,19 +151,19 @@ class EngineProcess:
                 continue
             passed_on = self._steering.parameters
             with suppress(ChannelBroken):
-                await link.send({"type": "parameters", "parameters": as_fields(passed_on)})
+                await self._say(link, {"type": "parameters", "parameters": as_fields(passed_on)})
 
     async def _end_on_cancel(self, link: Link) -> None:
         await self._steering.wait_cancelled()
         with suppress(ChannelBroken):
-            await link.send({"type": "end"})
+            await self._say(link, {"type": "end"})
 
     async def _serve(self, link: Link, task: Task) -> None:
         try:
             while self._end is None:
                 with trio.fail_after(self._patience_s):
                     fields, payload = await link.receive()
-                self._patience_s = task.stall_timeout_s
+                self._patience_s = self._stall_timeout_s
                 await self._take(link, fields, payload)
         except ChannelBroken:
             self._end = self._end or _failed("the engine's process ended without a word")
@@ -182,16 +205,16 @@ class EngineProcess:
         }
         try:
             if name == "slots":
-                await link.send_descriptors(self._make_slots())
+                await self._give(link, self._make_slots())
                 answer = b""
             elif name in calls:
                 answer = await calls[name](payload)
             else:
                 raise MalformedData(f"a call that there is not: {name[:40]!r}")
         except (GuestError, UsageError) as error:
-            await link.send({"type": "refused", "id": number, "message": str(error)})
+            await self._say(link, {"type": "refused", "id": number, "message": str(error)})
         else:
-            await link.send({"type": "done", "id": number}, answer)
+            await self._say(link, {"type": "done", "id": number}, answer)
 
     async def _stop(self, _payload: bytes) -> bytes:
         await self._hypervisor.stop()
