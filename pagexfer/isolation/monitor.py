@@ -51,6 +51,7 @@ class EngineProcess:
         self._on_stranger = on_stranger
         self._patience_s = START_TIMEOUT_S
         self._stall_timeout_s = STALL_TIMEOUT_S
+        self._begun = trio.Event()
         self._end: Fields | None = None
         self._has_said_its_end = False
         self.latest: MigrationInfo | None = None
@@ -63,24 +64,25 @@ class EngineProcess:
         """
         self._stall_timeout_s = task.stall_timeout_s
         ours, theirs = socketpair()
-        with theirs:
-            process = await trio.lowlevel.open_process(
-                [sys.executable, "-m", "pagexfer.isolation.engine_process", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.__stderr__,
-                pass_fds=(theirs.fileno(),),
-            )
-        link = Link(ours)
-        try:
-            await self._converse(link, task)
-        finally:
-            link.close()
-            with trio.CancelScope(shield=True):
-                if self._has_said_its_end:
-                    with trio.move_on_after(_LAST_WORDS_S):
-                        await process.wait()
-                process.kill()
-                await process.wait()
+        with ours:
+            with theirs:
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-m", "pagexfer.isolation.engine_process", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.__stderr__,
+                    pass_fds=(theirs.fileno(),),
+                )
+            link = Link(ours)
+            try:
+                await self._converse(link, task)
+            finally:
+                link.close()
+                with trio.CancelScope(shield=True):
+                    if self._has_said_its_end:
+                        with trio.move_on_after(_LAST_WORDS_S):
+                            await process.wait()
+                    process.kill()
+                    await process.wait()
         return self._result()
 
     async def _converse(self, link: Link, task: Task) -> None:
@@ -95,28 +97,34 @@ class EngineProcess:
                     await self._cancel(link)
                     await ended.wait()
                 conversation.cancel()
-                # Where the cancel came too late, the engine's end stands.
-                if self._end is None or self._end.get("type") == "cancelled":
+                # Where the cancel came too late, the engine's end stands; one that it never said is nobody's.
+                if self._end is None or not self._has_said_its_end or self._end.get("type") == "cancelled":
                     raise
 
     async def _talk(self, link: Link, task: Task, conversation: trio.CancelScope, ended: trio.Event) -> None:
         with conversation:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._begin, link, task)
-                nursery.start_soon(self._steer, link, task)
-                nursery.start_soon(self._end_on_cancel, link)
+                nursery.start_soon(self._guide, link, task)
                 await self._serve(link, task)
                 nursery.cancel_scope.cancel()
         ended.set()
 
     async def _cancel(self, link: Link) -> None:
+        await self._begun.wait()
         with suppress(ChannelBroken):
             await self._say(link, {"type": "cancel"})
 
-    async def _begin(self, link: Link, task: Task) -> None:
-        with suppress(ChannelBroken):  # the other task hears of its end
-            await self._give(link, self._descriptors)
-            await self._say(link, {"type": "task", "task": as_fields(task)})
+    async def _guide(self, link: Link, task: Task) -> None:
+        """Give the engine its task, which it hears of first, and then all that its operator wants of it, for ever."""
+        try:
+            with suppress(ChannelBroken):  # the other task hears of its end
+                await self._give(link, self._descriptors)
+                await self._say(link, {"type": "task", "task": as_fields(task)})
+        finally:
+            self._begun.set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._steer, link, task)
+            nursery.start_soon(self._end_on_cancel, link)
 
     async def _say(self, link: Link, fields: Fields, payload: bytes = b"") -> None:
         with self._in_time(link):
