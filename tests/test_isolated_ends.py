@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 import signal
 from dataclasses import replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
 
-from pagexfer.errors import Outcome, TransferAborted
+from pagexfer.dirty import DirtyBitmap
+from pagexfer.engine import failure
+from pagexfer.errors import GuestError, Outcome, TransferAborted
 from pagexfer.migration import MigrationReport
 
+from .engine_guests import SmallMachine
 from .isolated_engines import IsolatedMove, engine_processes
 from .machines import PATIENCE_S
+from .small_guests import PAGES
+
+if TYPE_CHECKING:
+    from typing import Literal
 
 # More than a socket buffer takes.
 _LARGE_STATE: Final = bytes(8 << 20)
@@ -95,3 +102,97 @@ async def test_a_cancel_at_once_is_a_cancel(milliseconds: int) -> None:
     await move.run()
     assert move.scope.cancelled_caught
     assert move.machine.stayed()
+
+
+# Hypervisors
+
+
+async def _fail() -> None:
+    raise GuestError("the monitor said no")
+
+
+async def test_a_guest_that_cannot_go_on_at_the_source_is_said_so() -> None:
+    move = IsolatedMove("source")
+    move.machine.source.hypervisor.before_save = _fail
+    move.machine.source.hypervisor.before_resume = _fail
+    await move.run()
+    message = _aborted(move.sent.end, Outcome.ENDED, "guest")
+    assert message == "the monitor said no; and the guest does not go on here: the monitor said no"
+
+
+async def test_a_cancelled_guest_that_cannot_go_on_at_the_source_is_said_so() -> None:
+    move = IsolatedMove("source")
+
+    async def cancel() -> None:
+        move.scope.cancel()
+
+    move.machine.source.hypervisor.before_save = cancel
+    move.machine.source.hypervisor.before_resume = _fail
+    await move.run()
+    assert "and the guest does not go on here: the monitor said no" in _aborted(
+        move.sent.end, Outcome.ENDED, "cancelled"
+    )
+
+
+async def test_a_destination_hypervisor_that_does_not_continue_leaves_it_undecided() -> None:
+    move = IsolatedMove("destination")
+    move.machine.destination.hypervisor.before_resume = _fail
+    await move.run()
+    assert _aborted(move.received.end, Outcome.UNDECIDED, "undecided") == (
+        "the guest was released here but does not run: the monitor said no"
+    )
+    _aborted(move.sent.end, Outcome.UNDECIDED, "undecided")
+    assert not move.machine.source.gate.running
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_a_hypervisor_that_hangs_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch, side: Literal["source", "destination"]
+) -> None:
+    monkeypatch.setattr(failure, "HYPERVISOR_TIMEOUT_S", 0.5)  # of this process
+    move = IsolatedMove(side)
+    if side == "source":
+        move.machine.source.hypervisor.before_save = trio.sleep_forever
+        await move.run()
+        assert _aborted(move.sent.end, Outcome.ENDED, "guest") == (
+            "the hypervisor did not save device state within 0.5 s"
+        )
+        assert move.machine.stayed()
+    else:
+        move.machine.destination.hypervisor.before_resume = trio.sleep_forever
+        await move.run()
+        assert "the hypervisor did not continue the guest within 0.5 s" in _aborted(
+            move.received.end, Outcome.UNDECIDED, "undecided"
+        )
+
+
+class _DirtyLog:
+    """A hypervisor's log that is on or off, and never has a page."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def collect(self) -> DirtyBitmap:
+        self.calls.append("collect")
+        return DirtyBitmap(PAGES)
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+
+async def test_an_engine_that_died_leaves_no_dirty_log_on() -> None:
+    log = _DirtyLog()
+    move = IsolatedMove("source", SmallMachine(log))
+
+    async def kill() -> None:
+        os.kill(engine_processes()[0], signal.SIGKILL)
+
+    move.machine.source.hypervisor.before_save = kill
+    await move.run()
+    _aborted(move.sent.end, Outcome.ENDED, "engine")
+    assert move.machine.stayed()
+    assert log.calls[0] == "start"
+    assert log.calls[-1] == "stop"

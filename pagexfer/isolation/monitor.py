@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from ..engine.failure import one_line
 from ..engine.hypervisor import ThrottlingHypervisor
 from ..engine.progress import MigrationInfo, Status
 from ..engine.streams import STALL_TIMEOUT_S
@@ -176,7 +177,7 @@ class EngineProcess:
         except ChannelBroken:
             self._end = self._end or _failed("the engine's process ended without a word")
         except MalformedData as error:
-            self._end = _failed(f"the engine's process spoke nonsense: {error}")
+            self._end = _failed(_nonsense(error))
         except trio.TooSlowError:
             self._end = _failed(f"the engine's process said nothing for {self._patience_s:g} s")
 
@@ -191,7 +192,7 @@ class EngineProcess:
             case {"type": "listening", "port": int(port)}:
                 self._on_listening(port)
             case {"type": "stranger", "line": str(line)}:
-                self._on_stranger("".join(c if c.isprintable() else " " for c in line)[:500])
+                self._on_stranger(one_line(line))
             case {"type": "call", "id": int(number), "name": str(name)}:
                 await self._answer(link, number, name, payload)
             case {"type": "completed" | "aborted" | "cancelled" | "unusable"}:
@@ -265,14 +266,21 @@ class EngineProcess:
     def _result(self) -> MigrationInfo:
         match self._end:
             case {"type": "completed", "info": info}:
-                return from_fields_untrusted(MigrationInfo, info)
+                try:
+                    return from_fields_untrusted(MigrationInfo, info)
+                except MalformedData as error:
+                    raise TransferAborted(Outcome.ENDED, "engine", _nonsense(error)) from None
             case {"type": "unusable", "message": str(message)}:
-                raise UsageError(message)
+                raise UsageError(one_line(message))
             case {"type": "aborted", "outcome": int(outcome), "reason": str(reason), "message": str(message)}:
                 known = outcome if outcome in (Outcome.REFUSED, Outcome.UNDECIDED) else Outcome.ENDED
-                raise TransferAborted(Outcome(known), reason, message)
+                raise TransferAborted(Outcome(known), one_line(reason), one_line(message))
         raise TransferAborted(Outcome.ENDED, "engine", "the engine's process said nothing that makes sense")
 
 
 def _failed(message: str) -> Fields:
     return {"type": "aborted", "outcome": int(Outcome.ENDED), "reason": "engine", "message": message}
+
+
+def _nonsense(error: MalformedData) -> str:
+    return f"the engine's process spoke nonsense: {error}"
