@@ -27,6 +27,7 @@ from pagexfer.wire.slot import COMMAND_OFFSET, REGISTER_PAGE_BYTES, STATUS_OFFSE
 
 from . import kvm_guests
 from .fault_points import FAULT_POINTS
+from .isolated_engines import engine_processes
 from .kvm_guests import needs_kvm
 from .machines import (
     ATTESTOR,
@@ -125,21 +126,7 @@ async def pair(machines: Machines) -> AsyncIterator[SimulatedPair]:
     yield pair
     ended = isinstance(pair.sent.end, TransferAborted) and pair.sent.end.outcome is Outcome.ENDED
     machines.source_moved = not ended
-    assert _engines() == []
-
-
-def _engines() -> list[int]:
-    """Engine processes of this one, the destination's first."""
-    # A child counts as the thread's that made it, which may have ended: so all processes are looked at.
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = (process / "stat").read_text().rpartition(") ")[2].split()[1]
-            if int(parent) == os.getpid() and b"engine_process" in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-        except OSError:
-            continue
-    return sorted(found)
+    assert engine_processes() == []
 
 
 def _affinities(pid: int) -> list[set[int]]:
@@ -179,9 +166,9 @@ async def test_engines_and_handlers_keep_to_their_cpus(pair: SimulatedPair) -> N
     of_engines: list[list[set[int]]] = []
 
     def look() -> None:
-        of_engines.extend(_affinities(pid) for pid in _engines())
+        of_engines.extend(_affinities(pid) for pid in engine_processes())
         handlers = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("handler")]
-        seen.extend(os.sched_getaffinity(task) for task in (*_engines(), *handlers) if task)
+        seen.extend(os.sched_getaffinity(task) for task in (*engine_processes(), *handlers) if task)
 
     await pair.migrate(at_bundle(BundleKind.MANIFEST), look)
     assert isinstance(pair.sent.end, MigrationReport), pair.sent.end
@@ -294,7 +281,7 @@ async def test_the_engine_has_neither_ram_nor_keys(
     found: dict[str, list[str]] = {}
 
     def look() -> None:
-        for engine in _engines():
+        for engine in engine_processes():
             maps = Path(f"/proc/{engine}/maps").read_text()
             files = [os.readlink(file) for file in Path(f"/proc/{engine}/fd").iterdir() if file.is_symlink()]
             memory = _memory_of(engine, maps)
@@ -344,7 +331,7 @@ def _memory_of(process: int, maps: str) -> bytes:
 
 
 def _engine(side: int) -> None:
-    os.kill(_engines()[side], signal.SIGKILL)
+    os.kill(engine_processes()[side], signal.SIGKILL)
 
 
 def _handler(side: int) -> None:
@@ -401,7 +388,7 @@ async def test_who_may_run_once_an_engine_or_a_handler_is_killed_at(
 
 
 async def test_an_engine_that_stands_still_is_ended(pair: SimulatedPair) -> None:
-    await pair.migrate(after_bytes(1, 1 << 20), lambda: os.kill(_engines()[1], signal.SIGSTOP))
+    await pair.migrate(after_bytes(1, 1 << 20), lambda: os.kill(engine_processes()[1], signal.SIGSTOP))
     assert isinstance(pair.sent.end, TransferAborted)
     assert (pair.sent.end.outcome, pair.sent.end.reason) == (Outcome.ENDED, "engine")
     assert await goes_on(pair.source)

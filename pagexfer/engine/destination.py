@@ -42,7 +42,15 @@ from ..wire.handshake import parse_established_untrusted
 from ..wire.slot import Command, SessionStatus
 from .channel import DestinationChannel, EpochEnd
 from .control import Control
-from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, svsm_lost, unfit
+from .failure import (
+    as_aborted,
+    first_failure,
+    hypervisor_call,
+    say_farewell,
+    stuck_at_destination,
+    svsm_lost,
+    unfit,
+)
 from .hypervisor import WatchedHypervisor
 from .progress import ChannelTally, Progress, Status
 from .reception import INTRODUCTION_TIMEOUT_S, Reception
@@ -386,9 +394,7 @@ class DestinationEngine:
         elif self._control is not None:
             await say_farewell(self._control, aborted)
         if refusal is not None:
-            aborted = TransferAborted(
-                Outcome.UNDECIDED, "undecided", f"the guest was released here but does not run: {aborted}"
-            )
+            aborted = stuck_at_destination(aborted)
         self._finish(Status.CANCELLED if aborted is _CANCELLED else Status.FAILED)
         if aborted is _CANCELLED:
             raise error

@@ -24,9 +24,10 @@ from ..wire.control import Failed
 from ..wire.handshake import parse_hello_untrusted, split_reply_untrusted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from .control import Control
+    from .hypervisor import Hypervisor
 
 _FAREWELL_TIMEOUT_S: Final = 2.0
 # As long as a monitor takes to stop a machine or to save its devices on a busy host.
@@ -123,6 +124,37 @@ def hypervisor_call(what: str) -> Iterator[None]:
         raise GuestError(f"the hypervisor did not {what} within {HYPERVISOR_TIMEOUT_S:g} s") from None
 
 
+async def let_go_on(
+    hypervisor: Hypervisor, lift_throttle: Callable[[], Awaitable[None]]
+) -> GuestError | None:
+    """Undo at a source what its hypervisor did. Returns why the guest does not run, where it does not."""
+    log = hypervisor.dirty_log
+    try:
+        with hypervisor_call("continue the guest"):
+            await hypervisor.resume()
+        await lift_throttle()
+        if log is not None:
+            await trio.to_thread.run_sync(log.stop)
+    except GuestError as error:
+        return error
+    return None
+
+
+def stuck_at_source(aborted: TransferAborted, why: GuestError) -> TransferAborted:
+    """`aborted` where the guest does not go on at the source either; an isolated engine may have said that too."""
+    addition = f"; and the guest does not go on here: {why}"
+    if str(aborted).endswith(addition):
+        return aborted
+    return TransferAborted(aborted.outcome, aborted.reason, f"{aborted}{addition}")
+
+
+def stuck_at_destination(why: Exception) -> TransferAborted:
+    """What a destination says whose SVSM has released the guest, which the hypervisor does not run."""
+    return TransferAborted(
+        Outcome.UNDECIDED, "undecided", f"the guest was released here but does not run: {why}"
+    )
+
+
 def unfit(source_hello: bytes, reply: bytes) -> TransferAborted:
     """What differs between two guests that cannot be one; both hellos were accepted before."""
     source, (packed, _) = parse_hello_untrusted(source_hello), split_reply_untrusted(reply)
@@ -135,17 +167,18 @@ def unfit(source_hello: bytes, reply: bytes) -> TransferAborted:
     return TransferAborted(Outcome.ENDED, "geometry", f"{difference}: give both sides the same")
 
 
+def one_line(text: str) -> str:
+    """What another process or machine says, as a terminal may show it."""
+    return "".join(character if character.isprintable() else " " for character in text)[:500]
+
+
 async def say_farewell(control: Control, failure: TransferAborted) -> None:
     """Tell the peer why this side ends, as far as the connection still carries it."""
     with trio.move_on_after(_FAREWELL_TIMEOUT_S):
         try:
-            await control.send(Failed(failure.reason, _one_line(str(failure))))
+            await control.send(Failed(failure.reason, one_line(str(failure))))
         except (ChannelBroken, ChannelClosed):
             return
-
-
-def _one_line(text: str) -> str:
-    return "".join(character if character.isprintable() else " " for character in text)[:500]
 
 
 def _leaves(error: BaseException) -> list[BaseException]:

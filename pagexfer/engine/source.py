@@ -46,7 +46,9 @@ from .failure import (
     as_aborted,
     first_failure,
     hypervisor_call,
+    let_go_on,
     say_farewell,
+    stuck_at_source,
     svsm_lost,
     undecided,
 )
@@ -422,7 +424,7 @@ class SourceEngine:
         except PagexferError as refused:
             refusal = refused
         decided = refusal is None
-        stuck = await self._let_go_on() if decided else None
+        stuck = await let_go_on(self._hypervisor, self._course.lift_throttle) if decided else None
         failure = first_failure(error) or svsm_lost(refusal)
         aborted = self._cancelled if failure is None else as_aborted(failure)
         if control is not None and aborted.reason in SECOND_HAND:
@@ -432,26 +434,11 @@ class SourceEngine:
         if not decided:
             aborted = undecided(aborted)
         if stuck is not None:
-            aborted = TransferAborted(
-                aborted.outcome, aborted.reason, f"{aborted}; and the guest does not go on here: {stuck}"
-            )
+            aborted = stuck_at_source(aborted, stuck)
         self._finish(Status.CANCELLED if aborted is self._cancelled else Status.FAILED)
         if failure is None and aborted is self._cancelled:
             raise error
         raise aborted from error
-
-    async def _let_go_on(self) -> GuestError | None:
-        """Undo what the hypervisor did. Returns why the guest does not run, where it does not."""
-        log = self._hypervisor.dirty_log
-        try:
-            with hypervisor_call("continue the guest"):
-                await self._hypervisor.resume()
-            await self._course.lift_throttle()
-            if log is not None:
-                await trio.to_thread.run_sync(log.stop)
-        except GuestError as error:
-            return error
-        return None
 
     def _finish(self, status: Status) -> MigrationInfo:
         self._steering.waits(paused=False)

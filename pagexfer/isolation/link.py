@@ -44,15 +44,18 @@ class Link:
                 raise ChannelBroken("the process at the other end of the monitor is gone") from None
 
     async def send_descriptors(self, descriptors: list[int]) -> None:
-        """Give the other side these files, in this order."""
+        """Give the other side these files, in this order. Raises ChannelBroken where it cannot have them."""
         for start in range(0, len(descriptors), MAX_DESCRIPTORS):
             batch = array.array("i", descriptors[start : start + MAX_DESCRIPTORS])
             message = pack_message({"type": "descriptors"})
             async with self._sending:
                 ancillary = [(trio.socket.SOL_SOCKET, trio.socket.SCM_RIGHTS, batch)]
-                sent = await self._socket.sendmsg([message], ancillary)
-                while sent < len(message):
-                    sent += await self._socket.send(message[sent:])
+                try:
+                    sent = await self._socket.sendmsg([message], ancillary)
+                    while sent < len(message):
+                        sent += await self._socket.send(message[sent:])
+                except (OSError, trio.ClosedResourceError) as error:
+                    raise ChannelBroken(f"no files can be given to the engine's process: {error}") from None
 
     async def receive(self) -> tuple[Fields, bytes]:
         """The next message. Raises ChannelBroken at the other side's end, MalformedData where it is none."""

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from socket import socketpair
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from ..engine.failure import one_line
 from ..engine.hypervisor import ThrottlingHypervisor
 from ..engine.progress import MigrationInfo, Status
+from ..engine.streams import STALL_TIMEOUT_S
 from ..errors import ChannelBroken, GuestError, MalformedData, Outcome, TransferAborted, UsageError
 from ..wire.monitor import Fields, as_fields, from_fields_untrusted
 from .link import Link
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
     from ..engine.hypervisor import Hypervisor
     from ..engine.steering import Steering
@@ -49,6 +51,8 @@ class EngineProcess:
         self._on_listening = on_listening
         self._on_stranger = on_stranger
         self._patience_s = START_TIMEOUT_S
+        self._stall_timeout_s = STALL_TIMEOUT_S
+        self._begun = trio.Event()
         self._end: Fields | None = None
         self._has_said_its_end = False
         self.latest: MigrationInfo | None = None
@@ -59,25 +63,27 @@ class EngineProcess:
         Raises TransferAborted or UsageError as the engine says, TransferAborted with reason "engine" where it died, said
         nothing for too long, or spoke nonsense. A cancel is passed on, and the engine's answer to it is awaited.
         """
+        self._stall_timeout_s = task.stall_timeout_s
         ours, theirs = socketpair()
-        with theirs:
-            process = await trio.lowlevel.open_process(
-                [sys.executable, "-m", "pagexfer.isolation.engine_process", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=sys.__stderr__,
-                pass_fds=(theirs.fileno(),),
-            )
-        link = Link(ours)
-        try:
-            await self._converse(link, task)
-        finally:
-            link.close()
-            with trio.CancelScope(shield=True):
-                if self._has_said_its_end:
-                    with trio.move_on_after(_LAST_WORDS_S):
-                        await process.wait()
-                process.kill()
-                await process.wait()
+        with ours:
+            with theirs:
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-m", "pagexfer.isolation.engine_process", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.__stderr__,
+                    pass_fds=(theirs.fileno(),),
+                )
+            link = Link(ours)
+            try:
+                await self._converse(link, task)
+            finally:
+                link.close()
+                with trio.CancelScope(shield=True):
+                    if self._has_said_its_end:
+                        with trio.move_on_after(_LAST_WORDS_S):
+                            await process.wait()
+                    process.kill()
+                    await process.wait()
         return self._result()
 
     async def _converse(self, link: Link, task: Task) -> None:
@@ -92,32 +98,58 @@ class EngineProcess:
                     await self._cancel(link)
                     await ended.wait()
                 conversation.cancel()
-                # Where the cancel came too late, the engine's end stands.
-                if self._end is None or self._end.get("type") == "cancelled":
+                # Where the cancel came too late, the engine's end stands; one that it never said is nobody's.
+                if self._end is None or not self._has_said_its_end or self._end.get("type") == "cancelled":
                     raise
 
     async def _talk(self, link: Link, task: Task, conversation: trio.CancelScope, ended: trio.Event) -> None:
         with conversation:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._begin, link, task)
-                nursery.start_soon(self._steer, link, task)
-                nursery.start_soon(self._end_on_cancel, link)
+                nursery.start_soon(self._guide, link, task)
                 await self._serve(link, task)
                 nursery.cancel_scope.cancel()
         ended.set()
 
     async def _cancel(self, link: Link) -> None:
-        try:
-            await link.send({"type": "cancel"})
-        except ChannelBroken:
-            return
+        await self._begun.wait()
+        with suppress(ChannelBroken):
+            await self._say(link, {"type": "cancel"})
 
-    async def _begin(self, link: Link, task: Task) -> None:
+    async def _guide(self, link: Link, task: Task) -> None:
+        """Give the engine its task, which it hears of first, and then all that its operator wants of it, for ever."""
         try:
-            await link.send_descriptors(self._descriptors)
-            await link.send({"type": "task", "task": as_fields(task)})
-        except (ChannelBroken, OSError):
-            return  # the other task hears of its end
+            with suppress(ChannelBroken):  # the other task hears of its end
+                await self._give(link, self._descriptors)
+                await self._say(link, {"type": "task", "task": as_fields(task)})
+        finally:
+            self._begun.set()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._steer, link, task)
+            nursery.start_soon(self._end_on_cancel, link)
+
+    async def _say(self, link: Link, fields: Fields, payload: bytes = b"") -> None:
+        with self._in_time(link):
+            await link.send(fields, payload)
+
+    async def _give(self, link: Link, descriptors: list[int]) -> None:
+        with self._in_time(link):
+            await link.send_descriptors(descriptors)
+
+    @contextmanager
+    def _in_time(self, link: Link) -> Iterator[None]:
+        """Around whatever is sent. An engine that does not take it is at its end: raises ChannelBroken.
+
+        Half a message may have left, and others wait behind it: the link closes, and whoever uses it hears that.
+        """
+        try:
+            with trio.fail_after(self._stall_timeout_s):
+                yield
+        except trio.TooSlowError:
+            self._end = self._end or _failed(
+                f"the engine's process took nothing for {self._stall_timeout_s:g} s"
+            )
+            link.close()
+            raise ChannelBroken("the engine's process takes nothing") from None
 
     async def _steer(self, link: Link, task: Task) -> None:
         """Pass on what the operator changes, for ever."""
@@ -128,24 +160,24 @@ class EngineProcess:
                 continue
             passed_on = self._steering.parameters
             with suppress(ChannelBroken):
-                await link.send({"type": "parameters", "parameters": as_fields(passed_on)})
+                await self._say(link, {"type": "parameters", "parameters": as_fields(passed_on)})
 
     async def _end_on_cancel(self, link: Link) -> None:
         await self._steering.wait_cancelled()
         with suppress(ChannelBroken):
-            await link.send({"type": "end"})
+            await self._say(link, {"type": "end"})
 
     async def _serve(self, link: Link, task: Task) -> None:
         try:
             while self._end is None:
                 with trio.fail_after(self._patience_s):
                     fields, payload = await link.receive()
-                self._patience_s = task.stall_timeout_s
+                self._patience_s = self._stall_timeout_s
                 await self._take(link, fields, payload)
         except ChannelBroken:
             self._end = self._end or _failed("the engine's process ended without a word")
         except MalformedData as error:
-            self._end = _failed(f"the engine's process spoke nonsense: {error}")
+            self._end = _failed(_nonsense(error))
         except trio.TooSlowError:
             self._end = _failed(f"the engine's process said nothing for {self._patience_s:g} s")
 
@@ -160,7 +192,7 @@ class EngineProcess:
             case {"type": "listening", "port": int(port)}:
                 self._on_listening(port)
             case {"type": "stranger", "line": str(line)}:
-                self._on_stranger("".join(c if c.isprintable() else " " for c in line)[:500])
+                self._on_stranger(one_line(line))
             case {"type": "call", "id": int(number), "name": str(name)}:
                 await self._answer(link, number, name, payload)
             case {"type": "completed" | "aborted" | "cancelled" | "unusable"}:
@@ -182,16 +214,16 @@ class EngineProcess:
         }
         try:
             if name == "slots":
-                await link.send_descriptors(self._make_slots())
+                await self._give(link, self._make_slots())
                 answer = b""
             elif name in calls:
                 answer = await calls[name](payload)
             else:
                 raise MalformedData(f"a call that there is not: {name[:40]!r}")
         except (GuestError, UsageError) as error:
-            await link.send({"type": "refused", "id": number, "message": str(error)})
+            await self._say(link, {"type": "refused", "id": number, "message": str(error)})
         else:
-            await link.send({"type": "done", "id": number}, answer)
+            await self._say(link, {"type": "done", "id": number}, answer)
 
     async def _stop(self, _payload: bytes) -> bytes:
         await self._hypervisor.stop()
@@ -234,14 +266,21 @@ class EngineProcess:
     def _result(self) -> MigrationInfo:
         match self._end:
             case {"type": "completed", "info": info}:
-                return from_fields_untrusted(MigrationInfo, info)
+                try:
+                    return from_fields_untrusted(MigrationInfo, info)
+                except MalformedData as error:
+                    raise TransferAborted(Outcome.ENDED, "engine", _nonsense(error)) from None
             case {"type": "unusable", "message": str(message)}:
-                raise UsageError(message)
+                raise UsageError(one_line(message))
             case {"type": "aborted", "outcome": int(outcome), "reason": str(reason), "message": str(message)}:
                 known = outcome if outcome in (Outcome.REFUSED, Outcome.UNDECIDED) else Outcome.ENDED
-                raise TransferAborted(Outcome(known), reason, message)
+                raise TransferAborted(Outcome(known), one_line(reason), one_line(message))
         raise TransferAborted(Outcome.ENDED, "engine", "the engine's process said nothing that makes sense")
 
 
 def _failed(message: str) -> Fields:
     return {"type": "aborted", "outcome": int(Outcome.ENDED), "reason": "engine", "message": message}
+
+
+def _nonsense(error: MalformedData) -> str:
+    return f"the engine's process spoke nonsense: {error}"

@@ -11,12 +11,22 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from ..engine.failure import (
+    as_aborted,
+    first_failure,
+    hypervisor_call,
+    let_go_on,
+    one_line,
+    stuck_at_destination,
+    stuck_at_source,
+    undecided,
+)
 from ..engine.hypervisor import ThrottlingHypervisor
-from ..engine.progress import Status
+from ..engine.progress import Progress, Status
 from ..engine.steering import Steering
-from ..errors import LocalProtocolError, Outcome, TransferAborted
+from ..errors import GuestError, LocalProtocolError, Outcome, TransferAborted, UsageError
 from ..svsm.commands import destination_channel, destination_control, source_channel, source_control
-from ..wire.constants import MAX_CHANNELS
+from ..wire.constants import MAX_CHANNELS, PAGE_SIZE
 from ..wire.slot import CONTROL_SLOT, SessionStatus
 from .mailbox import Mailbox
 from .monitor import EngineProcess
@@ -24,6 +34,7 @@ from .monitor import EngineProcess
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..engine.hypervisor import Hypervisor
     from ..engine.progress import MigrationInfo
     from ..guests.guest import Guest
     from ..svsm.destination import DestinationSvsm
@@ -32,6 +43,12 @@ if TYPE_CHECKING:
 
 BUFFERS: Final = 2
 BUFFER_BYTES: Final = 1 << 21
+_NOT_COMPLETE: Final = TransferAborted(
+    Outcome.ENDED, "engine", "the engine says that the move is complete, and it is not"
+)
+_CANCELLED: Final = TransferAborted(
+    Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
+)
 
 
 async def send_isolated(
@@ -62,35 +79,24 @@ async def send_isolated(
             lambda _line: None,
             steering,
         )
-        aborted: TransferAborted | None = None
-        info: MigrationInfo | None = None
-        try:
-            info = await engine.run(task)
-        except TransferAborted as error:
-            aborted = error
-        finally:
-            with trio.CancelScope(shield=True):
-                give_up()
-                steering.waits(paused=False)
-                if svsm.state is SessionStatus.ABORTED:
-                    await guest.hypervisor.resume()
-                    # An engine that died did not lift it.
-                    if isinstance(guest.hypervisor, ThrottlingHypervisor):
-                        await guest.hypervisor.throttle(0)
+        info, error = await _run(engine, task)
+    # No slot is served any more: the state is the last one.
+    with trio.CancelScope(shield=True):
+        give_up()
+        steering.waits(paused=False)
+        stuck: GuestError | None = None
+        if svsm.state is SessionStatus.ABORTED:
+            # An engine that died undid nothing.
+            stuck = await let_go_on(guest.hypervisor, partial(_lift_throttle, guest.hypervisor))
     if svsm.state is SessionStatus.FINISHED:
-        return _completed(info or engine.latest)
-    why = str(aborted) if aborted is not None else "the engine says that the move is complete, and it is not"
+        return _completed(engine, info, task, on_progress)
     if svsm.state is SessionStatus.STARTED:
-        if aborted is not None and aborted.outcome is Outcome.UNDECIDED:
-            raise aborted
-        raise TransferAborted(
-            Outcome.UNDECIDED,
-            "undecided",
-            f"the start token left and no answer came: the guest stays parked here; ask the destination ({why})",
-        )
-    if aborted is not None and aborted.outcome is not Outcome.UNDECIDED:
-        raise aborted
-    raise TransferAborted(Outcome.ENDED, "engine", why)
+        if isinstance(error, TransferAborted) and error.outcome is Outcome.UNDECIDED:
+            raise error
+        raise undecided(_cause(error)) from error
+    if stuck is not None:
+        raise stuck_at_source(_cause(error), stuck) from error
+    raise _failure(error)
 
 
 async def receive_isolated(
@@ -128,28 +134,71 @@ async def receive_isolated(
             on_stranger,
             Steering(),
         )
-        aborted: TransferAborted | None = None
-        info: MigrationInfo | None = None
-        try:
-            info = await engine.run(task)
-        except TransferAborted as error:
-            aborted = error
-        finally:
-            with trio.CancelScope(shield=True):
-                give_up()
-                if svsm.state is SessionStatus.RUNNING:
-                    # The engine may have died between the SVSM's release and the hypervisor's.
+        info, error = await _run(engine, task)
+    # No slot is served any more: the state is the last one.
+    with trio.CancelScope(shield=True):
+        give_up()
+        if svsm.state is SessionStatus.RUNNING:
+            # The engine may have died between the SVSM's release and the hypervisor's.
+            try:
+                with hypervisor_call("continue the guest"):
                     await guest.hypervisor.resume()
+            except GuestError as stuck:
+                raise stuck_at_destination(stuck) from stuck
     if svsm.state is SessionStatus.RUNNING:
-        return _completed(info or engine.latest)
-    if aborted is not None:
-        raise aborted
-    raise TransferAborted(Outcome.ENDED, "engine", "the engine says that the move is complete, and it is not")
+        return _completed(engine, info, task, on_progress)
+    raise _failure(error)
 
 
-def _completed(info: MigrationInfo | None) -> MigrationInfo:
-    if info is None:
-        raise TransferAborted(
-            Outcome.UNDECIDED, "engine", "the move is complete, and the engine never reported"
-        )
-    return replace(info, status=Status.COMPLETED)
+async def _run(engine: EngineProcess, task: Task) -> tuple[MigrationInfo | None, BaseException | None]:
+    """The engine's final figures, or how it ended otherwise: any error, or a cancel. The SVSM's state comes before both."""
+    try:
+        return await engine.run(task), None
+    except BaseException as error:
+        return None, error
+
+
+async def _lift_throttle(hypervisor: Hypervisor) -> None:
+    if isinstance(hypervisor, ThrottlingHypervisor):
+        with hypervisor_call("throttle the guest"):
+            await hypervisor.throttle(0)
+
+
+def _completed(
+    engine: EngineProcess,
+    info: MigrationInfo | None,
+    task: Task,
+    on_progress: Callable[[MigrationInfo], None],
+) -> MigrationInfo:
+    """The SVSM says so; the figures are the engine's, as far as it gave any."""
+    now = trio.current_time()
+    figures = info or engine.latest or Progress(task.ram_pages * PAGE_SIZE, now).info(now)
+    final = replace(figures, status=Status.COMPLETED)
+    if final != engine.latest:
+        on_progress(final)
+    return final
+
+
+def _failure(error: BaseException | None) -> BaseException:
+    """What the caller should see of an ended session: how the engine ended, or a cancel. Raises a defect of ours."""
+    failure = first_failure(error) if error is not None else _NOT_COMPLETE
+    if error is not None and failure is None:
+        return error
+    if isinstance(failure, UsageError):
+        return failure
+    cause = _cause(error)
+    # The SVSM's state says more.
+    return (
+        TransferAborted(Outcome.ENDED, "engine", str(cause)) if cause.outcome is Outcome.UNDECIDED else cause
+    )
+
+
+def _cause(error: BaseException | None) -> TransferAborted:
+    """How the engine ended, in one line, whatever it was."""
+    if error is None:
+        return _NOT_COMPLETE
+    try:
+        failure = first_failure(error)
+    except BaseException as defect:
+        return TransferAborted(Outcome.ENDED, "internal", one_line(repr(defect)))
+    return _CANCELLED if failure is None else as_aborted(failure)
