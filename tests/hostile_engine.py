@@ -72,18 +72,6 @@ def say_cancelled_once_started() -> None:
     SourceEngine._await_answer = keeps  # type: ignore[method-assign]
 
 
-def die_once_started() -> None:
-    """Go without a word once the start token has left."""
-    await_answer = SourceEngine._await_answer
-
-    async def dies(self: SourceEngine, channel: SourceChannel, kind: BundleKind, timeout: float) -> None:
-        if kind is BundleKind.RUNNING:
-            os._exit(1)
-        await await_answer(self, channel, kind, timeout)
-
-    SourceEngine._await_answer = dies  # type: ignore[method-assign]
-
-
 def ask_for_slots_twice() -> None:
     """And take no notice of the refusal."""
     call = Engine.call
@@ -115,8 +103,6 @@ def main() -> None:
             say_at_last(words[0])
         case "started-cancelled":
             say_cancelled_once_started()
-        case "started-dies":
-            die_once_started()
         case "slots-twice":
             ask_for_slots_twice()
     trio.run(engine_process.main, link_fd)

@@ -25,7 +25,7 @@ class ProgressLine:
     def __init__(self, *, terminal_only: bool = False) -> None:
         self._terminal = sys.stderr.isatty()
         self._silent = terminal_only and not self._terminal
-        self._shown: tuple[Status, int, int] | None = None
+        self._shown: tuple[Status, int, float] | None = None
         self._width = 0
 
     def show(self, info: MigrationInfo) -> None:
@@ -37,7 +37,7 @@ class ProgressLine:
             click.echo(f"\r{line:<{self._width}}", err=True, nl=info.status in _FINAL)
             self._width = len(line)
             return
-        moment = (info.status, info.ram.dirty_sync_count, int(info.total_time / 1000))
+        moment = (info.status, info.ram.dirty_sync_count, info.total_time // 1000)
         if moment != self._shown:
             note(_progress_text(info))
         self._shown = moment

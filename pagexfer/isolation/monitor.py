@@ -10,11 +10,19 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ..engine.failure import one_line
+from ..engine.failure import hypervisor_call, one_line
 from ..engine.hypervisor import ThrottlingHypervisor
 from ..engine.progress import MigrationInfo, Status
 from ..engine.streams import STALL_TIMEOUT_S
-from ..errors import ChannelBroken, GuestError, MalformedData, Outcome, TransferAborted, UsageError
+from ..errors import (
+    ChannelBroken,
+    GuestError,
+    LocalProtocolError,
+    MalformedData,
+    Outcome,
+    TransferAborted,
+    UsageError,
+)
 from ..wire.monitor import Fields, as_fields, from_fields_untrusted
 from .link import Link
 
@@ -55,6 +63,7 @@ class EngineProcess:
         self._begun = trio.Event()
         self._end: Fields | None = None
         self._has_said_its_end = False
+        self._listens = False
         self.latest: MigrationInfo | None = None
 
     async def run(self, task: Task) -> MigrationInfo:
@@ -189,7 +198,8 @@ class EngineProcess:
                 self.latest = from_fields_untrusted(MigrationInfo, info)
                 self._steering.waits(paused=self.latest.status is Status.PRE_SWITCHOVER)
                 self._on_progress(self.latest)
-            case {"type": "listening", "port": int(port)}:
+            case {"type": "listening", "port": int(port)} if 0 < port < 1 << 16 and not self._listens:
+                self._listens = True
                 self._on_listening(port)
             case {"type": "stranger", "line": str(line)}:
                 self._on_stranger(one_line(line))
@@ -199,7 +209,7 @@ class EngineProcess:
                 self._end = fields
                 self._has_said_its_end = True
             case _:
-                raise MalformedData("a message of no known type")
+                raise MalformedData("a message of no known form")
 
     async def _answer(self, link: Link, number: int, name: str, payload: bytes) -> None:
         calls: dict[str, Callable[[bytes], Awaitable[bytes]]] = {
@@ -217,10 +227,11 @@ class EngineProcess:
                 await self._give(link, self._make_slots())
                 answer = b""
             elif name in calls:
-                answer = await calls[name](payload)
+                with hypervisor_call(name.replace("_", " ")):
+                    answer = await calls[name](payload)
             else:
                 raise MalformedData(f"a call that there is not: {name[:40]!r}")
-        except (GuestError, UsageError) as error:
+        except (GuestError, LocalProtocolError, UsageError) as error:
             await self._say(link, {"type": "refused", "id": number, "message": str(error)})
         else:
             await self._say(link, {"type": "done", "id": number}, answer)
@@ -234,7 +245,7 @@ class EngineProcess:
         return b""
 
     async def _throttle(self, payload: bytes) -> bytes:
-        if not isinstance(self._hypervisor, ThrottlingHypervisor) or len(payload) != 1:
+        if not isinstance(self._hypervisor, ThrottlingHypervisor) or len(payload) != 1 or payload[0] > 99:
             raise MalformedData("a throttle was asked for that there is not")
         await self._hypervisor.throttle(payload[0])
         return b""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import math
 import struct
 import types
 import typing
@@ -24,6 +25,7 @@ Fields = dict[str, object]
 _HEAD: Final = struct.Struct("<II")
 HEAD_BYTES: Final = _HEAD.size
 MAX_JSON_BYTES: Final = 1 << 20
+MAX_NUMBER: Final = 1 << 63  # no count is as large, and every float and format takes what is less
 MAX_PAYLOAD_BYTES: Final = MAX_DEVICE_STATE_BYTES  # the largest that is asked for
 
 
@@ -94,10 +96,14 @@ def _build(kind: object, value: object) -> object:
             return kind(value)
         except ValueError:
             raise MalformedData(f"monitor message with an unknown {kind.__name__}") from None
+    if type(value) is int and abs(value) >= MAX_NUMBER:
+        raise MalformedData("monitor message with a number over its cap")
     if kind is float and type(value) is int:
         return float(value)
     if not isinstance(kind, type) or type(value) is not kind:
         raise MalformedData(f"monitor message with a value of type {type(value).__name__}")
+    if isinstance(value, float) and math.isnan(value):
+        raise MalformedData("monitor message with a number that is none")
     return value
 
 
