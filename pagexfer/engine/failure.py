@@ -39,7 +39,7 @@ SECOND_HAND: Final = ("connection", "destination-failed")
 _REFUSALS: Final = {
     RefusalCode.COMMAND: ("internal", "the SVSM does not know a command of this engine"),
     RefusalCode.STATE: ("internal", "a command came in the wrong state"),
-    RefusalCode.NOT_READY: ("not-ready", "a token was asked for while pages or vCPUs were pending"),
+    RefusalCode.NOT_READY: ("not-ready", "a token was asked for while pages were pending, or a vCPU ran"),
     RefusalCode.INTEGRITY: ("integrity", "received data was forged, damaged, replayed or incomplete"),
     RefusalCode.AUTHENTICATION: (
         "authentication",

@@ -11,7 +11,7 @@ import os
 import resource
 import socket
 import sys
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
 
@@ -48,6 +48,8 @@ class Engine:
         self._news, self._reports = trio.open_memory_channel[Fields](1 << 12)
         self._told = trio.Event()
         self._steering = Steering()
+        self.disturbed = trio.Event()  # what others did to the machine is in `disturbance`
+        self.disturbance = ""
         self.work = trio.CancelScope()
 
     # Calls of the monitor
@@ -206,6 +208,9 @@ class Engine:
                     self.work.cancel()
                 elif fields.get("type") == "end":
                     self._steering.cancel()
+                elif fields.get("type") == "disturbed":
+                    self.disturbance = str(fields.get("message"))
+                    self.disturbed.set()
                 elif fields.get("type") == "parameters":
                     parameters = from_fields_untrusted(MigrationParameters, fields.get("parameters"))
                     self._steering.parameters = parameters
@@ -247,6 +252,11 @@ class RemoteHypervisor:
 
     async def load_device_state(self, state: bytes) -> None:
         await self._engine.call("load_device_state", state)
+
+    async def watch(self) -> NoReturn:
+        """`engine.hypervisor.WatchedHypervisor`; one that cannot watch has nothing to say, ever."""
+        await self._engine.disturbed.wait()
+        raise GuestError(self._engine.disturbance)
 
 
 class RemoteThrottlingHypervisor(RemoteHypervisor):

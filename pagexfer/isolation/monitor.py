@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from ..engine.failure import hypervisor_call, one_line
-from ..engine.hypervisor import ThrottlingHypervisor
+from ..engine.hypervisor import ThrottlingHypervisor, WatchedHypervisor
 from ..engine.progress import MigrationInfo, Status
 from ..engine.streams import STALL_TIMEOUT_S
 from ..errors import (
@@ -135,6 +135,8 @@ class EngineProcess:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._steer, link, task)
             nursery.start_soon(self._end_on_cancel, link)
+            if isinstance(self._hypervisor, WatchedHypervisor):
+                nursery.start_soon(self._watch, self._hypervisor, link)
 
     async def _say(self, link: Link, fields: Fields, payload: bytes = b"") -> None:
         with self._in_time(link):
@@ -175,6 +177,14 @@ class EngineProcess:
         await self._steering.wait_cancelled()
         with suppress(ChannelBroken):
             await self._say(link, {"type": "end"})
+
+    async def _watch(self, hypervisor: WatchedHypervisor, link: Link) -> None:
+        """Tell the engine what others do to the machine."""
+        try:
+            await hypervisor.watch()
+        except GuestError as error:
+            with suppress(ChannelBroken):
+                await self._say(link, {"type": "disturbed", "message": str(error)})
 
     async def _serve(self, link: Link, task: Task) -> None:
         try:
