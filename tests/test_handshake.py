@@ -16,7 +16,7 @@ from pagexfer.errors import (
     PagexferError,
     UsageError,
 )
-from pagexfer.svsm.destination import MAX_ATTEMPTS
+from pagexfer.svsm.handshake import MAX_ATTEMPTS
 from pagexfer.wire.bundle import Direction
 from pagexfer.wire.constants import MAX_CHANNELS
 from pagexfer.wire.handshake import (

@@ -56,7 +56,7 @@ from ..wire.token import (
 from .compression import Decompressor
 from .content import ContentTable, vcpu_digest
 from .device_state import Carried
-from .handshake import DestinationAttempt, Established
+from .handshake import Attempts, DestinationAttempt, Established
 from .journal import SessionJournal
 from .ledger import append, check_next, next_body
 from .staging import StagingPool
@@ -72,9 +72,6 @@ if TYPE_CHECKING:
     from .journal import Journal
     from .memory import GuestMemory
     from .sealing import Opener
-
-# Open handshakes of peers that proved nothing yet; more than this many strangers at once push out the oldest.
-MAX_ATTEMPTS: Final = 16
 
 _VCPU: Final = struct.Struct("<I")
 _STATE_FOR: Final = {
@@ -120,7 +117,7 @@ class DestinationSvsm:
         self._decompressor = Decompressor()
         self._journal = SessionJournal(Role.DESTINATION, journal)
         self._machine = StateMachine(DESTINATION, self._journal.before_entering)
-        self._attempts: dict[int, DestinationAttempt] = {}
+        self._attempts = Attempts()
         self._session: Established | None = None
         self._streams: DestinationStreams | None = None
         self._epoch = FIRST_EPOCH
@@ -171,10 +168,7 @@ class DestinationSvsm:
         self._machine.require(Event.ESTABLISH)
         pages, vcpus, accept = self._memory.pages, self._gate.vcpus, self._accept_compression
         opened = DestinationAttempt(self._attestor, hello, pages, vcpus, accept_compression=accept)
-        self._drop_attempt(attempt)
-        if len(self._attempts) >= MAX_ATTEMPTS:
-            self._drop_attempt(next(iter(self._attempts)))
-        self._attempts[attempt] = opened
+        self._attempts.keep(attempt, opened)
         return opened.reply()
 
     def establish(self, attempt: int, proof: bytes) -> bytes:
@@ -184,9 +178,7 @@ class DestinationSvsm:
         CompressionRefused, JournalError, and PageStateError where another session has the guest, end this side.
         """
         self._machine.require(Event.ESTABLISH)
-        opened = self._attempts.pop(attempt, None)
-        if opened is None:
-            raise LocalProtocolError("no such handshake is open")
+        opened = self._attempts.take(attempt)
         try:
             self._session, established = opened.finish(proof)
             # Nobody may move a guest on, or let it go, while it is being received, nor after that failed (G5).
@@ -196,7 +188,7 @@ class DestinationSvsm:
             if isinstance(error, LocalProtocolError):
                 raise PageStateError(str(error)) from error
             raise
-        self._drop_attempts()
+        self._attempts.drop_all()
         keys = self._session.keys
         self._streams = DestinationStreams(keys, self._session.channels)
         self._journal.begin(keys.session, self._session.hello.guest_id)
@@ -482,17 +474,8 @@ class DestinationSvsm:
                 "no connection is replaced before there are keys, nor after the last epoch"
             )
 
-    def _drop_attempt(self, attempt: int) -> None:
-        opened = self._attempts.pop(attempt, None)
-        if opened is not None:
-            opened.wipe()
-
-    def _drop_attempts(self) -> None:
-        for attempt in list(self._attempts):
-            self._drop_attempt(attempt)
-
     def _wipe(self, *, keep_answer: bool = False) -> None:
-        self._drop_attempts()
+        self._attempts.drop_all()
         if self._streams is not None:
             self._streams.wipe(keep_answers=keep_answer)
         if self._session is not None:

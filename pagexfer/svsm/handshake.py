@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from ..errors import (
     AttestationError,
     CompressionRefused,
     GeometryError,
     KeyPoisoned,
+    LocalProtocolError,
     MalformedData,
     RemoteProtocolError,
 )
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
     from ..attestation import Attestor, Claims
     from ..attestation.secret import Secret
     from ..wire.handshake import Freshness
+
+# As many strangers may have begun a handshake at once.
+MAX_ATTEMPTS: Final = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +234,34 @@ class DestinationAttempt:
         proofs = Proofs(self._source.pack(), self._own.pack(), evidence, self._evidence)
         session = Established(keys, claims, self._own, self._source, proofs, self._ledger_key)
         return session, pack_established(keys.session, keys.confirmation(Role.DESTINATION, proved))
+
+
+class Attempts(dict[int, DestinationAttempt]):
+    """Open handshakes of peers that proved nothing yet, by number. One more than MAX_ATTEMPTS pushes out the oldest."""
+
+    def keep(self, number: int, attempt: DestinationAttempt) -> None:
+        """Another one is open, in place of the one with its number."""
+        self._drop(number)
+        if len(self) >= MAX_ATTEMPTS:
+            self._drop(next(iter(self)))
+        self[number] = attempt
+
+    def take(self, number: int) -> DestinationAttempt:
+        """The one with this number, which is not open any more. Raises LocalProtocolError where there is none."""
+        attempt = self.pop(number, None)
+        if attempt is None:
+            raise LocalProtocolError("no such handshake is open")
+        return attempt
+
+    def drop_all(self) -> None:
+        """Forget all of them."""
+        for number in list(self):
+            self._drop(number)
+
+    def _drop(self, number: int) -> None:
+        attempt = self.pop(number, None)
+        if attempt is not None:
+            attempt.wipe()
 
 
 def _terms(hello: Hello) -> tuple[bytes, int, Freshness, int, bool]:
