@@ -95,7 +95,8 @@ async def check_unchanged(qmp: QmpClient, backends: tuple[Backend, ...]) -> None
 def close_backends(backends: tuple[Backend, ...] | list[Backend]) -> None:
     """Close the files, for the next migration to have; mappings stay, and so does what `writer` gave."""
     for backend in backends:
-        fcntl.flock(backend.fd, fcntl.LOCK_UN)
+        with suppress(OSError):
+            fcntl.flock(backend.fd, fcntl.LOCK_UN)
         os.close(backend.fd)
 
 
@@ -218,6 +219,8 @@ def _check_file(fd: int, name: str, size: int) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise GuestError(f"memory backend {name} is another migration's: this guest moves already") from None
+    except OSError:
+        return  # a file system without locks
 
 
 async def _property(qmp: QmpClient, name: str, key: str) -> object:
