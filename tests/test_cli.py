@@ -49,10 +49,10 @@ def key_file(path: Path, key: str) -> str:
 class Destination:
     """A `pagexfer receive` process that listens."""
 
-    def __init__(self, *arguments: str, warned: bool = False) -> None:
+    def __init__(self, *arguments: str, warned: bool = False, output: int = subprocess.PIPE) -> None:
         self.process = subprocess.Popen(
             [*COMMAND, "receive", "--listen", "127.0.0.1:0", "--json", *arguments],
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.PIPE,
             text=True,
         )

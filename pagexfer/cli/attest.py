@@ -19,7 +19,7 @@ from ..attestation.snp.describe import describe_claims, describe_report
 from ..attestation.snp.report import REPORT_DATA_BYTES
 from ..errors import AttestationError, MalformedData, Outcome, UsageError
 from .files import read_file
-from .output import note, print_json, print_table
+from .output import note, print_answer, print_json
 
 if TYPE_CHECKING:
     from ..attestation.snp import SnpClaims
@@ -120,7 +120,7 @@ def verify(
             check_report_data(claims, report_data)
     except (AttestationError, MalformedData) as error:
         return _refused(error, as_json=as_json)
-    _print({"verified": True, **describe_claims(claims)}, as_json=as_json)
+    print_answer({"verified": True, **describe_claims(claims)}, as_json=as_json)
     if policy_file is None:
         note("signature and certificates hold; the measurement was compared with nothing: give --policy")
     return Outcome.COMPLETED
@@ -136,7 +136,7 @@ def show(report: Path, as_json: bool) -> int:
         fields = describe_report(parse_report_untrusted(data))
     except MalformedData as error:
         return _refused(error, as_json=as_json)
-    _print(fields, as_json=as_json)
+    print_answer(fields, as_json=as_json)
     return Outcome.COMPLETED
 
 
@@ -180,10 +180,3 @@ def _refused(error: AttestationError | MalformedData, *, as_json: bool) -> int:
         print_json({"verified": False, "error": {"reason": reason, "message": str(error)}})
     note(str(error))
     return Outcome.REFUSED
-
-
-def _print(fields: dict[str, object], *, as_json: bool) -> None:
-    if as_json:
-        print_json(fields)
-    else:
-        print_table(fields)

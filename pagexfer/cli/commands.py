@@ -25,7 +25,7 @@ from .attest import attest as attest_commands
 from .attestor import attest_option, attestor_options, make_attestor
 from .demo import run_demo
 from .ledger import check_writable, ledger_commands, ledger_option, read_ledger
-from .output import note
+from .output import note, output_failed, say
 from .qemu import qemu_monitor, refuse_qemu, with_qemu
 from .recover import recover
 from .sides import receive_side, send_side
@@ -47,13 +47,19 @@ def main() -> int:
         note("interrupted")
         return Outcome.ENDED
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        say(error.format_message())
         return Outcome.USAGE
     except click.ClickException as error:
         note(error.format_message())
         return Outcome.USAGE
     except (UsageError, GuestError) as error:
         note(str(error))
+        return Outcome.USAGE
+    except (OSError, SystemExit) as error:
+        # Help and version, which click prints itself. It ends the process where they meet a pipe that nobody reads.
+        if isinstance(error, OSError) and not output_failed():
+            raise
+        note("cannot write to standard output")
         return Outcome.USAGE
     return code if isinstance(code, int) else Outcome.COMPLETED
 

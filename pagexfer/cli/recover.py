@@ -14,7 +14,7 @@ from ..errors import JournalError, Outcome, UsageError
 from ..svsm.journal import abandon as abandon_journal
 from ..svsm.journal import read_journal
 from ..svsm.recovery import MayRun, judge, judge_both
-from .output import note, print_json, print_table
+from .output import note, print_answer
 
 if TYPE_CHECKING:
     from ..wire.journal import JournalRecord
@@ -44,10 +44,7 @@ def recover(journals: tuple[Path, ...], *, abandon: bool, as_json: bool) -> int:
             raise UsageError(str(error)) from None
     found = [read_journal(path) for path in journals]
     report, decided = _report_one(*found[0]) if len(found) == 1 else _report_both(found)
-    if as_json:
-        print_json({**report, "decided": decided})
-    else:
-        print_table(report)
+    print_answer({**report, "decided": decided} if as_json else report, as_json=as_json)
     if not decided:
         note(f"undecided: {report['what-to-do']}")
     return Outcome.COMPLETED if decided else Outcome.UNDECIDED

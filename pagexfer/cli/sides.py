@@ -14,7 +14,7 @@ from ..guests.qemu import QemuGuest
 from ..migration import receive_guest, send_guest
 from .attestor import describe_peer
 from .ledger import write_ledger
-from .output import ProgressLine, note, print_json, print_table
+from .output import ProgressLine, note, print_report
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -169,18 +169,11 @@ async def _run(
     guest_report: dict[str, object] = proof.as_dict() if proof is not None else {"kind": guest.kind}
     if isinstance(guest, QemuGuest):
         guest_report["run-state"] = guest.run_state
-    _print_report({**figures, **report, "guest": guest_report}, as_json=as_json)
+    print_report({**figures, **report, "guest": guest_report}, as_json=as_json)
+    why = report.get("error")
+    if isinstance(why, dict):
+        note(str(why["message"]))
     return outcome
-
-
-def _print_report(report: dict[str, object], *, as_json: bool) -> None:
-    if as_json:
-        print_json(report)
-    else:
-        print_table(report)
-    error = report.get("error")
-    if isinstance(error, dict):
-        note(str(error["message"]))
 
 
 def _keep(moves: bytes, path: Path) -> None:

@@ -19,7 +19,7 @@ import click
 import trio
 
 from ..errors import Outcome, UsageError
-from .output import print_json
+from .output import print_answer, print_report
 from .values import Seconds, Size
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def control(path: Path, words: tuple[str, ...]) -> int:
     answer = _ask(path, request)
     if "error" in answer:
         raise UsageError(str(answer["error"]))
-    print_json(answer)
+    # What is done stays done; a status is all that there is to `status`.
+    (print_answer if words[0] == "status" else print_report)(answer, as_json=True)
     return Outcome.COMPLETED
 
 
