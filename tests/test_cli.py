@@ -318,6 +318,9 @@ def test_a_signal_cancels(destination: Destination, number: int) -> None:
         (["demo", "--vcpus", "99"], "--vcpus"),
         (["demo", "--downtime-limit", "soon"], "300ms"),
         (["demo", "--downtime-limit", "0"], "above zero"),
+        (["demo", "--downtime-limit", "500"], "300ms"),
+        (["demo", "--downtime-limit", "3600s"], "below 2000 s"),
+        (["demo", "--timeout", "9999999999s"], "at most 1000000000s"),
         (["demo", "--guest", "xen"], "--guest"),
         (["send", "--to", "nowhere", "--psk-file", "x"], "HOST:PORT"),
         (["send", "--to", "127.0.0.1:4455"], "--psk-file"),
@@ -415,7 +418,9 @@ def test_sizes(text: str, size: int) -> None:
     assert Size().convert(text, None, None) == size
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("300ms", 0.3), ("2s", 2.0), ("1.5", 1.5)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("300ms", 0.3), ("2s", 2.0), ("1.5 S", 1.5), ("3600s", 3600.0)]
+)
 def test_times(text: str, seconds: float) -> None:
     assert Seconds().convert(text, None, None) == seconds
 
@@ -436,7 +441,8 @@ def test_addresses(text: str, address: tuple[str, int]) -> None:
         (Size(), "9999999TiB"),
         (Seconds(), "-1s"),
         (Seconds(), "0"),
-        (Seconds(), "9999999"),
+        (Seconds(), "500"),
+        (Seconds(), "9999999999s"),
         (Address(), ":80"),
         (Address(), "host:"),
         (Address(), "host:-1"),
