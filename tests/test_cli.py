@@ -313,6 +313,11 @@ def test_a_signal_cancels(destination: Destination, number: int) -> None:
         (["demo", "--ram", "100"], "RAM"),
         (["demo", "--ram", "0", "--guest", "simulated"], "RAM"),
         (["demo", "--channels", "0"], "--channels"),
+        (["demo", "--write-rate", "50"], "128KiB or more for 2 vCPUs"),
+        (
+            ["send", "--to", "127.0.0.1:1", "--write-rate", "200KiB", "--vcpus", "4"],
+            "256KiB or more for 4 vCPUs",
+        ),
         (["demo", "--freshness", "host-reported"], "--freshness"),
         (["demo", "--channels", "100000"], "--channels"),
         (["demo", "--vcpus", "99"], "--vcpus"),
