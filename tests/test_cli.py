@@ -49,9 +49,24 @@ def key_file(path: Path, key: str) -> str:
 class Destination:
     """A `pagexfer receive` process that listens."""
 
-    def __init__(self, *arguments: str, warned: bool = False, output: int = subprocess.PIPE) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        warned: bool = False,
+        output: int = subprocess.PIPE,
+        ignoring: tuple[signal.Signals, ...] = (),
+    ) -> None:
+        traps = [f"trap '' {number.name.removeprefix('SIG')}; " for number in ignoring]
         self.process = subprocess.Popen(
-            [*COMMAND, "receive", "--listen", "127.0.0.1:0", "--json", *arguments],
+            [
+                *("sh", "-c", "".join(traps) + 'exec "$@"', "sh"),
+                *COMMAND,
+                "receive",
+                "--listen",
+                "127.0.0.1:0",
+                "--json",
+                *arguments,
+            ],
             stdout=output,
             stderr=subprocess.PIPE,
             text=True,
@@ -294,13 +309,20 @@ def test_strangers_at_the_port(psk: str, destination: Destination) -> None:
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_cancels(destination: Destination, number: int) -> None:
     destination.process.send_signal(number)
     code, report, errors = destination.end()
     assert code == 1
     assert report["status"] == "cancelled"
     assert "cancelled" in one_line(errors)
+
+
+def test_a_hangup_that_is_ignored_cancels_nothing(psk: str) -> None:
+    side = Destination("--psk-file", psk, "--run-for", "100ms", *GUEST, ignoring=(signal.SIGHUP,))
+    side.process.send_signal(signal.SIGHUP)
+    sent = run("send", "--to", side.address, "--psk-file", psk, *GUEST)
+    assert (sent.returncode, side.end()[0]) == (0, 0)
 
 
 # Bad usage: code 2, one line, nothing on standard output

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
+import termios
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from pagexfer.cli.output import ProgressLine
+from pagexfer.engine.progress import MigrationInfo, RamInfo, Status, ThrottleInfo
 
 from .test_cli import COMMAND, GUEST, TIMEOUT_S, Destination, key_file, run
 from .wire_vectors import data_of, load
@@ -115,6 +120,30 @@ def test_an_answer_that_cannot_be_written_is_none(tmp_path: Path, kind: str) -> 
 
 
 # Standard error
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200, 0])
+def test_the_progress_line_fits_the_terminal(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, terminal = os.openpty()
+    termios.tcsetwinsize(terminal, (24, columns))
+    with os.fdopen(terminal, "w") as errors:
+        monkeypatch.setattr(sys, "stderr", errors)
+        line = ProgressLine()
+        for remaining in (200 << 30, 0):
+            ram = RamInfo(
+                400 << 30, transferred=200 << 30, remaining=remaining, dirty_sync_count=12, mbps=123456
+            )
+            throttle = ThrottleInfo(99, 50.0)
+            line.show(MigrationInfo(Status.ACTIVE, 1, 1, 1, 1234, 50, ram, (), throttle=throttle))
+        shown = os.read(ours, 4096).decode()
+    os.close(ours)
+    _, *lines = shown.split("\r")
+    assert len(lines) == 2
+    assert all(line.startswith("active") and line.endswith("\x1b[K") for line in lines)
+    assert "\n" not in shown
+    longest = max(len(line.removesuffix("\x1b[K")) for line in lines)
+    assert longest == 79 if not columns else longest < columns
+    assert (columns == 200) is ("throttle 99 %" in shown)
 
 
 @pytest.mark.parametrize("kind", UNWRITABLE)

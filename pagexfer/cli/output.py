@@ -41,16 +41,15 @@ class ProgressLine:
         self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._silent = terminal_only and not self._terminal
         self._shown: tuple[Status, int, int] | None = None
-        self._width = 0
 
     def show(self, info: MigrationInfo) -> None:
         """Show a snapshot."""
         if self._silent or info.status is Status.SETUP:
             return
         if self._terminal:
-            line = _progress_text(info)
-            say(f"\r{line:<{self._width}}", nl=info.status in _FINAL)
-            self._width = len(line)
+            # A line that wraps cannot be rewritten; some terminals wrap once the last column is full.
+            line = _progress_text(info)[: _columns() - 1]
+            say(f"\r{line}{_CLEAR_REST}", nl=info.status in _FINAL)
             return
         moment = (info.status, info.ram.dirty_sync_count, int(info.total_time / 1000))
         if moment != self._shown:
@@ -95,10 +94,19 @@ def output_failed() -> bool:
     return False
 
 
+_CLEAR_REST = "\x1b[K"  # ECMA-48 EL: from here to the end of the line
 _FINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 _MILLISECONDS = ("total-time", "downtime", "setup-time", "expected-downtime", "downtime-limit")
 _PERCENT = ("cpu-throttle-percentage", "guest-slowdown-percentage")
 _BYTES = ("total", "transferred", "remaining", "normal-bytes")
+
+
+def _columns() -> int:
+    """The width of the terminal that standard error is; one that does not know its own has 80, as ever."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def _progress_text(info: MigrationInfo) -> str:
