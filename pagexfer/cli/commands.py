@@ -24,7 +24,7 @@ from ..wire.handshake import AttestorKind, Role
 from .attest import attest as attest_commands
 from .attestor import attest_option, attestor_options, make_attestor
 from .demo import run_demo
-from .ledger import check_writable, ledger_commands, ledger_option, read_ledger
+from .ledger import check_place, ledger_commands, ledger_option, read_ledger
 from .output import note, output_failed, say
 from .qemu import qemu_monitor, refuse_qemu, with_qemu
 from .recover import recover
@@ -302,7 +302,7 @@ def receive(
     is not as it should be.
     """
     attestor = make_attestor(Role.DESTINATION, attest, files)
-    check_writable(ledger)
+    check_place(ledger)
     monitor = qemu_monitor(kind, qmp)
     work = partial(
         receive_side,

@@ -13,7 +13,7 @@ from ..guests.checked import prove, start
 from ..guests.qemu import QemuGuest
 from ..migration import receive_guest, send_guest
 from .attestor import describe_peer
-from .ledger import write_ledger
+from .ledger import keep_ledger
 from .output import ProgressLine, note, print_report
 
 if TYPE_CHECKING:
@@ -178,7 +178,9 @@ async def _run(
 
 def _keep(moves: bytes, path: Path) -> None:
     try:
-        write_ledger(path, moves)
+        place = keep_ledger(path, moves)
+        if place != path:
+            note(f"{path} has other moves and stays as it is: the ledger of this guest is {place}")
     except OSError as error:
         # The guest runs here, whatever becomes of the file: that is what the exit code says.
         note(f"the guest runs here, but its ledger is lost: cannot write {path}: {error.strerror}")
