@@ -343,6 +343,7 @@ def test_a_hangup_that_is_ignored_cancels_nothing(psk: str) -> None:
         (["demo", "--freshness", "host-reported"], "--freshness"),
         (["demo", "--channels", "100000"], "--channels"),
         (["demo", "--vcpus", "99"], "--vcpus"),
+        (["demo", "--guest", "simulated", "--ram", "1000TiB"], "cannot provide RAM of 1048576000 MiB"),
         (["demo", "--downtime-limit", "soon"], "300ms"),
         (["demo", "--downtime-limit", "0"], "above zero"),
         (["demo", "--downtime-limit", "500"], "300ms"),
