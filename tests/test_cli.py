@@ -49,10 +49,25 @@ def key_file(path: Path, key: str) -> str:
 class Destination:
     """A `pagexfer receive` process that listens."""
 
-    def __init__(self, *arguments: str, warned: bool = False) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        warned: bool = False,
+        output: int = subprocess.PIPE,
+        ignoring: tuple[signal.Signals, ...] = (),
+    ) -> None:
+        traps = [f"trap '' {number.name.removeprefix('SIG')}; " for number in ignoring]
         self.process = subprocess.Popen(
-            [*COMMAND, "receive", "--listen", "127.0.0.1:0", "--json", *arguments],
-            stdout=subprocess.PIPE,
+            [
+                *("sh", "-c", "".join(traps) + 'exec "$@"', "sh"),
+                *COMMAND,
+                "receive",
+                "--listen",
+                "127.0.0.1:0",
+                "--json",
+                *arguments,
+            ],
+            stdout=output,
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -294,13 +309,20 @@ def test_strangers_at_the_port(psk: str, destination: Destination) -> None:
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_cancels(destination: Destination, number: int) -> None:
     destination.process.send_signal(number)
     code, report, errors = destination.end()
     assert code == 1
     assert report["status"] == "cancelled"
     assert "cancelled" in one_line(errors)
+
+
+def test_a_hangup_that_is_ignored_cancels_nothing(psk: str) -> None:
+    side = Destination("--psk-file", psk, "--run-for", "100ms", *GUEST, ignoring=(signal.SIGHUP,))
+    side.process.send_signal(signal.SIGHUP)
+    sent = run("send", "--to", side.address, "--psk-file", psk, *GUEST)
+    assert (sent.returncode, side.end()[0]) == (0, 0)
 
 
 # Bad usage: code 2, one line, nothing on standard output
@@ -313,11 +335,20 @@ def test_a_signal_cancels(destination: Destination, number: int) -> None:
         (["demo", "--ram", "100"], "RAM"),
         (["demo", "--ram", "0", "--guest", "simulated"], "RAM"),
         (["demo", "--channels", "0"], "--channels"),
+        (["demo", "--write-rate", "50"], "128KiB or more for 2 vCPUs"),
+        (
+            ["send", "--to", "127.0.0.1:1", "--write-rate", "200KiB", "--vcpus", "4"],
+            "256KiB or more for 4 vCPUs",
+        ),
         (["demo", "--freshness", "host-reported"], "--freshness"),
         (["demo", "--channels", "100000"], "--channels"),
         (["demo", "--vcpus", "99"], "--vcpus"),
+        (["demo", "--guest", "simulated", "--ram", "1000TiB"], "cannot provide RAM of 1048576000 MiB"),
         (["demo", "--downtime-limit", "soon"], "300ms"),
         (["demo", "--downtime-limit", "0"], "above zero"),
+        (["demo", "--downtime-limit", "500"], "300ms"),
+        (["demo", "--downtime-limit", "3600s"], "below 2000 s"),
+        (["demo", "--timeout", "9999999999s"], "at most 1000000000s"),
         (["demo", "--guest", "xen"], "--guest"),
         (["send", "--to", "nowhere", "--psk-file", "x"], "HOST:PORT"),
         (["send", "--to", "127.0.0.1:4455"], "--psk-file"),
@@ -415,7 +446,9 @@ def test_sizes(text: str, size: int) -> None:
     assert Size().convert(text, None, None) == size
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("300ms", 0.3), ("2s", 2.0), ("1.5", 1.5)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("300ms", 0.3), ("2s", 2.0), ("1.5 S", 1.5), ("3600s", 3600.0)]
+)
 def test_times(text: str, seconds: float) -> None:
     assert Seconds().convert(text, None, None) == seconds
 
@@ -436,7 +469,8 @@ def test_addresses(text: str, address: tuple[str, int]) -> None:
         (Size(), "9999999TiB"),
         (Seconds(), "-1s"),
         (Seconds(), "0"),
-        (Seconds(), "9999999"),
+        (Seconds(), "500"),
+        (Seconds(), "9999999999s"),
         (Address(), ":80"),
         (Address(), "host:"),
         (Address(), "host:-1"),

@@ -192,10 +192,32 @@ def test_files_that_are_not_what_they_should_be(command: Command, tmp_path: Path
     noise.write_bytes(b"noise")
     for option in ("--leaf", "--chain", "--crl"):
         result = command.verify("milan-v2-a", "vcek", "milan", option, str(noise), "--json")
-        assert (result.code, result.report["error"]["reason"]) == (3, "malformed")
-        assert len(result.err.splitlines()) == 1
+        assert (result.code, result.out) == (2, "")
+        what = "CRL" if option == "--crl" else "certificate"
+        assert result.err == f"pagexfer: {noise} is not a {what}, DER or PEM\n"
     noise.write_bytes(bytes((1 << 16) + 1))
     assert command.verify("milan-v2-a", "vcek", "milan", "--leaf", str(noise)).code == 2
+
+
+@pytest.mark.parametrize("wrong", ["report", "leaf", "chain", "crl"])
+def test_a_file_of_the_wrong_kind_is_named(command: Command, tmp_path: Path, wrong: str) -> None:
+    ca = authority(Product.GENOA)
+    leaf = ca.leaf()
+    files = {
+        "report": ca.report(leaf),
+        "leaf": leaf.certificate,
+        "chain": ca.chain(SigningKey.VCEK),
+        wrong: b"no",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    report, *others = files
+    options = [word for name in others for word in (f"--{name}", str(tmp_path / name))]
+    result = command("verify", str(tmp_path / report), *options, "--json")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith(f"pagexfer: {tmp_path / wrong} is not a ")
+    assert "ParseError" not in result.err
+    assert len(result.err.splitlines()) == 1
 
 
 def test_reports_under_another_root_are_refused(command: Command, tmp_path: Path) -> None:
@@ -253,8 +275,20 @@ def test_show_of_a_report_with_its_prefix_and_of_none(command: Command, tmp_path
     assert command("show", str(path), "--json").report["product"] == "Turin"
     path.write_bytes(raw[:-1])
     result = command("show", str(path))
-    assert (result.code, result.out) == (3, "")
-    assert "1183 bytes" in result.err
+    assert (result.code, result.out) == (2, "")
+    assert f"{path} is not a report: report of 1183 bytes" in result.err
+
+
+def test_a_test_ca_is_made_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "ca"
+    # No file may have content: what is written fails after the file was made.
+    limited = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", sys.executable, "-m", "pagexfer"]
+    done = subprocess.run(
+        [*limited, "attest", "make-test-ca", str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"pagexfer: cannot make the test CA in {path}: File too large\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_is_there() -> None:

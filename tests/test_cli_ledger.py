@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from pagexfer.attestation.insecure.attestor import strict_policy
 from pagexfer.attestation.snp import Product
 from pagexfer.cli import commands
-from pagexfer.cli.ledger import write_ledger
+from pagexfer.cli.ledger import keep_ledger, write_ledger
 from pagexfer.testing.snp_ca import AT
 from pagexfer.wire.ledger import MAX_LEDGER_BYTES, pack_ledger, parse_ledger_untrusted
 
@@ -244,6 +245,44 @@ def test_a_ledger_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "ledger"]
 
 
+def test_no_ledger_of_other_moves_is_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "ledger"
+    guest = RECORDS[0].body.guest_id.hex()
+    beside, second = tmp_path / f"ledger.{guest}", tmp_path / f"ledger.{guest}.2"
+    first, longer = pack_ledger(RECORDS[:1]), LEDGER
+    another = pack_ledger(forged((), RECORDS[0].proofs, bytes(16)))
+    fork = pack_ledger([RECORDS[0], *forged(RECORDS[:1], RECORDS[0].proofs)])
+    assert keep_ledger(path, first) == path
+    assert keep_ledger(path, longer) == path
+    assert path.read_bytes() == longer
+    write_ledger(path, another)
+    assert keep_ledger(path, first) == beside
+    assert keep_ledger(path, longer) == beside
+    assert keep_ledger(path, fork) == second
+    path.write_text("something else by now")
+    assert keep_ledger(path, longer) == beside
+    assert path.read_text() == "something else by now"
+    assert (beside.read_bytes(), second.read_bytes()) == (longer, fork)
+
+
+def test_the_ledger_of_another_guest_is_kept(tmp_path: Path) -> None:
+    key = key_file(tmp_path / "psk", KEY)
+    ledger, typo = tmp_path / "ledger", tmp_path / "typo"
+    write_ledger(ledger, LEDGER)
+    side = Destination("--psk-file", key, "--ledger", str(ledger), "--run-for", "100ms", *GUEST)
+    sent = run("send", "--to", side.address, "--psk-file", key, "--ledger", str(typo), *GUEST)
+    code, _, errors = side.end()
+    assert (sent.returncode, code) == (0, 0), (sent.stderr, errors)
+    assert f"pagexfer: no ledger at {typo}: counted as the first move\n" in sent.stderr
+    (beside,) = tmp_path.glob("ledger.*")
+    assert (
+        errors
+        == f"pagexfer: {ledger} has other moves and stays as it is: the ledger of this guest is {beside}\n"
+    )
+    assert ledger.read_bytes() == LEDGER
+    assert len(parse_ledger_untrusted(beside.read_bytes())) == 1
+
+
 def test_two_moves_between_processes(tmp_path: Path) -> None:
     key = key_file(tmp_path / "psk", KEY)
     ledger = tmp_path / "ledger"
@@ -270,3 +309,15 @@ def test_mistakes_are_told_before_a_guest_is_made(tmp_path: Path) -> None:
     bad = run("send", "--to", "127.0.0.1:9", "--psk-file", key, "--ledger", str(tmp_path / "bad"), *GUEST)
     assert bad.returncode == 2
     assert "not the ledger of a guest" in bad.stderr
+    for kept, said in (
+        ("psk", "exists and is not a ledger"),
+        (".", "is a directory"),
+        ("fifo", "not a file"),
+    ):
+        path = tmp_path / kept
+        if kept == "fifo":
+            os.mkfifo(path)
+        done = run("receive", "--listen", "127.0.0.1:0", "--psk-file", key, "--ledger", str(path), *GUEST)
+        assert done.returncode == 2
+        assert said in done.stderr
+    assert (tmp_path / "psk").read_text().strip() == KEY

@@ -110,7 +110,7 @@ def test_bad_usage(tmp_path: Path) -> None:
         (("--abandon", source), "STARTED"),
         ((str(garbage),), "not a journal"),
         ((str(tmp_path),), "not a regular file"),
-        ((str(tmp_path / "none"),), "no journal"),
+        ((str(tmp_path / "none"),), "or the path is wrong"),
     ]:
         done = run("recover", *arguments)
         assert done.returncode == 2

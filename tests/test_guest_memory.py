@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pagexfer.dirty import DirtyBitmap, as_run
-from pagexfer.errors import LocalProtocolError, PageStateError
+from pagexfer.errors import GuestError, LocalProtocolError, PageStateError
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.wire.constants import PAGE_SIZE, WORDS_PER_PAGE
 from pagexfer.wire.page_state import PRIVATE, SHARED, SIZE_2M, STATE_MASK, VALIDATED, VMSA, permissions
@@ -41,9 +41,9 @@ def content(*words: int) -> NDArray[np.uint64]:
     return np.repeat(np.array(words, dtype=np.uint64)[:, None], WORDS_PER_PAGE, axis=1)
 
 
-@pytest.mark.parametrize("ram_bytes", [0, -PAGE_SIZE, PAGE_SIZE - 1, PAGE_SIZE + 1])
-def test_ram_is_whole_pages(ram_bytes: int) -> None:
-    with pytest.raises((PageStateError, OSError)):
+@pytest.mark.parametrize("ram_bytes", [0, -PAGE_SIZE, PAGE_SIZE - 1, PAGE_SIZE + 1, 1 << 50])
+def test_ram_is_whole_pages_and_fits_the_machine(ram_bytes: int) -> None:
+    with pytest.raises((PageStateError, GuestError)):
         GuestMemory.allocate(ram_bytes)
 
 

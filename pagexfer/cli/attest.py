@@ -1,6 +1,7 @@
 """`pagexfer attest verify` and `pagexfer attest show`: attestation reports in files; `attest make-test-ca`: emulated ones.
 
-Exit codes: 0 verified and accepted, or made; 2 bad usage; 3 it does not verify, or the policy refuses it.
+Exit codes: 0 verified and accepted, or made; 2 bad usage, or a file that is not what it should be; 3 it does not verify, or
+the policy refuses it.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from ..attestation.insecure import EmulatedAuthority
 from ..attestation.policy import Policy, check_policy, check_report_data
 from ..attestation.policy_file import load_policies
 from ..attestation.snp import Product, parse_endorsements_untrusted, parse_report_untrusted, verify_report
+from ..attestation.snp.certificates import EndorsementNames
 from ..attestation.snp.describe import describe_claims, describe_report
 from ..attestation.snp.report import REPORT_DATA_BYTES
 from ..errors import AttestationError, MalformedData, Outcome, UsageError
 from .files import read_file
-from .output import note, print_json, print_table
+from .output import note, print_answer, print_json
 
 if TYPE_CHECKING:
-    from ..attestation.snp import SnpClaims
+    from ..attestation.snp import Endorsements, Report
 
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 _JSON: Final = click.option(
@@ -106,21 +108,23 @@ def verify(
     Without --policy and --no-policy the built-in rules hold: no debugging, VMPL 0, no migration agent, no hidden chip
     id, no VLEK. They know no measurement and no firmware version: only a policy file can.
 
-    Exit code 0: verified. 2: bad usage. 3: it does not verify, or a rule refuses it.
+    Exit code 0: verified. 2: bad usage, or a file is no report, certificate or CRL. 3: it does not verify, or a rule
+    refuses it.
     """
     if policy_file is not None and no_policy:
         raise UsageError("--policy and --no-policy exclude each other")
     policy = None if no_policy else _policy(policy_file, role)
-    files = _read(report), _read(leaf), _read(chain), None if crl is None else _read(crl)
+    data, _ = _read_report(report)
+    endorsements = _read_endorsements(leaf, chain, crl)
     try:
-        claims = _verified(*files, at=datetime.now(UTC) if at is None else at)
+        claims = verify_report(data, endorsements, at=datetime.now(UTC) if at is None else at)
         if policy is not None:
             check_policy(policy, claims, own=None, moves=None)
         if report_data is not None:
             check_report_data(claims, report_data)
     except (AttestationError, MalformedData) as error:
         return _refused(error, as_json=as_json)
-    _print({"verified": True, **describe_claims(claims)}, as_json=as_json)
+    print_answer({"verified": True, **describe_claims(claims)}, as_json=as_json)
     if policy_file is None:
         note("signature and certificates hold; the measurement was compared with nothing: give --policy")
     return Outcome.COMPLETED
@@ -131,12 +135,8 @@ def verify(
 @_JSON
 def show(report: Path, as_json: bool) -> int:
     """Print every field of a report, and verify nothing."""
-    data = _read(report)
-    try:
-        fields = describe_report(parse_report_untrusted(data))
-    except MalformedData as error:
-        return _refused(error, as_json=as_json)
-    _print(fields, as_json=as_json)
+    fields = describe_report(_read_report(report)[1])
+    print_answer(fields, as_json=as_json)
     return Outcome.COMPLETED
 
 
@@ -166,12 +166,24 @@ def _policy(path: Path | None, role: str) -> Policy:
     return policies.source if role == "source" else policies.destination
 
 
-def _verified(report: bytes, leaf: bytes, chain: bytes, crl: bytes | None, *, at: datetime) -> SnpClaims:
-    return verify_report(report, parse_endorsements_untrusted(leaf, chain, crl), at=at)
+def _read_report(path: Path) -> tuple[bytes, Report]:
+    data = read_file(path, "report")
+    try:
+        return data, parse_report_untrusted(data)
+    except MalformedData as error:
+        raise UsageError(f"{path} is not a report: {error}") from None
 
 
-def _read(path: Path) -> bytes:
-    return read_file(path, "report, certificate or CRL")
+def _read_endorsements(leaf: Path, chain: Path, crl: Path | None) -> Endorsements:
+    files = (
+        read_file(leaf, "certificate"),
+        read_file(chain, "certificate chain"),
+        None if crl is None else read_file(crl, "CRL"),
+    )
+    try:
+        return parse_endorsements_untrusted(*files, EndorsementNames(str(leaf), str(chain), str(crl)))
+    except MalformedData as error:
+        raise UsageError(str(error)) from None
 
 
 def _refused(error: AttestationError | MalformedData, *, as_json: bool) -> int:
@@ -180,10 +192,3 @@ def _refused(error: AttestationError | MalformedData, *, as_json: bool) -> int:
         print_json({"verified": False, "error": {"reason": reason, "message": str(error)}})
     note(str(error))
     return Outcome.REFUSED
-
-
-def _print(fields: dict[str, object], *, as_json: bool) -> None:
-    if as_json:
-        print_json(fields)
-    else:
-        print_table(fields)

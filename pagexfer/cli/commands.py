@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Final, get_args
 
 import click
 import trio
@@ -24,8 +24,8 @@ from ..wire.handshake import AttestorKind, Role
 from .attest import attest as attest_commands
 from .attestor import attest_option, attestor_options, make_attestor
 from .demo import run_demo
-from .ledger import check_writable, ledger_commands, ledger_option, read_ledger
-from .output import note
+from .ledger import check_place, ledger_commands, ledger_option, read_ledger
+from .output import note, output_failed, say
 from .qemu import qemu_monitor, refuse_qemu, with_qemu
 from .recover import recover
 from .sides import receive_side, send_side
@@ -47,13 +47,19 @@ def main() -> int:
         note("interrupted")
         return Outcome.ENDED
     except click.exceptions.NoArgsIsHelpError as error:
-        click.echo(error.format_message(), err=True)
+        say(error.format_message())
         return Outcome.USAGE
     except click.ClickException as error:
         note(error.format_message())
         return Outcome.USAGE
     except (UsageError, GuestError) as error:
         note(str(error))
+        return Outcome.USAGE
+    except (OSError, SystemExit) as error:
+        # Help and version, which click prints itself. It ends the process where they meet a pipe that nobody reads.
+        if isinstance(error, OSError) and not output_failed():
+            raise
+        note("cannot write to standard output")
         return Outcome.USAGE
     return code if isinstance(code, int) else Outcome.COMPLETED
 
@@ -69,6 +75,9 @@ cli.add_command(recover)
 cli.add_command(ledger_commands)
 cli.add_command(control)
 
+
+# A step is a page; the check looks twice, a second apart by default.
+_MIN_WRITE_RATE_BYTES: Final = 64 << 10
 
 _qmp_option = click.option(
     "--qmp",
@@ -124,7 +133,7 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=Size(),
             default="50MiB",
             show_default=True,
-            help="What the guest writes a second; 0 for an idle one.",
+            help="What the guest writes a second, 64KiB or more for each vCPU; 0 for an idle one.",
         ),
         click.option(
             "--channels",
@@ -215,6 +224,7 @@ def send(
             pause_before_switchover=pause_before_switchover,
         )
     )
+    _check_write_rate(write_rate, vcpus)
     attestor = make_attestor(Role.SOURCE, attest, files)
     moves = read_ledger(ledger)
     monitor = qemu_monitor(kind, qmp)
@@ -292,7 +302,7 @@ def receive(
     is not as it should be.
     """
     attestor = make_attestor(Role.DESTINATION, attest, files)
-    check_writable(ledger)
+    check_place(ledger)
     monitor = qemu_monitor(kind, qmp)
     work = partial(
         receive_side,
@@ -345,6 +355,7 @@ def demo(
     Exit code 0 only if it does. Otherwise that of the side that failed: see 'send --help' and 'receive --help'.
     """
     refuse_qemu(kind)
+    _check_write_rate(write_rate, vcpus)
     parameters = MigrationParameters(
         downtime_limit_s=downtime_limit,
         max_downtime_limit_s=max_downtime_limit,
@@ -367,3 +378,12 @@ def demo(
     both += ["--cpus", ",".join(map(str, cpus))] if cpus else []
     accept = ["--accept-compression"] if compress is not None else []
     return run_demo(AttestorKind[attest.upper()], options, accept, kind, ram, vcpus, both, as_json=as_json)
+
+
+def _check_write_rate(write_rate: int, vcpus: int) -> None:
+    """Raises UsageError where a vCPU would write so seldom that the destination takes it for one that stands still."""
+    if 0 < write_rate < vcpus * _MIN_WRITE_RATE_BYTES:
+        raise UsageError(
+            f"--write-rate {write_rate} is too slow to be seen: write 0 for an idle guest, or {vcpus * 64}KiB or more for "
+            f"{vcpus} vCPU{'s' if vcpus > 1 else ''}"
+        )

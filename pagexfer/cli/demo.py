@@ -23,7 +23,7 @@ from ..attestation.snp import Product
 from ..errors import Outcome
 from ..guests.checked import resolve_kind
 from ..wire.handshake import AttestorKind
-from .output import note, print_json, print_table
+from .output import note, print_report
 
 if TYPE_CHECKING:
     from typing import IO
@@ -99,10 +99,7 @@ def _report(sent: _Ended, received: _Ended, *, as_json: bool) -> int:
         return code
     # A child that was killed has a negative code, which is none of the documented ones.
     code = code if code >= 0 else Outcome.ENDED
-    if as_json:
-        print_json(report)
-    else:
-        print_table(report)
+    print_report(report, as_json=as_json)
     return code
 
 

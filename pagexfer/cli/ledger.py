@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from datetime import UTC, datetime
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -28,12 +29,13 @@ from .files import read_file
 from .output import note, print_json, print_table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from typing import Any
 
     from ..attestation import Claims
     from ..attestation.snp import SnpClaims
     from ..svsm.ledger import Evidence, VerifiedMove
+    from ..wire.ledger import Record
 
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 # What is told of the machine at either end, where its evidence says it.
@@ -110,21 +112,48 @@ def verify(
 
 def read_ledger(path: Path | None) -> bytes:
     """The ledger in a file; empty where there is none, for a guest that never moved. Raises UsageError."""
-    if path is None or not path.exists():
+    if path is None:
         return b""
-    return read_file(path, "ledger", MAX_LEDGER_BYTES)
+    data = read_file(path, "ledger", MAX_LEDGER_BYTES) if path.exists() else b""
+    if not data:
+        note(f"no ledger at {path}: counted as the first move")
+    return data
 
 
-def check_writable(path: Path | None) -> None:
-    """A file can be made where the ledger is to be, which is better known before the move. Raises UsageError."""
+def check_place(path: Path | None) -> None:
+    """A ledger can be made in this file, and would overwrite nothing else, which is better known before the move.
+
+    Raises UsageError.
+    """
     if path is None:
         return
+    if path.exists():
+        if not path.is_file():
+            raise UsageError(f"{path} exists and is not a file")
+        try:
+            parse_ledger_untrusted(read_file(path, "ledger", MAX_LEDGER_BYTES))
+        except MalformedData as error:
+            raise UsageError(f"{path} exists and is not a ledger: {error}") from None
     try:
         descriptor, name = _temporary(path)
         os.close(descriptor)
         Path(name).unlink()
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
+
+
+def keep_ledger(path: Path, data: bytes) -> Path:
+    """Put the ledger into a file, or beside it where that has other moves than these; returns where. Raises OSError.
+
+    Whose guest comes is known only once it is here, when it is too late to refuse: so nothing is overwritten but what is
+    in the new ledger, too.
+    """
+    records = parse_ledger_untrusted(data)
+    beside = path.with_name(f"{path.name}.{records[-1].body.guest_id.hex()}")
+    more = (beside.with_name(f"{beside.name}.{number}") for number in count(2))
+    place = next(place for place in chain((path, beside), more) if _continues(records, place))
+    write_ledger(place, data)
+    return place
 
 
 def write_ledger(path: Path, data: bytes) -> None:
@@ -249,3 +278,15 @@ def _refused(error: LedgerRefused, *, as_json: bool) -> int:
 def _temporary(path: Path) -> tuple[int, str]:
     """A new file beside `path`, with mode 0600."""
     return tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+
+
+def _continues(records: Sequence[Record], path: Path) -> bool:
+    """Whether all that a file has is a beginning of `records`; a file that is not there has nothing."""
+    try:
+        with path.open("rb") as file:
+            kept = parse_ledger_untrusted(file.read(MAX_LEDGER_BYTES + 1))
+    except FileNotFoundError:
+        return True
+    except MalformedData:
+        return False
+    return kept == records[: len(kept)]

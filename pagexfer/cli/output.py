@@ -1,41 +1,55 @@
-"""What the command prints: progress on standard error while it runs, one report on standard output at the end."""
+"""What the command prints: progress on standard error while it runs, one report on standard output at the end.
+
+Whether somebody reads it must not decide how a migration ends: what cannot be written is left out, and so is all that would
+follow it.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import click
 
 from ..engine.progress import Status
+from ..errors import UsageError
 
 if TYPE_CHECKING:
+    from typing import TextIO
+
     from ..engine.progress import MigrationInfo
 
 
 def note(line: str) -> None:
     """One line for people."""
-    click.echo(f"pagexfer: {line}", err=True)
+    say(f"pagexfer: {line}")
+
+
+def say(text: str, *, nl: bool = True) -> None:
+    """Text on standard error, as far as that can be written."""
+    with suppress(OSError):
+        _write(sys.stderr, text, nl=nl)
 
 
 class ProgressLine:
     """Shows snapshots: one line that rewrites itself on a terminal, else a line for each epoch or second."""
 
     def __init__(self, *, terminal_only: bool = False) -> None:
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._silent = terminal_only and not self._terminal
         self._shown: tuple[Status, int, float] | None = None
-        self._width = 0
 
     def show(self, info: MigrationInfo) -> None:
         """Show a snapshot."""
         if self._silent or info.status is Status.SETUP:
             return
         if self._terminal:
-            line = _progress_text(info)
-            click.echo(f"\r{line:<{self._width}}", err=True, nl=info.status in _FINAL)
-            self._width = len(line)
+            # A line that wraps cannot be rewritten; some terminals wrap once the last column is full.
+            line = _progress_text(info)[: _columns() - 1]
+            say(f"\r{line}{_CLEAR_REST}", nl=info.status in _FINAL)
             return
         moment = (info.status, info.ram.dirty_sync_count, info.total_time // 1000)
         if moment != self._shown:
@@ -43,23 +57,56 @@ class ProgressLine:
         self._shown = moment
 
 
+def print_report(report: dict[str, object], *, as_json: bool) -> None:
+    """The report of what is done already, which stays done where its report cannot be written: then a line says that."""
+    try:
+        print_answer(report, as_json=as_json)
+    except UsageError as error:
+        note(str(error))
+
+
+def print_answer(report: dict[str, object], *, as_json: bool) -> None:
+    """The report for which the command was called. Raises UsageError where it cannot be written."""
+    if as_json:
+        print_json(report)
+    else:
+        print_table(report)
+
+
 def print_json(report: dict[str, object]) -> None:
-    """The one object that goes to standard output."""
-    click.echo(json.dumps(report, indent=2))
+    """The one object that goes to standard output. Raises UsageError where it cannot be written."""
+    _print(json.dumps(report, indent=2))
 
 
 def print_table(report: dict[str, object]) -> None:
-    """The report as a table of names and values."""
+    """The report as a table of names and values. Raises UsageError where it cannot be written."""
     rows = list(_rows(report))
     width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        click.echo(f"{name:<{width}}  {value}")
+    _print("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
 
 
+def output_failed() -> bool:
+    """Whether standard output takes nothing; then nothing else goes there. Where it does, it gets an empty line."""
+    try:
+        _write(sys.stdout, "")
+    except OSError:
+        return True
+    return False
+
+
+_CLEAR_REST = "\x1b[K"  # ECMA-48 EL: from here to the end of the line
 _FINAL = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 _MILLISECONDS = ("total-time", "downtime", "setup-time", "expected-downtime", "downtime-limit")
 _PERCENT = ("cpu-throttle-percentage", "guest-slowdown-percentage")
 _BYTES = ("total", "transferred", "remaining", "normal-bytes")
+
+
+def _columns() -> int:
+    """The width of the terminal that standard error is; one that does not know its own has 80, as ever."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def _progress_text(info: MigrationInfo) -> str:
@@ -92,3 +139,28 @@ def _rows(report: dict[str, object], prefix: str = "") -> list[tuple[str, str]]:
         else:
             rows.append((prefix + key, str(value)))
     return rows
+
+
+def _print(text: str) -> None:
+    try:
+        _write(sys.stdout, text)
+    except OSError as error:
+        raise UsageError(f"cannot write the report to standard output: {error.strerror}") from None
+
+
+def _write(stream: TextIO | None, text: str, *, nl: bool = True) -> None:
+    """Write all of `text` now. Raises OSError where it cannot be written, and then never again."""
+    if stream is None:
+        return  # closed from the start: the caller wants none of it
+    try:
+        click.echo(text, file=stream, nl=nl)
+    except OSError:
+        _give_up(stream)
+        raise
+
+
+def _give_up(stream: TextIO) -> None:
+    """What the stream holds goes nowhere; else Python tries it again at its end, and fails with a code of its own."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

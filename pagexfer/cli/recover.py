@@ -14,7 +14,7 @@ from ..errors import JournalError, Outcome, UsageError
 from ..svsm.journal import abandon as abandon_journal
 from ..svsm.journal import read_journal
 from ..svsm.recovery import MayRun, judge, judge_both
-from .output import note, print_json, print_table
+from .output import note, print_answer
 
 if TYPE_CHECKING:
     from ..wire.journal import JournalRecord
@@ -42,15 +42,21 @@ def recover(journals: tuple[Path, ...], *, abandon: bool, as_json: bool) -> int:
             abandon_journal(journals[0])
         except JournalError as error:
             raise UsageError(str(error)) from None
-    found = [read_journal(path) for path in journals]
+    found = [_read(path) for path in journals]
     report, decided = _report_one(*found[0]) if len(found) == 1 else _report_both(found)
-    if as_json:
-        print_json({**report, "decided": decided})
-    else:
-        print_table(report)
+    print_answer({**report, "decided": decided} if as_json else report, as_json=as_json)
     if not decided:
         note(f"undecided: {report['what-to-do']}")
     return Outcome.COMPLETED if decided else Outcome.UNDECIDED
+
+
+def _read(path: Path) -> tuple[JournalRecord, bool]:
+    if not path.exists():
+        # Nobody may take a guest for one that never left because of a slip of the keyboard.
+        raise UsageError(
+            f"there is no journal {path}: no session of its side got as far as keys, or the path is wrong"
+        )
+    return read_journal(path)
 
 
 def _report_one(record: JournalRecord, active: bool) -> tuple[dict[str, object], bool]:

@@ -13,8 +13,8 @@ from ..guests.checked import prove, start
 from ..guests.qemu import QemuGuest
 from ..migration import receive_guest, send_guest
 from .attestor import describe_peer
-from .ledger import write_ledger
-from .output import ProgressLine, note, print_json, print_table
+from .ledger import keep_ledger
+from .output import ProgressLine, note, print_report
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -169,29 +169,27 @@ async def _run(
     guest_report: dict[str, object] = proof.as_dict() if proof is not None else {"kind": guest.kind}
     if isinstance(guest, QemuGuest):
         guest_report["run-state"] = guest.run_state
-    _print_report({**figures, **report, "guest": guest_report}, as_json=as_json)
+    print_report({**figures, **report, "guest": guest_report}, as_json=as_json)
+    why = report.get("error")
+    if isinstance(why, dict):
+        note(str(why["message"]))
     return outcome
-
-
-def _print_report(report: dict[str, object], *, as_json: bool) -> None:
-    if as_json:
-        print_json(report)
-    else:
-        print_table(report)
-    error = report.get("error")
-    if isinstance(error, dict):
-        note(str(error["message"]))
 
 
 def _keep(moves: bytes, path: Path) -> None:
     try:
-        write_ledger(path, moves)
+        place = keep_ledger(path, moves)
+        if place != path:
+            note(f"{path} has other moves and stays as it is: the ledger of this guest is {place}")
     except OSError as error:
         # The guest runs here, whatever becomes of the file: that is what the exit code says.
         note(f"the guest runs here, but its ledger is lost: cannot write {path}: {error.strerror}")
 
 
 async def _cancel_on_signal(scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+    hangup = (
+        () if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (signal.SIGHUP,)
+    )  # nohup(1) stays in force
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, *hangup) as signals:
         async for _ in signals:
             scope.cancel()

@@ -19,7 +19,7 @@ import click
 import trio
 
 from ..errors import Outcome, UsageError
-from .output import print_json
+from .output import print_answer, print_report
 from .values import Seconds, Size
 
 if TYPE_CHECKING:
@@ -70,13 +70,13 @@ def steering_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def steering_arguments(parameters: MigrationParameters) -> list[str]:
     """The options again, for a child process."""
-    arguments = [f"--downtime-limit={parameters.downtime_limit_s}s"]
+    arguments = [f"--downtime-limit={_written(parameters.downtime_limit_s)}"]
     if parameters.max_downtime_limit_s is not None:
-        arguments.append(f"--max-downtime-limit={parameters.max_downtime_limit_s}s")
+        arguments.append(f"--max-downtime-limit={_written(parameters.max_downtime_limit_s)}")
     if parameters.max_bandwidth_bytes is not None:
         arguments.append(f"--max-bandwidth={parameters.max_bandwidth_bytes}")
     if parameters.timeout_s is not None:
-        arguments.append(f"--timeout={parameters.timeout_s}s")
+        arguments.append(f"--timeout={_written(parameters.timeout_s)}")
     return [*arguments, "--auto-converge"] if parameters.auto_converge else arguments
 
 
@@ -110,7 +110,8 @@ def control(path: Path, words: tuple[str, ...]) -> int:
     answer = _ask(path, request)
     if "error" in answer:
         raise UsageError(str(answer["error"]))
-    print_json(answer)
+    # What is done stays done; a status is all that there is to `status`.
+    (print_answer if words[0] == "status" else print_report)(answer, as_json=True)
     return Outcome.COMPLETED
 
 
@@ -225,6 +226,11 @@ def _changed(parameters: MigrationParameters, name: str, text: str) -> Migration
             if name == "timeout":
                 return replace(parameters, timeout_s=seconds)
             return replace(parameters, max_downtime_limit_s=seconds)
+
+
+def _written(seconds: float) -> str:
+    """A time as an option; Python's own way of writing a short one has an exponent."""
+    return f"{seconds:.9f}s"
 
 
 def _size(text: str) -> int:

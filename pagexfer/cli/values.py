@@ -10,12 +10,12 @@ import click
 from ..svsm.compression import DEFAULT_LEVEL, MAX_LEVEL, MIN_LEVEL
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(|B|[KMGT]i?B?)(?:/s)?", re.IGNORECASE)
-_TIME: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(|s|ms)", re.IGNORECASE)
+_TIME: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|ms)", re.IGNORECASE)
 _COMPRESSION: Final = re.compile(r"zstd(?::(\d{1,2}))?")
 _CPUS: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
 _MAX_CPUS: Final = 8192
 _UNITS: Final = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-_MAX_SECONDS: Final = 1000
+_MAX_SECONDS: Final = 10**9  # thirty years; what has a bound of its own says so itself
 _MAX_BYTES: Final = 2**52  # all that x86-64 can address
 
 
@@ -35,7 +35,7 @@ class Size(click.ParamType[int]):
 
 
 class Seconds(click.ParamType[float]):
-    """A time above zero, in seconds: 300ms, 1.5s, 2."""
+    """A time above zero, in seconds: 300ms, 1.5s. It needs its unit, as every status and report has milliseconds."""
 
     name = "time"
 
@@ -44,8 +44,10 @@ class Seconds(click.ParamType[float]):
             return value
         match = _TIME.fullmatch(str(value).strip())
         seconds = float(match[1]) / (1000 if match[2].lower() == "ms" else 1) if match else 0
-        if not 0 < seconds <= _MAX_SECONDS:
+        if not seconds > 0:
             self.fail(f"{value!r} is not a time above zero: write it like 300ms or 2s", param, ctx)
+        if seconds > _MAX_SECONDS:
+            self.fail(f"{value!r} is too long: a time is at most {_MAX_SECONDS}s", param, ctx)
         return seconds
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from ..dirty import DirtyBitmap
-from ..errors import LocalProtocolError, PageStateError
+from ..errors import GuestError, LocalProtocolError, PageStateError
 from ..wire.constants import PAGE_SIZE, WORDS_PER_PAGE
 from ..wire.page_state import PERMISSION_BITS, PRIVATE, SHARED, STATE_MASK, VALIDATED, vmpl_shift
 
@@ -75,11 +75,17 @@ class GuestMemory:
 
     @classmethod
     def allocate(cls, ram_bytes: int, name: str = "guest-ram") -> GuestMemory:
-        """Fresh zeroed RAM in a memfd, no page validated. Raises PageStateError where the size is not whole pages."""
+        """Fresh zeroed RAM in a memfd, no page validated.
+
+        Raises PageStateError where the size is not whole pages, GuestError where this machine cannot have so much.
+        """
         ram_fd = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             os.ftruncate(ram_fd, ram_bytes)
             memory = cls(ram_fd, ram_bytes)
+        except (OSError, MemoryError):
+            os.close(ram_fd)
+            raise GuestError(f"this machine cannot provide RAM of {ram_bytes >> 20} MiB") from None
         except BaseException:
             os.close(ram_fd)
             raise

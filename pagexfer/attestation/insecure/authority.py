@@ -88,8 +88,12 @@ class EmulatedAuthority:
         data = key + b"".join(part.public_bytes(Encoding.PEM) for part in (self._intermediate, self._root))
         try:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+            try:
+                with os.fdopen(descriptor, "wb") as file:
+                    file.write(data)
+            except BaseException:
+                path.unlink()  # not in parts, which would be in the way of the next try
+                raise
         except OSError as error:
             raise UsageError(f"cannot make the test CA in {path}: {error.strerror}") from None
 

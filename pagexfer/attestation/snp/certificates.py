@@ -10,7 +10,7 @@ from __future__ import annotations
 import hmac
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
@@ -57,23 +57,35 @@ class Endorsements:
     crl: x509.CertificateRevocationList | None
 
 
+class EndorsementNames(NamedTuple):
+    """What errors call the three parts."""
+
+    leaf: str = "the leaf"
+    chain: str = "the chain"
+    crl: str = "the revocation list"
+
+
 def parse_endorsements_untrusted(
-    leaf: bytes, chain: bytes | Sequence[bytes], crl: bytes | None
+    leaf: bytes,
+    chain: bytes | Sequence[bytes],
+    crl: bytes | None,
+    names: EndorsementNames = EndorsementNames(),  # noqa: B008 (immutable)
 ) -> Endorsements:
     """Certificates from bytes, each PEM or DER; `chain` is one PEM text or the two of them, in any order.
 
     Raises MalformedData where they cannot be read or are not two, one of which names itself as issuer.
     """
     chain_parts = (chain,) if isinstance(chain, bytes) else chain
-    pair = [certificate for part in chain_parts for certificate in _load_untrusted(part, "the chain")]
+    pair = [certificate for part in chain_parts for certificate in _load_untrusted(part, names.chain)]
     roots = [certificate for certificate in pair if certificate.subject == certificate.issuer]
     if len(pair) != 2 or len(roots) != 1:
-        raise MalformedData("the chain is not two certificates, ASK or ASVK and ARK")
-    leaves = _load_untrusted(leaf, "the leaf")
+        raise MalformedData(f"{names.chain} is not two certificates, ASK or ASVK and ARK")
+    leaves = _load_untrusted(leaf, names.leaf)
     if len(leaves) != 1:
-        raise MalformedData(f"{len(leaves)} leaf certificates, expected one")
+        raise MalformedData(f"{names.leaf} is {len(leaves)} certificates, expected one")
     intermediate = pair[1] if pair[0] is roots[0] else pair[0]
-    return Endorsements(leaves[0], intermediate, roots[0], None if crl is None else _load_crl_untrusted(crl))
+    revoked = None if crl is None else _load_crl_untrusted(crl, names.crl)
+    return Endorsements(leaves[0], intermediate, roots[0], revoked)
 
 
 def check_chain(
@@ -105,8 +117,8 @@ def _load_untrusted(data: bytes, what: str) -> list[x509.Certificate]:
                 certificates = [x509.load_der_x509_certificate(data)]
             for certificate in certificates:
                 _read_fields(certificate)
-        except _UNREADABLE as error:
-            raise MalformedData(f"{what} is not a certificate, DER or PEM: {_one_line(error)}") from None
+        except _UNREADABLE:
+            raise MalformedData(f"{what} is not a certificate, DER or PEM") from None
     return certificates
 
 
@@ -117,14 +129,14 @@ def _read_fields(certificate: x509.Certificate) -> None:
     _ = certificate.signature_algorithm_oid, certificate.public_key()
 
 
-def _load_crl_untrusted(data: bytes) -> x509.CertificateRevocationList:
+def _load_crl_untrusted(data: bytes, what: str) -> x509.CertificateRevocationList:
     if len(data) > MAX_FILE_BYTES:
-        raise MalformedData(f"CRL of {len(data)} bytes, at most {MAX_FILE_BYTES}")
+        raise MalformedData(f"{what} has {len(data)} bytes, at most {MAX_FILE_BYTES} are allowed")
     try:
         crl = x509.load_pem_x509_crl(data) if _PEM_MARK in data else x509.load_der_x509_crl(data)
         _ = crl.issuer, crl.extensions, crl.last_update_utc, crl.next_update_utc, crl.signature_algorithm_oid
-    except _UNREADABLE as error:
-        raise MalformedData(f"not a CRL: {_one_line(error)}") from None
+    except _UNREADABLE:
+        raise MalformedData(f"{what} is not a CRL, DER or PEM") from None
     return crl
 
 
@@ -235,7 +247,3 @@ def _check_signature(
 def _extension(certificate: x509.Certificate, kind: type[_Extension]) -> _Extension | None:
     values = (extension.value for extension in certificate.extensions)
     return next((value for value in values if isinstance(value, kind)), None)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
