@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 import trio
 
 from .engine.destination import DestinationEngine
+from .engine.failure import call_back
 from .engine.hypervisor import ThrottlingHypervisor
 from .engine.slots import Slot
 from .engine.source import SourceEngine, SourceOptions
@@ -127,6 +128,13 @@ async def send_guest(
     When it returns, the guest runs at the destination and stays parked here for good. Raises UsageError for bad arguments
     and TransferAborted otherwise: its `outcome` says whether the guest goes on here (ENDED, REFUSED) or nobody may know
     (UNDECIDED). Cancelling before the start token makes the guest go on here.
+
+    What the program's own code raises is no exception to that. Whatever comes out of `on_progress` ends the migration with
+    reason "callback", whatever else than a PagexferError comes out of the hypervisor or its dirty log with reason "guest";
+    the outcome says who may run the guest, `__cause__` is what was raised. Once the outcome is there, as with the last call
+    of `on_progress`, it changes nothing any more and is logged (logger "pagexfer"). Anything else, from a guest's gate,
+    memory or tracker or from the attestor, is a defect and comes as it is, in exception groups: before the start token the
+    guest goes on here, and after it nobody may know, as with UNDECIDED.
     """
     if not 1 <= channels <= MAX_CHANNELS:
         raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
@@ -224,6 +232,11 @@ async def receive_guest(
 
     When it returns, the guest runs here. Raises UsageError where address or journal cannot be used, and TransferAborted
     where the migration failed: the guest then never runs here, except with outcome UNDECIDED.
+
+    What the program's own code raises is treated as in `send_guest`: what comes out of a callback or the hypervisor before
+    the guest runs here ends the migration, and the guest never runs here. Where the hypervisor cannot continue it in the
+    end the outcome is UNDECIDED. Once it runs here, what a callback raises is logged. Where a defect comes in exception
+    groups, `pagexfer recover` answers from the journal.
     """
     _check_network(port, 0, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
@@ -269,7 +282,7 @@ async def receive_guest(
     with kept or nullcontext():
         listener = await listen(host, port, stall_timeout_s)
         try:
-            on_listening(listener.port)
+            call_back(on_listening, listener.port)
             info = await _run(partial(engine.run, listener), guest.memory, guest.memory.prefault)
         finally:
             listener.close()

@@ -408,44 +408,7 @@ async def test_a_vcpu_that_does_not_park_ends_the_migration(monkeypatch: pytest.
     assert move.machine.stayed()
 
 
-# The caller fails
-
-
-@pytest.mark.parametrize(
-    ("side", "errors"),
-    [("source", [ZeroDivisionError]), ("destination", [ZeroDivisionError, TransferAborted])],
-)
-async def test_an_error_of_the_callers_own_comes_back_and_the_guest_goes_on(
-    side: str, errors: list[type[Exception]]
-) -> None:
-    machine = SmallMachine()
-
-    def broken(_info: object) -> None:
-        raise ZeroDivisionError("in the caller's callback")
-
-    callbacks = {name: broken if name == side else (lambda _info: None) for name in ("source", "destination")}
-
-    async def receive(task_status: trio.TaskStatus[int]) -> None:
-        await receive_guest(
-            machine.destination,
-            HOST,
-            0,
-            ATTESTOR,
-            on_listening=task_status.started,
-            on_progress=callbacks["destination"],
-        )
-
-    with pytest.RaisesGroup(*errors, flatten_subgroups=True):
-        async with trio.open_nursery() as nursery:
-            port = await nursery.start(receive)
-            nursery.start_soon(_send_shielded, machine, port, callbacks["source"])
-    assert machine.source.gate.running
-    assert not machine.destination.gate.running
-
-
-async def _send_shielded(machine: SmallMachine, port: int, show: Callable[[object], None]) -> None:
-    with trio.CancelScope(shield=True):
-        await send_guest(machine.source, HOST, port, ATTESTOR, channels=CHANNELS, on_progress=show)
+# Arguments
 
 
 @pytest.mark.parametrize("port", [-1, 1 << 16, 70000])

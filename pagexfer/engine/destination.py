@@ -41,7 +41,17 @@ from ..wire.handshake import parse_established_untrusted
 from ..wire.slot import Command
 from .channel import DestinationChannel, EpochEnd
 from .control import Control
-from .failure import as_aborted, first_failure, hypervisor_call, say_farewell, svsm_lost, unfit
+from .failure import (
+    as_aborted,
+    call_back,
+    call_back_at_the_end,
+    cause_of,
+    first_failure,
+    hypervisor_call,
+    say_farewell,
+    svsm_lost,
+    unfit,
+)
 from .progress import ChannelTally, Progress, Status
 from .reception import INTRODUCTION_TIMEOUT_S, Reception
 from .streams import STALL_TIMEOUT_S
@@ -352,12 +362,13 @@ class DestinationEngine:
                 await link.answer(BundleKind.RUNNING)
             except (ChannelBroken, ChannelClosed) as error:
                 # The source stays parked and says that it is undecided; this side's answer is clear.
-                self._on_stranger(f"the guest runs here, but the source may not know: {error}")
+                line = f"the guest runs here, but the source may not know: {error}"
+                call_back_at_the_end(self._on_stranger, line)
             await self._control_slot.command(Command.FINISH)
 
     async def _report(self) -> None:
         while True:
-            self._on_progress(self._progress.info(trio.current_time()))
+            call_back(self._on_progress, self._progress.info(trio.current_time()))
             await trio.sleep(PROGRESS_PERIOD_S)
 
     # Ends
@@ -378,7 +389,7 @@ class DestinationEngine:
         self._finish(Status.CANCELLED if aborted is _CANCELLED else Status.FAILED)
         if aborted is _CANCELLED:
             raise error
-        raise aborted from error
+        raise aborted from cause_of(failure, error)
 
     async def _fail_session(self) -> PagexferError | None:
         """FAILED for good, and if the source may have released the start token, the word that lets it go on.
@@ -401,5 +412,5 @@ class DestinationEngine:
     def _finish(self, status: Status) -> MigrationInfo:
         self._progress.end(status, trio.current_time())
         info = self._progress.info(trio.current_time())
-        self._on_progress(info)
+        call_back_at_the_end(self._on_progress, info)
         return info

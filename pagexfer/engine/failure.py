@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
@@ -24,10 +25,13 @@ from ..wire.control import Failed
 from ..wire.handshake import parse_hello_untrusted, split_reply_untrusted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from .control import Control
 
+Value = TypeVar("Value")
+
+_LOG: Final = logging.getLogger("pagexfer")
 _FAREWELL_TIMEOUT_S: Final = 2.0
 # As long as a monitor takes to stop a machine or to save its devices on a busy host.
 HYPERVISOR_TIMEOUT_S: Final = 30.0
@@ -77,6 +81,14 @@ def first_failure(error: BaseException) -> PagexferError | None:
     return min(ours, key=_rank, default=None)
 
 
+def cause_of(failure: PagexferError | None, error: BaseException) -> BaseException:
+    """What brought `failure` about: what the embedding program's own code raised, or else `error`, all that was seen."""
+    cause = failure.__cause__ if failure is not None else None
+    while isinstance(cause, PagexferError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    return cause or error
+
+
 def svsm_lost(refusal: PagexferError | None) -> SvsmLost | None:
     """Why an engine was cancelled that nobody cancelled: its SVSM, which does not even take ABORT any more, is gone."""
     return refusal if isinstance(refusal, SvsmLost) else None
@@ -115,12 +127,47 @@ def undecided(cause: TransferAborted) -> TransferAborted:
 
 @contextmanager
 def hypervisor_call(what: str) -> Iterator[None]:
-    """Around a call of the hypervisor, which a guest may wait for. Raises GuestError where it takes too long."""
+    """Around a call of the hypervisor, which a guest may wait for. Raises GuestError where it fails or takes too long."""
     try:
-        with trio.fail_after(HYPERVISOR_TIMEOUT_S):
+        with trio.fail_after(HYPERVISOR_TIMEOUT_S), hypervisors_own(what):
             yield
     except trio.TooSlowError:
         raise GuestError(f"the hypervisor did not {what} within {HYPERVISOR_TIMEOUT_S:g} s") from None
+
+
+@contextmanager
+def hypervisors_own(what: str) -> Iterator[None]:
+    """Around what is the hypervisor's code and not ours: whatever it raises is its failure, and raised from as GuestError.
+
+    Errors of ours pass as they are, and so do a cancel and what ends the program.
+    """
+    try:
+        yield
+    except Exception as error:
+        foreign = [leaf for leaf in _leaves(error) if not isinstance(leaf, PagexferError)]
+        if not foreign:
+            raise
+        raise GuestError(f"the hypervisor did not {what}: {_described(foreign[0])}") from error
+
+
+def call_back(callback: Callable[[Value], None], value: Value) -> None:
+    """Tell the embedding program something. What it raises ends the migration, as TransferAborted."""
+    try:
+        callback(value)
+    except Exception as error:
+        raise TransferAborted(
+            Outcome.ENDED, "callback", f"a callback of the program that migrates failed: {_described(error)}"
+        ) from error
+
+
+def call_back_at_the_end(callback: Callable[[Value], None], value: Value) -> None:
+    """Tell it something when the outcome is there already: what it raises then is logged and changes nothing."""
+    try:
+        callback(value)
+    except Exception:
+        _LOG.exception(
+            "a callback failed, which changes nothing as the outcome of the migration was there before"
+        )
 
 
 def unfit(source_hello: bytes, reply: bytes) -> TransferAborted:
@@ -142,6 +189,10 @@ async def say_farewell(control: Control, failure: TransferAborted) -> None:
             await control.send(Failed(failure.reason, _one_line(str(failure))))
         except (ChannelBroken, ChannelClosed):
             return
+
+
+def _described(error: BaseException) -> str:
+    return _one_line(f"{type(error).__name__}: {error}")
 
 
 def _one_line(text: str) -> str:

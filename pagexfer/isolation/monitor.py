@@ -6,10 +6,11 @@ import subprocess
 import sys
 from contextlib import suppress
 from socket import socketpair
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
+from ..engine.failure import call_back, call_back_at_the_end, hypervisors_own
 from ..engine.hypervisor import ThrottlingHypervisor
 from ..engine.progress import MigrationInfo, Status
 from ..errors import ChannelBroken, GuestError, MalformedData, Outcome, TransferAborted, UsageError
@@ -23,9 +24,12 @@ if TYPE_CHECKING:
     from ..engine.steering import Steering
     from .task import Task
 
+Value = TypeVar("Value")
+
 # An engine shows that it lives twice a second; its start takes longer, on a busy machine much longer.
 START_TIMEOUT_S: Final = 60.0
 _LAST_WORDS_S: Final = 5.0
+_OVER: Final = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
 
 class EngineProcess:
@@ -51,6 +55,10 @@ class EngineProcess:
         self._patience_s = START_TIMEOUT_S
         self._end: Fields | None = None
         self._has_said_its_end = False
+        self._callback_failed = trio.Event()
+        # Why this side's own code ended the migration: a callback, and whatever the hypervisor raised first.
+        self._aborted: TransferAborted | None = None
+        self._foreign: BaseException | None = None
         self.latest: MigrationInfo | None = None
 
     async def run(self, task: Task) -> MigrationInfo:
@@ -102,6 +110,7 @@ class EngineProcess:
                 nursery.start_soon(self._begin, link, task)
                 nursery.start_soon(self._steer, link, task)
                 nursery.start_soon(self._end_on_cancel, link)
+                nursery.start_soon(self._end_on_failed_callback, link)
                 await self._serve(link, task)
                 nursery.cancel_scope.cancel()
         ended.set()
@@ -135,6 +144,10 @@ class EngineProcess:
         with suppress(ChannelBroken):
             await link.send({"type": "end"})
 
+    async def _end_on_failed_callback(self, link: Link) -> None:
+        await self._callback_failed.wait()
+        await self._cancel(link)
+
     async def _serve(self, link: Link, task: Task) -> None:
         try:
             while self._end is None:
@@ -156,11 +169,15 @@ class EngineProcess:
             case {"type": "progress", "info": info}:
                 self.latest = from_fields_untrusted(MigrationInfo, info)
                 self._steering.waits(paused=self.latest.status is Status.PRE_SWITCHOVER)
-                self._on_progress(self.latest)
+                if self.latest.status in _OVER:
+                    call_back_at_the_end(self._on_progress, self.latest)
+                else:
+                    self._call_back(self._on_progress, self.latest)
             case {"type": "listening", "port": int(port)}:
-                self._on_listening(port)
+                self._call_back(self._on_listening, port)
             case {"type": "stranger", "line": str(line)}:
-                self._on_stranger("".join(c if c.isprintable() else " " for c in line)[:500])
+                printable = "".join(c if c.isprintable() else " " for c in line)[:500]
+                self._call_back(self._on_stranger, printable)
             case {"type": "call", "id": int(number), "name": str(name)}:
                 await self._answer(link, number, name, payload)
             case {"type": "completed" | "aborted" | "cancelled" | "unusable"}:
@@ -168,6 +185,13 @@ class EngineProcess:
                 self._has_said_its_end = True
             case _:
                 raise MalformedData("a message of no known type")
+
+    def _call_back(self, callback: Callable[[Value], None], value: Value) -> None:
+        try:
+            call_back(callback, value)
+        except TransferAborted as aborted:
+            self._aborted = self._aborted or aborted
+            self._callback_failed.set()
 
     async def _answer(self, link: Link, number: int, name: str, payload: bytes) -> None:
         calls: dict[str, Callable[[bytes], Awaitable[bytes]]] = {
@@ -185,10 +209,12 @@ class EngineProcess:
                 await link.send_descriptors(self._make_slots())
                 answer = b""
             elif name in calls:
-                answer = await calls[name](payload)
+                with hypervisors_own(name.replace("_", " ")):
+                    answer = await calls[name](payload)
             else:
                 raise MalformedData(f"a call that there is not: {name[:40]!r}")
         except (GuestError, UsageError) as error:
+            self._foreign = self._foreign or error.__cause__
             await link.send({"type": "refused", "id": number, "message": str(error)})
         else:
             await link.send({"type": "done", "id": number}, answer)
@@ -239,7 +265,9 @@ class EngineProcess:
                 raise UsageError(message)
             case {"type": "aborted", "outcome": int(outcome), "reason": str(reason), "message": str(message)}:
                 known = outcome if outcome in (Outcome.REFUSED, Outcome.UNDECIDED) else Outcome.ENDED
-                raise TransferAborted(Outcome(known), reason, message)
+                raise TransferAborted(Outcome(known), reason, message) from self._foreign
+            case {"type": "cancelled"} if self._aborted is not None:
+                raise self._aborted
         raise TransferAborted(Outcome.ENDED, "engine", "the engine's process said nothing that makes sense")
 
 

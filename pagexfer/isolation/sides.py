@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from ..engine.failure import cause_of, hypervisor_call
 from ..engine.hypervisor import ThrottlingHypervisor
 from ..engine.progress import Status
 from ..engine.steering import Steering
-from ..errors import LocalProtocolError, Outcome, TransferAborted
+from ..errors import GuestError, LocalProtocolError, Outcome, TransferAborted
 from ..svsm.commands import destination_channel, destination_control, source_channel, source_control
 from ..wire.constants import MAX_CHANNELS
 from ..wire.slot import CONTROL_SLOT, SessionStatus
@@ -24,6 +25,7 @@ from .monitor import EngineProcess
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ..engine.hypervisor import Hypervisor
     from ..engine.progress import MigrationInfo
     from ..guests.guest import Guest
     from ..svsm.destination import DestinationSvsm
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 BUFFERS: Final = 2
 BUFFER_BYTES: Final = 1 << 21
+# As the engine says it where it has tried, too.
+_STUCK: Final = "and the guest does not go on here"
 
 
 async def send_isolated(
@@ -63,6 +67,7 @@ async def send_isolated(
             steering,
         )
         aborted: TransferAborted | None = None
+        stuck: GuestError | None = None
         info: MigrationInfo | None = None
         try:
             info = await engine.run(task)
@@ -73,10 +78,7 @@ async def send_isolated(
                 give_up()
                 steering.waits(paused=False)
                 if svsm.state is SessionStatus.ABORTED:
-                    await guest.hypervisor.resume()
-                    # An engine that died did not lift it.
-                    if isinstance(guest.hypervisor, ThrottlingHypervisor):
-                        await guest.hypervisor.throttle(0)
+                    stuck = await _let_go_on(guest.hypervisor, throttled=True)
     if svsm.state is SessionStatus.FINISHED:
         return _completed(info or engine.latest)
     why = str(aborted) if aborted is not None else "the engine says that the move is complete, and it is not"
@@ -88,9 +90,12 @@ async def send_isolated(
             "undecided",
             f"the start token left and no answer came: the guest stays parked here; ask the destination ({why})",
         )
-    if aborted is not None and aborted.outcome is not Outcome.UNDECIDED:
-        raise aborted
-    raise TransferAborted(Outcome.ENDED, "engine", why)
+    if aborted is None or aborted.outcome is Outcome.UNDECIDED:
+        aborted = TransferAborted(Outcome.ENDED, "engine", why)
+    if stuck is not None and _STUCK not in str(aborted):
+        message = f"{aborted}; {_STUCK}: {stuck}"
+        raise TransferAborted(aborted.outcome, aborted.reason, message) from cause_of(stuck, stuck)
+    raise aborted
 
 
 async def receive_isolated(
@@ -129,6 +134,7 @@ async def receive_isolated(
             Steering(),
         )
         aborted: TransferAborted | None = None
+        stuck: GuestError | None = None
         info: MigrationInfo | None = None
         try:
             info = await engine.run(task)
@@ -139,12 +145,29 @@ async def receive_isolated(
                 give_up()
                 if svsm.state is SessionStatus.RUNNING:
                     # The engine may have died between the SVSM's release and the hypervisor's.
-                    await guest.hypervisor.resume()
+                    stuck = await _let_go_on(guest.hypervisor, throttled=False)
+    if stuck is not None:
+        message = f"the guest was released here but does not run: {stuck}"
+        raise TransferAborted(Outcome.UNDECIDED, "undecided", message) from cause_of(stuck, stuck)
     if svsm.state is SessionStatus.RUNNING:
         return _completed(info or engine.latest)
     if aborted is not None:
         raise aborted
     raise TransferAborted(Outcome.ENDED, "engine", "the engine says that the move is complete, and it is not")
+
+
+async def _let_go_on(hypervisor: Hypervisor, *, throttled: bool) -> GuestError | None:
+    """Have the guest run. Returns why it does not, where it does not."""
+    try:
+        with hypervisor_call("continue the guest"):
+            await hypervisor.resume()
+        # An engine that died did not lift it.
+        if throttled and isinstance(hypervisor, ThrottlingHypervisor):
+            with hypervisor_call("throttle the guest"):
+                await hypervisor.throttle(0)
+    except GuestError as error:
+        return error
+    return None
 
 
 def _completed(info: MigrationInfo | None) -> MigrationInfo:
