@@ -106,6 +106,48 @@ async def _converges(guest_type: type[KvmGuest] | type[SimulatedGuest], *, isola
     assert described["guest-slowdown-percentage"] == round(throttle.slowdown, 1)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "rate"),
+    [
+        # It converges at once, but in a pause it writes more than an epoch sends.
+        (MigrationParameters(downtime_limit_s=1.0, auto_converge=True), 40 << 20),
+        # It converges only when it is slowed down.
+        (replace(TIGHT, auto_converge=True), RATE),
+    ],
+    ids=["slow", "fast"],
+)
+async def test_a_guest_is_not_slowed_down_while_the_operator_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, parameters: MigrationParameters, rate: int
+) -> None:
+    monkeypatch.setattr("pagexfer.engine.course.PAUSE_EPOCH_S", 0.05)
+    steering = Steering(replace(parameters, pause_before_switchover=True))
+    paused: list[pagexfer.MigrationInfo] = []
+    infos: list[pagexfer.MigrationInfo] = []
+
+    async def wait_some_epochs() -> None:
+        with trio.fail_after(30):
+            while len(paused) < 2 or paused[-1].ram.dirty_sync_count < paused[0].ram.dirty_sync_count + 8:
+                await trio.sleep(0.001)
+                if infos and infos[-1].status is pagexfer.Status.PRE_SWITCHOVER:
+                    paused.append(infos[-1])
+                    assert steering.paused  # for as long as it takes
+        steering.continue_switchover()
+
+    with (
+        SimulatedGuest.boot(RAM, 2, write_rate_bytes=rate) as source,
+        SimulatedGuest.empty(RAM, 2) as destination,
+    ):
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(wait_some_epochs)
+                end = await _migrate(source, destination, steering, infos)
+        assert isinstance(end, pagexfer.MigrationReport), end
+    assert {info.throttle.percentage for info in paused if info.throttle is not None} <= {0}
+    first = infos.index(paused[0])
+    before = max((info.throttle.percentage for info in infos[:first] if info.throttle is not None), default=0)
+    assert (before >= THROTTLE_INITIAL) is (rate == RATE)
+
+
 async def test_a_migration_that_ends_lets_the_guest_run_at_full_speed() -> None:
     steering = Steering(replace(TIGHT, downtime_limit_s=0.015, auto_converge=True))
     with (

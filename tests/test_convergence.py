@@ -27,6 +27,7 @@ from pagexfer.engine.convergence import (
     Verdict,
     bandwidth,
     decide,
+    hold,
     press,
     sending_s,
 )
@@ -289,6 +290,14 @@ def test_the_limit_goes_up_step_by_step_to_its_maximum() -> None:
 def test_the_limit_stays_while_pages_get_fewer() -> None:
     samples = _epochs([_TOO_MANY * 2**number for number in range(8, 0, -1)], 1.0)
     assert press(samples, _TOO_MANY, _RAMP, can_throttle=False) == _NO_PRESSURE
+
+
+def test_what_is_held_is_the_last_pressure_within_the_limits_of_now() -> None:
+    samples = _epochs([_TOO_MANY] * 20, 1.0, Pressure(50, 1.0))
+    assert hold(samples, replace(_RAMP, auto_converge=True), can_throttle=True) == Pressure(50, 1.0)
+    assert hold(samples, _THROTTLING, can_throttle=True) == Pressure(50, _LIMIT_S)
+    assert hold(samples, _RAMP, can_throttle=True) == Pressure(0, 1.0)
+    assert hold([], _RAMP, can_throttle=False) == _NO_PRESSURE
 
 
 def test_throttling_comes_before_the_ramp() -> None:

@@ -125,6 +125,13 @@ def sending_s(samples: Sequence[EpochSample], pending_bytes: int, max_bandwidth_
     return fixed_s + pending_bytes * recent[-1].shrunk * per_byte_s
 
 
+def hold(samples: Sequence[EpochSample], parameters: MigrationParameters, *, can_throttle: bool) -> Pressure:
+    """The pressure of the last epoch, as far as the operator allows it now."""
+    last = samples[-1].pressure if samples else Pressure(0, parameters.downtime_limit_s)
+    limit_s = min(max(last.downtime_limit_s, parameters.downtime_limit_s), _ceiling_s(parameters))
+    return Pressure(last.throttle if parameters.auto_converge and can_throttle else 0, limit_s)
+
+
 def press(
     samples: Sequence[EpochSample],
     pending_pages: int,
@@ -132,21 +139,18 @@ def press(
     *,
     can_throttle: bool,
 ) -> Pressure:
-    """The pressure for the next epoch: that of the last one, or one step more.
+    """The pressure for one epoch more: that of the last one, or one step above it.
 
     Slowing the guest down goes first, as the black-out is what its users notice.
     """
-    begin = Pressure(0, parameters.downtime_limit_s)
-    last = samples[-1].pressure if samples else begin
-    ceiling_s = _ceiling_s(parameters)
-    limit_s = min(max(last.downtime_limit_s, parameters.downtime_limit_s), ceiling_s)
-    throttling = parameters.auto_converge and can_throttle
-    if throttling and last.throttle < THROTTLE_MAX:
-        return Pressure(_next_throttle(samples, pending_pages), limit_s)
-    settled = _settled(samples, last)
+    held = hold(samples, parameters, can_throttle=can_throttle)
+    if parameters.auto_converge and can_throttle and held.throttle < THROTTLE_MAX:
+        return Pressure(_next_throttle(samples, pending_pages), held.downtime_limit_s)
+    settled = _settled(samples, samples[-1].pressure) if samples else ()
     if settled and _epochs_since_low(settled, pending_pages) >= RAMP_EPOCHS:
-        limit_s = min(limit_s * RAMP_FACTOR, ceiling_s)
-    return Pressure(last.throttle if throttling else 0, limit_s)
+        limit_s = min(held.downtime_limit_s * RAMP_FACTOR, _ceiling_s(parameters))
+        return Pressure(held.throttle, limit_s)
+    return held
 
 
 def decide(

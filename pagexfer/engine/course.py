@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from ..errors import ChannelClosed, Outcome, TransferAborted
 from ..wire.constants import PAGE_SIZE
-from .convergence import Costs, Decision, EpochSample, Pressure, decide, press
+from .convergence import Costs, Decision, EpochSample, Pressure, Verdict, decide, hold, press
 from .failure import hypervisor_call
 from .hypervisor import ThrottlingHypervisor
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .channel import SourceChannel
     from .hypervisor import Hypervisor
     from .progress import Progress
-    from .steering import Steering
+    from .steering import MigrationParameters, Steering
 
 # A pause sends an epoch so often: the destination sees that the source lives, and what is left to send stays little.
 PAUSE_EPOCH_S: Final = 1.0
@@ -51,6 +52,7 @@ class Course:
         self._stall_timeout_s = stall_timeout_s
         self._samples: list[EpochSample] = []
         self._pressure = Pressure(0, steering.parameters.downtime_limit_s)
+        self._pausing = False
         self._shrunk = 1.0
         self._data_pages = 0
         self._throttle = 0
@@ -93,27 +95,37 @@ class Course:
         Comes back late where the operator wants a pause, and then with one epoch more.
         """
         parameters, can_throttle = self._steering.parameters, self._throttling is not None
-        self._pressure = press(self._samples, pending_pages, parameters, can_throttle=can_throttle)
+        self._pressure = hold(self._samples, parameters, can_throttle=can_throttle)
+        verdict = self._judge(pending_pages, parameters, costs)
+        # Only a guest that needs one epoch more is pressed, and nothing is concluded from epochs between which it had a
+        # pause to write in.
+        if verdict.decision is not Decision.SWITCHOVER and not self._pausing:
+            self._pressure = press(self._samples, pending_pages, parameters, can_throttle=can_throttle)
+            verdict = self._judge(pending_pages, parameters, costs)
         await self._set_throttle(self._pressure.throttle)
-        verdict = decide(
+        self._progress.expected_downtime_s = verdict.expected_downtime_s if self._samples else 0.0
+        self._progress.downtime_limit_s = self._pressure.downtime_limit_s
+        if verdict.decision is Decision.GIVE_UP:
+            raise TransferAborted(Outcome.ENDED, "not-converging", verdict.reason)
+        converged = self._pausing or verdict.decision is Decision.SWITCHOVER
+        if converged and parameters.pause_before_switchover:
+            await self._pause()
+            return Decision.TRANSFER
+        self._pausing = False
+        self._progress.wait(waiting=False)
+        self._steering.waits(paused=False)
+        return verdict.decision
+
+    def _judge(self, pending_pages: int, parameters: MigrationParameters, costs: Costs) -> Verdict:
+        return decide(
             self._samples,
             pending_pages,
             trio.current_time(),
             self._pressure,
             parameters,
             costs,
-            can_throttle=can_throttle,
+            can_throttle=self._throttling is not None,
         )
-        self._progress.expected_downtime_s = verdict.expected_downtime_s if self._samples else 0.0
-        self._progress.downtime_limit_s = self._pressure.downtime_limit_s
-        if verdict.decision is Decision.GIVE_UP:
-            raise TransferAborted(Outcome.ENDED, "not-converging", verdict.reason)
-        if verdict.decision is Decision.SWITCHOVER and parameters.pause_before_switchover:
-            await self._pause()
-            return Decision.TRANSFER
-        self._progress.wait(waiting=False)
-        self._steering.waits(paused=False)
-        return verdict.decision
 
     @contextmanager
     def blackout(self) -> Iterator[None]:
@@ -168,6 +180,10 @@ class Course:
         self._progress.throttle(percentage, trio.current_time())
 
     async def _pause(self) -> None:
+        self._pausing = True
+        # However long the operator takes, the guest is not slowed down for it.
+        self._pressure = replace(self._pressure, throttle=0)
+        await self.lift_throttle()
         self._progress.wait(waiting=True)
         # However long it takes says nothing about convergence.
         del self._samples[:-1]
