@@ -58,6 +58,9 @@ _MOST_ISOLATED_ON_FEW: Final = 8
 _MOST_SOURCE_ON_FEW: Final = 1
 _MOST_DESTINATION_ON_FEW: Final = 4
 
+# Ends for which the SVSM of this side may have noted what of its own failed.
+_LOCAL_REASONS: Final = ("guest", "journal", "undecided")
+
 FreshnessChoice = Literal["auto", "digest-audit"]
 
 
@@ -188,7 +191,7 @@ async def send_guest(
         )
         with kept or nullcontext():
             sending = partial(send_isolated, guest, svsm, task, steering, on_progress)
-            info = await _run(sending, guest.memory, guest.memory.map_ahead)
+            info = await _run(sending, svsm, guest.memory, guest.memory.map_ahead)
             return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
     engine = SourceEngine(
         _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
@@ -204,7 +207,7 @@ async def send_guest(
         on_progress,
     )
     with kept or nullcontext():
-        info = await _run(partial(engine.run, host, port), guest.memory, guest.memory.map_ahead)
+        info = await _run(partial(engine.run, host, port), svsm, guest.memory, guest.memory.map_ahead)
         return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
 
 
@@ -260,7 +263,7 @@ async def receive_guest(
         )
         receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
         with kept or nullcontext():
-            info = await _run(receiving, guest.memory, guest.memory.prefault)
+            info = await _run(receiving, svsm, guest.memory, guest.memory.prefault)
         return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
 
     async def make_slots(count: int) -> list[Slot]:
@@ -283,16 +286,22 @@ async def receive_guest(
         listener = await listen(host, port, stall_timeout_s)
         try:
             call_back(on_listening, listener.port)
-            info = await _run(partial(engine.run, listener), guest.memory, guest.memory.prefault)
+            info = await _run(partial(engine.run, listener), svsm, guest.memory, guest.memory.prefault)
         finally:
             listener.close()
     return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
 
 
 async def _run(
-    move: Callable[[], Awaitable[MigrationInfo]], memory: GuestMemory, provide: Callable[[int, int], bool]
+    move: Callable[[], Awaitable[MigrationInfo]],
+    svsm: SourceSvsm | DestinationSvsm,
+    memory: GuestMemory,
+    provide: Callable[[int, int], bool],
 ) -> MigrationInfo:
-    """Send or receive, and meanwhile have RAM provided, part by part."""
+    """Send or receive, and meanwhile have RAM provided, part by part.
+
+    An engine learns only the coarse code of what its SVSM refused. Who has the SVSM in this process may know more.
+    """
     end: MigrationInfo | TransferAborted | UsageError
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_provide, memory, provide)
@@ -302,6 +311,8 @@ async def _run(
             end = aborted  # raised outside of the nursery, which would wrap it into a group
         nursery.cancel_scope.shield = True  # the outcome stands, also where a cancel comes with it
         nursery.cancel_scope.cancel()
+    if isinstance(end, TransferAborted) and end.reason in _LOCAL_REASONS and svsm.local_fault:
+        raise TransferAborted(end.outcome, end.reason, str(end), svsm.local_fault) from end
     if isinstance(end, (TransferAborted, UsageError)):
         raise end
     return end

@@ -169,6 +169,7 @@ async def test_a_callback_that_fails_on_the_way_ends_it_and_the_guest_goes_on(
     _caused(own, "callback")
     assert isinstance(other, TransferAborted)
     assert other.outcome is Outcome.ENDED
+    assert "ForeignError" not in str(other)
     assert move.machine.source.gate.running
     assert not move.machine.destination.gate.running
 
@@ -255,7 +256,9 @@ async def test_whatever_a_source_hypervisor_raises_ends_it(
     setattr(move.machine.source.hypervisor, call, fail)
     await move.run()
     _caused(move.sent, "guest")
-    _ended(move.received, "guest")
+    heard = str(_ended(move.received, "guest"))
+    assert heard.startswith("at the source: the hypervisor did not s")
+    assert "ForeignError" not in heard
     assert move.machine.stayed()
 
 
@@ -264,7 +267,9 @@ async def test_whatever_a_destination_hypervisor_raises_ends_it(isolated: bool) 
     move.machine.destination.hypervisor.before_load = _fail
     await move.run()
     _caused(move.received, "device-state")
-    _ended(move.sent, "device-state")
+    heard = str(_ended(move.sent, "device-state"))
+    assert heard.startswith("at the destination: the hypervisor did not load")
+    assert "ForeignError" not in heard
     assert move.machine.stayed()
 
 

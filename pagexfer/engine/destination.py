@@ -37,7 +37,7 @@ from ..wire.control import (
 )
 from ..wire.device_state import MAX_DEVICE_STATE_BYTES
 from ..wire.framing import FrameType
-from ..wire.handshake import parse_established_untrusted
+from ..wire.handshake import Role, parse_established_untrusted
 from ..wire.slot import Command
 from .channel import DestinationChannel, EpochEnd
 from .control import Control
@@ -47,6 +47,7 @@ from .failure import (
     call_back_at_the_end,
     cause_of,
     first_failure,
+    foreign_cause,
     hypervisor_call,
     say_farewell,
     svsm_lost,
@@ -198,7 +199,7 @@ class DestinationEngine:
             aborted = _BUSY if self._established.is_set() else as_aborted(refused)
             if refused.code is RefusalCode.GEOMETRY:
                 aborted = unfit(hello, reply)
-            await say_farewell(control, aborted)
+            await say_farewell(control, Role.DESTINATION, aborted)
             # The peer is the source and this side cannot serve it: waiting for another one would not help.
             if refused.code not in (RefusalCode.GEOMETRY, RefusalCode.COMPRESSION, RefusalCode.JOURNAL):
                 raise
@@ -349,7 +350,8 @@ class DestinationEngine:
             with hypervisor_call("load the devices"):
                 await self._hypervisor.load_device_state(bytes(self._device_state))
         except GuestError as error:
-            raise TransferAborted(Outcome.ENDED, "device-state", str(error)) from error
+            cause = foreign_cause(error)
+            raise TransferAborted(Outcome.ENDED, "device-state", str(error), cause) from error
         await link.answer(BundleKind.READY)
 
     async def _start(self, link: DestinationChannel) -> None:
@@ -381,7 +383,7 @@ class DestinationEngine:
         if self._control is not None and aborted.reason == "connection":
             aborted = await self._control.last_words() or aborted
         elif self._control is not None:
-            await say_farewell(self._control, aborted)
+            await say_farewell(self._control, Role.DESTINATION, aborted)
         if refusal is not None:
             aborted = TransferAborted(
                 Outcome.UNDECIDED, "undecided", f"the guest was released here but does not run: {aborted}"

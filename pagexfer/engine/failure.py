@@ -22,7 +22,7 @@ from ..errors import (
 )
 from ..wire.constants import PAGE_SIZE
 from ..wire.control import Failed
-from ..wire.handshake import parse_hello_untrusted, split_reply_untrusted
+from ..wire.handshake import Role, parse_hello_untrusted, split_reply_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +37,9 @@ _FAREWELL_TIMEOUT_S: Final = 2.0
 HYPERVISOR_TIMEOUT_S: Final = 30.0
 # What a side saw itself says less than the words that the peer has sent, or has left on the control connection.
 SECOND_HAND: Final = ("connection", "destination-failed")
+
+# Reasons whose lines name the side that they speak of.
+_NAMES_ITS_SIDE: Final = ("authentication", "policy", "geometry", "compression", "busy", "cancelled")
 
 # For each coarse code: the machine-readable reason and what to tell a person.
 _REFUSALS: Final = {
@@ -67,6 +70,10 @@ _REFUSALS: Final = {
 }
 
 
+class HypervisorFailed(GuestError):
+    """The hypervisor's own code raised what is not of pagexfer: the `__cause__`."""
+
+
 def first_failure(error: BaseException) -> PagexferError | None:
     """The error of ours that explains `error`, or None where it only says that we were cancelled.
 
@@ -89,6 +96,23 @@ def cause_of(failure: PagexferError | None, error: BaseException) -> BaseExcepti
     return cause or error
 
 
+def foreign_cause(failure: PagexferError) -> str:
+    """What the hypervisor raised that is not ours, in a line for this side alone; empty where it raised nothing so."""
+    return described(failure.__cause__) if isinstance(failure, HypervisorFailed) and failure.__cause__ else ""
+
+
+def described(error: BaseException) -> str:
+    """An error that is not ours in one line: the first one of a group."""
+    first = _leaves(error)[0]
+    return _one_line(f"{type(first).__name__}: {first}")
+
+
+def with_cause(failure: PagexferError) -> str:
+    """A failure and its foreign cause, in a line for this side alone."""
+    cause = foreign_cause(failure)
+    return f"{failure} ({cause})" if cause else str(failure)
+
+
 def svsm_lost(refusal: PagexferError | None) -> SvsmLost | None:
     """Why an engine was cancelled that nobody cancelled: its SVSM, which does not even take ABORT any more, is gone."""
     return refusal if isinstance(refusal, SvsmLost) else None
@@ -108,7 +132,7 @@ def as_aborted(failure: PagexferError) -> TransferAborted:
         case MalformedData():
             return TransferAborted(Outcome.ENDED, "protocol", f"the peer broke the protocol: {failure}")
         case GuestError():
-            return TransferAborted(Outcome.ENDED, "guest", str(failure))
+            return TransferAborted(Outcome.ENDED, "guest", str(failure), foreign_cause(failure))
         case SvsmLost():
             return TransferAborted(Outcome.ENDED, "svsm", str(failure))
         case _:
@@ -144,10 +168,9 @@ def hypervisors_own(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        foreign = [leaf for leaf in _leaves(error) if not isinstance(leaf, PagexferError)]
-        if not foreign:
+        if all(isinstance(leaf, PagexferError) for leaf in _leaves(error)):
             raise
-        raise GuestError(f"the hypervisor did not {what}: {_described(foreign[0])}") from error
+        raise HypervisorFailed(f"the hypervisor did not {what}") from error
 
 
 def call_back(callback: Callable[[Value], None], value: Value) -> None:
@@ -156,7 +179,7 @@ def call_back(callback: Callable[[Value], None], value: Value) -> None:
         callback(value)
     except Exception as error:
         raise TransferAborted(
-            Outcome.ENDED, "callback", f"a callback of the program that migrates failed: {_described(error)}"
+            Outcome.ENDED, "callback", "a callback of the program that migrates failed", described(error)
         ) from error
 
 
@@ -182,17 +205,19 @@ def unfit(source_hello: bytes, reply: bytes) -> TransferAborted:
     return TransferAborted(Outcome.ENDED, "geometry", f"{difference}: give both sides the same")
 
 
-async def say_farewell(control: Control, failure: TransferAborted) -> None:
-    """Tell the peer why this side ends, as far as the connection still carries it."""
+async def say_farewell(control: Control, side: Role, failure: TransferAborted) -> None:
+    """Tell the peer why this side ends, as far as the connection still carries it.
+
+    Anybody on the way can read that line, and the peer shows it: so it is coarse, and says which side it speaks of.
+    """
+    message = failure.coarse
+    if failure.reason not in _NAMES_ITS_SIDE:
+        message = f"at the {side.name.lower()}: {message}"
     with trio.move_on_after(_FAREWELL_TIMEOUT_S):
         try:
-            await control.send(Failed(failure.reason, _one_line(str(failure))))
+            await control.send(Failed(failure.reason, _one_line(message)))
         except (ChannelBroken, ChannelClosed):
             return
-
-
-def _described(error: BaseException) -> str:
-    return _one_line(f"{type(error).__name__}: {error}")
 
 
 def _one_line(text: str) -> str:

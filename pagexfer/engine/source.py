@@ -35,7 +35,7 @@ from ..wire.control import (
 )
 from ..wire.device_state import MAX_DEVICE_STATE_BYTES
 from ..wire.framing import ConnectionHello, FrameType, Purpose
-from ..wire.handshake import parse_established_untrusted
+from ..wire.handshake import Role, parse_established_untrusted
 from ..wire.slot import Command, SlotStatus
 from .channel import SourceChannel
 from .control import Control
@@ -53,6 +53,7 @@ from .failure import (
     say_farewell,
     svsm_lost,
     undecided,
+    with_cause,
 )
 from .hypervisor import WatchedHypervisor
 from .plan import Chunk, plan_chunks
@@ -436,12 +437,14 @@ class SourceEngine:
         if control is not None and aborted.reason in SECOND_HAND:
             aborted = await control.last_words() or aborted
         elif control is not None:
-            await say_farewell(control, aborted)
+            await say_farewell(control, Role.SOURCE, aborted)
         if not decided:
             aborted = undecided(aborted)
         if stuck is not None:
             aborted = TransferAborted(
-                aborted.outcome, aborted.reason, f"{aborted}; and the guest does not go on here: {stuck}"
+                aborted.outcome,
+                aborted.reason,
+                f"{aborted}; and the guest does not go on here: {with_cause(stuck)}",
             )
         self._finish(Status.CANCELLED if aborted is self._cancelled else Status.FAILED)
         if failure is None and aborted is self._cancelled:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from ..engine.failure import call_back, call_back_at_the_end, hypervisors_own
+from ..engine.failure import (
+    HypervisorFailed,
+    call_back,
+    call_back_at_the_end,
+    described,
+    hypervisors_own,
+)
 from ..engine.hypervisor import ThrottlingHypervisor
 from ..engine.progress import MigrationInfo, Status
 from ..errors import ChannelBroken, GuestError, MalformedData, Outcome, TransferAborted, UsageError
@@ -214,7 +220,8 @@ class EngineProcess:
             else:
                 raise MalformedData(f"a call that there is not: {name[:40]!r}")
         except (GuestError, UsageError) as error:
-            self._foreign = self._foreign or error.__cause__
+            if isinstance(error, HypervisorFailed):
+                self._foreign = self._foreign or error.__cause__
             await link.send({"type": "refused", "id": number, "message": str(error)})
         else:
             await link.send({"type": "done", "id": number}, answer)
@@ -265,7 +272,8 @@ class EngineProcess:
                 raise UsageError(message)
             case {"type": "aborted", "outcome": int(outcome), "reason": str(reason), "message": str(message)}:
                 known = outcome if outcome in (Outcome.REFUSED, Outcome.UNDECIDED) else Outcome.ENDED
-                raise TransferAborted(Outcome(known), reason, message) from self._foreign
+                cause = described(self._foreign) if self._foreign is not None else ""
+                raise TransferAborted(Outcome(known), reason, message, cause) from self._foreign
             case {"type": "cancelled"} if self._aborted is not None:
                 raise self._aborted
         raise TransferAborted(Outcome.ENDED, "engine", "the engine's process said nothing that makes sense")

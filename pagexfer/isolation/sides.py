@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from ..engine.failure import cause_of, hypervisor_call
+from ..engine.failure import cause_of, hypervisor_call, with_cause
 from ..engine.hypervisor import ThrottlingHypervisor
 from ..engine.progress import Status
 from ..engine.steering import Steering
@@ -93,7 +93,7 @@ async def send_isolated(
     if aborted is None or aborted.outcome is Outcome.UNDECIDED:
         aborted = TransferAborted(Outcome.ENDED, "engine", why)
     if stuck is not None and _STUCK not in str(aborted):
-        message = f"{aborted}; {_STUCK}: {stuck}"
+        message = f"{aborted}; {_STUCK}: {with_cause(stuck)}"
         raise TransferAborted(aborted.outcome, aborted.reason, message) from cause_of(stuck, stuck)
     raise aborted
 
@@ -147,7 +147,7 @@ async def receive_isolated(
                     # The engine may have died between the SVSM's release and the hypervisor's.
                     stuck = await _let_go_on(guest.hypervisor, throttled=False)
     if stuck is not None:
-        message = f"the guest was released here but does not run: {stuck}"
+        message = f"the guest was released here but does not run: {with_cause(stuck)}"
         raise TransferAborted(Outcome.UNDECIDED, "undecided", message) from cause_of(stuck, stuck)
     if svsm.state is SessionStatus.RUNNING:
         return _completed(info or engine.latest)
