@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 import trio
 
+from pagexfer.engine.streams import Listener
 from pagexfer.errors import JournalError, Outcome, TransferAborted
 from pagexfer.migration import receive_guest, send_guest
 from pagexfer.svsm.journal import FileJournal
@@ -28,9 +31,9 @@ if TYPE_CHECKING:
 
 
 async def _ends(
-    machine: SmallMachine, *, isolated: bool, journal: Path | None = None
+    machine: SmallMachine, *, isolated: bool, journal: Path | None = None, stall_timeout_s: float = 30.0
 ) -> tuple[TransferAborted, TransferAborted]:
-    """How source and destination end; the destination's journal is `journal`."""
+    """How source and destination end; `journal` and `stall_timeout_s` are the destination's."""
     ends: dict[str, TransferAborted] = {}
 
     async def receive(task_status: trio.TaskStatus[int]) -> None:
@@ -41,6 +44,7 @@ async def _ends(
                 0,
                 ATTESTOR,
                 journal=journal,
+                stall_timeout_s=stall_timeout_s,
                 isolated=isolated,
                 on_listening=task_status.started,
             )
@@ -93,3 +97,52 @@ async def test_a_journal_that_cannot_be_written(
     assert str(sent) == (
         "at the destination: the journal could not be written: look at its disk and its folder"
     )
+
+
+class _PoorSocket:
+    """A listening socket with descriptors for `count` newcomers."""
+
+    def __init__(self, real: trio.socket.SocketType, count: int) -> None:
+        self._real = real
+        self._count = count
+
+    async def accept(self) -> tuple[trio.socket.SocketType, object]:
+        if not self._count:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        self._count -= 1
+        return await self._real.accept()
+
+    def getsockname(self) -> tuple[str, int]:
+        address: tuple[str, int] = self._real.getsockname()
+        return address
+
+    def close(self) -> None:
+        self._real.close()
+
+
+async def test_a_destination_without_descriptors_for_all_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def listen(host: str, port: int, stall_timeout_s: float) -> Listener:
+        listeners = await trio.open_tcp_listeners(port, host=host)
+        # For the control connection and one of two channels.
+        poor = _PoorSocket(listeners[0].socket, 2)
+        return Listener([poor], stall_timeout_s)  # type: ignore[list-item]
+
+    monkeypatch.setattr("pagexfer.migration.listen", listen)
+    sent, received = await _ends(SmallMachine(), isolated=False, stall_timeout_s=0.3)
+    assert (sent.reason, received.reason) == ("resources", "resources")
+    line = "only 1 of 2 channels came within 0.3 s: out of file descriptors (see 'ulimit -n')"
+    assert str(received) == line
+    assert str(sent) == f"at the destination: {line}"
+
+
+def test_the_command_takes_as_many_descriptors_as_it_may() -> None:
+    """64 channels need more than the 48 files that each side may have until it says otherwise."""
+    demo = "demo --channels 64 --guest simulated --ram 16MiB --vcpus 1 --write-rate 1MiB --downtime-limit 2s"
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -Sn 48 && exec {sys.executable} -m pagexfer {demo}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

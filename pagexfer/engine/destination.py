@@ -168,7 +168,7 @@ class DestinationEngine:
                 nursery.start_soon(control.listen)
                 # The source has nothing more to say there but that it failed.
                 nursery.start_soon(control.receive, Failed, math.inf)
-                await self._wait_for_channels(control)
+                await self._wait_for_channels(control, listener)
                 await self._receive(control)
                 nursery.cancel_scope.cancel()
         except BaseException as error:
@@ -261,16 +261,15 @@ class DestinationEngine:
         await self._control.send(Established(self._established_message))
         return self._control
 
-    async def _wait_for_channels(self, control: Control) -> None:
+    async def _wait_for_channels(self, control: Control, listener: Listener) -> None:
         """Until every channel is open."""
         with trio.move_on_after(self._stall_timeout_s):
             await self._all_open.wait()
         if not self._all_open.is_set():
-            raise TransferAborted(
-                Outcome.ENDED,
-                "connection",
-                f"only {len(self._channels)} of {len(self._slots)} channels came within {self._stall_timeout_s:g} s",
-            )
+            came = f"only {len(self._channels)} of {len(self._slots)} channels came within {self._stall_timeout_s:g} s"
+            if listener.lacks:
+                raise TransferAborted(Outcome.ENDED, "resources", f"{came}: out of {listener.lacks}")
+            raise TransferAborted(Outcome.ENDED, "connection", came)
         await control.send(ChannelsOpen(len(self._slots)))
         self._progress.set_up(trio.current_time())
 
