@@ -162,8 +162,8 @@ def _send(job: Job, host: str, port: int) -> Run:
         reason,
         info.ram.dirty_sync_count,
         (info.total_time - info.setup_time) / 1000,
-        info.downtime,
-        info.expected_downtime,
+        info.downtime or 0.0,
+        info.expected_downtime or 0.0,
         info.throttle.slowdown if info.throttle is not None else 0.0,
         info.ram.transferred,
     )

@@ -47,6 +47,7 @@ class Sealing:
     def __init__(self) -> None:
         self.state = SessionStatus.PRECOPY
         self.staging = StagingPool()
+        self.local_fault = ""
         self.lock = Lock()
 
 

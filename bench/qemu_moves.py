@@ -205,7 +205,7 @@ def _send(job: Job, host: str, port: int) -> Taken:
             )
         return Taken(
             report.info.total_time / 1000,
-            report.info.downtime / 1000,
+            (report.info.downtime or 0.0) / 1000,
             watch.side(0).cpu_seconds,
             0.0,
             report.info.total_time / 1000,

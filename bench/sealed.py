@@ -172,7 +172,7 @@ def send(move: Move, host: str, port: int, on_first_page: Callable[[], None] = l
             watch[0].side(move.ram_bytes),
             converged,
             (last.total_time - last.setup_time) / 1000,
-            last.downtime / 1000,
+            (last.downtime or 0.0) / 1000,
             last.ram.dirty_sync_count,
             sum(channel.bundles for channel in last.channels),
             last.ram.transferred,

@@ -159,7 +159,7 @@ def _describe(
         **report.info.as_dict(),
         **error,
         # The comparison is this example's, and not a part of any migration.
-        "downtime": round(report.info.downtime - witness.took_ms, 1),
+        "downtime": round((report.info.downtime or 0.0) - witness.took_ms, 1),
         "comparison": round(witness.took_ms, 1),
         "freshness": report.freshness.label,
         "guest": {

@@ -145,9 +145,14 @@ class Outcome(enum.IntEnum):
 
 
 class TransferAborted(PagexferError):
-    """The migration ended without success. `outcome` says who may run the guest, `reason` is machine readable."""
+    """The migration ended without success. `outcome` says who may run the guest, `reason` is machine readable.
 
-    def __init__(self, outcome: Outcome, reason: str, message: str) -> None:
-        super().__init__(message)
+    What is known of the `cause` on this side alone, such as a path or an error of the system, ends the message; the peer
+    is told `coarse`, the message without it.
+    """
+
+    def __init__(self, outcome: Outcome, reason: str, message: str, cause: str = "") -> None:
+        super().__init__(f"{message} ({cause})" if cause else message)
         self.outcome = outcome
         self.reason = reason
+        self.coarse = message

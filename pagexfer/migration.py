@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 import trio
 
 from .engine.destination import DestinationEngine
+from .engine.failure import call_back
 from .engine.hypervisor import ThrottlingHypervisor
 from .engine.slots import Slot
 from .engine.source import SourceEngine, SourceOptions
@@ -56,6 +57,9 @@ _PROVIDED_BYTES: Final = 1 << 24
 _MOST_ISOLATED_ON_FEW: Final = 8
 _MOST_SOURCE_ON_FEW: Final = 1
 _MOST_DESTINATION_ON_FEW: Final = 4
+
+# Ends for which the SVSM of this side may have noted what of its own failed.
+_LOCAL_REASONS: Final = ("guest", "journal", "undecided")
 
 FreshnessChoice = Literal["auto", "digest-audit"]
 
@@ -127,6 +131,13 @@ async def send_guest(
     When it returns, the guest runs at the destination and stays parked here for good. Raises UsageError for bad arguments
     and TransferAborted otherwise: its `outcome` says whether the guest goes on here (ENDED, REFUSED) or nobody may know
     (UNDECIDED). Cancelling before the start token makes the guest go on here.
+
+    What the program's own code raises is no exception to that. Whatever comes out of `on_progress` ends the migration with
+    reason "callback", whatever else than a PagexferError comes out of the hypervisor or its dirty log with reason "guest";
+    the outcome says who may run the guest, `__cause__` is what was raised. Once the outcome is there, as with the last call
+    of `on_progress`, it changes nothing any more and is logged (logger "pagexfer"). Anything else, from a guest's gate,
+    memory or tracker or from the attestor, is a defect and comes as it is, in exception groups: before the start token the
+    guest goes on here, and after it nobody may know, as with UNDECIDED.
     """
     if not 1 <= channels <= MAX_CHANNELS:
         raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
@@ -180,7 +191,7 @@ async def send_guest(
         )
         with kept or nullcontext():
             sending = partial(send_isolated, guest, svsm, task, steering, on_progress)
-            info = await _run(sending, guest.memory, guest.memory.map_ahead)
+            info = await _run(sending, svsm, guest.memory, guest.memory.map_ahead)
             return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
     engine = SourceEngine(
         _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
@@ -196,7 +207,7 @@ async def send_guest(
         on_progress,
     )
     with kept or nullcontext():
-        info = await _run(partial(engine.run, host, port), guest.memory, guest.memory.map_ahead)
+        info = await _run(partial(engine.run, host, port), svsm, guest.memory, guest.memory.map_ahead)
         return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
 
 
@@ -224,6 +235,11 @@ async def receive_guest(
 
     When it returns, the guest runs here. Raises UsageError where address or journal cannot be used, and TransferAborted
     where the migration failed: the guest then never runs here, except with outcome UNDECIDED.
+
+    What the program's own code raises is treated as in `send_guest`: what comes out of a callback or the hypervisor before
+    the guest runs here ends the migration, and the guest never runs here. Where the hypervisor cannot continue it in the
+    end the outcome is UNDECIDED. Once it runs here, what a callback raises is logged. Where a defect comes in exception
+    groups, `pagexfer recover` answers from the journal.
     """
     _check_network(port, 0, stall_timeout_s)
     _check_cpus(cpus, isolated=isolated)
@@ -247,7 +263,7 @@ async def receive_guest(
         )
         receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
         with kept or nullcontext():
-            info = await _run(receiving, guest.memory, guest.memory.prefault)
+            info = await _run(receiving, svsm, guest.memory, guest.memory.prefault)
         return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
 
     async def make_slots(count: int) -> list[Slot]:
@@ -269,17 +285,23 @@ async def receive_guest(
     with kept or nullcontext():
         listener = await listen(host, port, stall_timeout_s)
         try:
-            on_listening(listener.port)
-            info = await _run(partial(engine.run, listener), guest.memory, guest.memory.prefault)
+            call_back(on_listening, listener.port)
+            info = await _run(partial(engine.run, listener), svsm, guest.memory, guest.memory.prefault)
         finally:
             listener.close()
     return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
 
 
 async def _run(
-    move: Callable[[], Awaitable[MigrationInfo]], memory: GuestMemory, provide: Callable[[int, int], bool]
+    move: Callable[[], Awaitable[MigrationInfo]],
+    svsm: SourceSvsm | DestinationSvsm,
+    memory: GuestMemory,
+    provide: Callable[[int, int], bool],
 ) -> MigrationInfo:
-    """Send or receive, and meanwhile have RAM provided, part by part."""
+    """Send or receive, and meanwhile have RAM provided, part by part.
+
+    An engine learns only the coarse code of what its SVSM refused. Who has the SVSM in this process may know more.
+    """
     end: MigrationInfo | TransferAborted | UsageError
     async with trio.open_nursery() as nursery:
         nursery.start_soon(_provide, memory, provide)
@@ -289,6 +311,8 @@ async def _run(
             end = aborted  # raised outside of the nursery, which would wrap it into a group
         nursery.cancel_scope.shield = True  # the outcome stands, also where a cancel comes with it
         nursery.cancel_scope.cancel()
+    if isinstance(end, TransferAborted) and end.reason in _LOCAL_REASONS and svsm.local_fault:
+        raise TransferAborted(end.outcome, end.reason, str(end), svsm.local_fault) from end
     if isinstance(end, (TransferAborted, UsageError)):
         raise end
     return end

@@ -184,6 +184,7 @@ async def test_a_longer_black_out_is_taken_where_the_operator_allows_it() -> Non
     limit = end.info.downtime_limit
     assert limit is not None
     assert 30 < limit <= 2000
+    assert end.info.expected_downtime is not None
     assert 30 < end.info.expected_downtime <= limit
 
 

@@ -56,6 +56,7 @@ class _Case:
 async def test_a_guest_that_can_be_parked_now_is_not_slowed_down() -> None:
     case = _Case()
     for _ in range(2):
+        assert case.progress.expected_downtime_s is None or case.progress.expected_downtime_s > _LIMIT_S
         assert await case.epoch(_MANY) is Decision.TRANSFER
     # As many again: one step. Then so few that it could be parked, though they are all that it had.
     assert await case.epoch(_MANY) is Decision.TRANSFER

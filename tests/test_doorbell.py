@@ -38,6 +38,7 @@ class Svsm:
     def __init__(self, slots: int = 1) -> None:
         self.state = SessionStatus.PRECOPY
         self.staging = StagingPool()
+        self.local_fault = ""
         self.lock = threading.Lock()
         self.let = threading.Event()
         self.is_dead = threading.Event()

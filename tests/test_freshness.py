@@ -165,6 +165,7 @@ async def test_audit_finds_nothing_where_nobody_lies(
     assert report.freshness.label == "digest-audit"
     assert report.info.audit is not None
     assert report.info.audit.pages == 0
+    assert report.info.downtime is not None
     assert report.info.downtime > report.info.audit.milliseconds
 
 

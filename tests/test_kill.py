@@ -192,7 +192,13 @@ async def test_a_disk_that_is_full_at_switchover(psk: str, side: str) -> None:
             nursery.cancel_scope.cancel()
     assert destination.report()["error"]["reason"] == "journal"
     report = source.report()
-    assert "the journal could not be written" in report["error"]["message"]
+    # Each side is told where it was; which file it was, and why, is said at that side alone.
+    texts = {"source": report["error"]["message"], "destination": destination.report()["error"]["message"]}
+    own, other = texts.pop(side), texts.popitem()[1]
+    assert "the journal could not be written" in own
+    assert "File too large" in own
+    assert f"at the {side}: the journal could not be written" in other
+    assert "File too large" not in other
     if side == "source":
         assert (code, report["error"]["reason"]) == (Outcome.ENDED, "journal")
         assert guest_goes_on(report)

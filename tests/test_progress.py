@@ -26,13 +26,17 @@ def test_names_are_those_of_query_migrate() -> None:
         "status",
         "total-time",
         "setup-time",
-        "downtime",
-        "expected-downtime",
         "percent",
         "ram",
         "channels",
         "channel",
     ]
+    progress = _progress()
+    progress.expected_downtime_s = 0.1234
+    progress.park(101.0)
+    described = progress.info(101.05).as_dict()
+    assert list(described)[3:5] == ["downtime", "expected-downtime"]
+    assert (described["downtime"], described["expected-downtime"]) == (50.0, 123.4)
     ram = described["ram"]
     assert isinstance(ram, dict)
     assert set(ram) == {
@@ -98,7 +102,25 @@ def test_audit_is_described_where_there_was_one() -> None:
 def test_nothing_is_divided_by_before_the_set_up() -> None:
     info = _progress().info(100.0)
     assert (info.ram.mbps, info.ram.pages_per_second, info.percent) == (0.0, 0, 0.0)
-    assert info.setup_time == info.total_time == info.downtime == 0.0
+    assert info.setup_time == info.total_time == 0.0
+
+
+def test_what_is_not_known_is_not_said() -> None:
+    info = _progress().info(100.0)
+    assert (info.downtime, info.expected_downtime) == (None, None)
+    assert not {"downtime", "expected-downtime"} & info.as_dict().keys()
+
+
+def test_a_migration_that_goes_on_is_never_shown_as_complete() -> None:
+    progress = _progress()
+    progress.begin_epoch(_PAGES)
+    progress.channels[0].add(_PAGES, 0, 1)
+    assert progress.info(101.0).as_dict()["percent"] == 99.9
+    progress.begin_epoch(10)
+    assert progress.info(102.0).as_dict()["percent"] == 99.9
+    progress.channels[0].add(10, 0, 1)
+    progress.end(Status.COMPLETED, 103.0)
+    assert progress.info(103.0).as_dict()["percent"] == 100.0
 
 
 def test_after_the_end_figures_stand_still() -> None:

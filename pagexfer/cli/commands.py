@@ -15,6 +15,7 @@ import click
 import trio
 
 from ..engine.steering import MigrationParameters, Steering
+from ..engine.streams import allow_most_descriptors
 from ..errors import GuestError, Outcome, UsageError
 from ..guests.checked import boot_guest, empty_guest
 from ..guests.pattern import Layout
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 def main() -> int:
     """Run the command line; returns the exit code."""
+    allow_most_descriptors()
     try:
         code = cli.main(standalone_mode=False)
     except click.Abort:

@@ -112,10 +112,13 @@ def _columns() -> int:
 def _progress_text(info: MigrationInfo) -> str:
     ram = info.ram
     throttle = f"  throttle {info.throttle.percentage} %" if info.throttle is not None else ""
+    expected = (
+        f"  expected downtime {info.expected_downtime:.0f} ms" if info.expected_downtime is not None else ""
+    )
     return (
         f"{info.status.value:<9} {info.percent:5.1f} %  epoch {ram.dirty_sync_count}  "
         f"{ram.transferred / 2**20:.0f} MiB sent, {ram.remaining / 2**20:.1f} MiB to go  "
-        f"{ram.mbps / 8 * 1e6 / 2**20:.0f} MiB/s  expected downtime {info.expected_downtime:.0f} ms{throttle}"
+        f"{ram.mbps / 8 * 1e6 / 2**20:.0f} MiB/s{expected}{throttle}"
     )
 
 

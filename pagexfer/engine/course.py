@@ -103,7 +103,8 @@ class Course:
             self._pressure = press(self._samples, pending_pages, parameters, can_throttle=can_throttle)
             verdict = self._judge(pending_pages, parameters, costs)
         await self._set_throttle(self._pressure.throttle)
-        self._progress.expected_downtime_s = verdict.expected_downtime_s if self._samples else 0.0
+        known = math.isfinite(verdict.expected_downtime_s)
+        self._progress.expected_downtime_s = verdict.expected_downtime_s if known else None
         self._progress.downtime_limit_s = self._pressure.downtime_limit_s
         if verdict.decision is Decision.GIVE_UP:
             raise TransferAborted(Outcome.ENDED, "not-converging", verdict.reason)

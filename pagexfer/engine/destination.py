@@ -38,13 +38,17 @@ from ..wire.control import (
 )
 from ..wire.device_state import MAX_DEVICE_STATE_BYTES
 from ..wire.framing import FrameType
-from ..wire.handshake import parse_established_untrusted
+from ..wire.handshake import Role, parse_established_untrusted
 from ..wire.slot import Command, SessionStatus
 from .channel import DestinationChannel, EpochEnd
 from .control import Control
 from .failure import (
     as_aborted,
+    call_back,
+    call_back_at_the_end,
+    cause_of,
     first_failure,
+    foreign_cause,
     hypervisor_call,
     say_farewell,
     stuck_at_destination,
@@ -174,7 +178,7 @@ class DestinationEngine:
                 nursery.start_soon(control.listen)
                 # The source has nothing more to say there but that it failed.
                 nursery.start_soon(control.receive, Failed, math.inf)
-                await self._wait_for_channels(control)
+                await self._wait_for_channels(control, listener)
                 await self._receive(control)
                 nursery.cancel_scope.cancel()
         except BaseException as error:
@@ -204,7 +208,8 @@ class DestinationEngine:
         except (SvsmRefused, SvsmLost) as error:
             is_over = isinstance(error, SvsmLost) or self._control_slot.session is SessionStatus.FAILED
             if self._established.is_set() or not is_over:
-                await say_farewell(control, _BUSY if self._established.is_set() else as_aborted(error))
+                aborted = _BUSY if self._established.is_set() else as_aborted(error)
+                await say_farewell(control, Role.DESTINATION, aborted)
                 raise
             # The SVSM is lost, or the peer is the source and cannot be served: waiting for another one would not help.
             self._refused = as_aborted(error)
@@ -271,16 +276,15 @@ class DestinationEngine:
         await self._control.send(Established(self._established_message))
         return self._control
 
-    async def _wait_for_channels(self, control: Control) -> None:
+    async def _wait_for_channels(self, control: Control, listener: Listener) -> None:
         """Until every channel is open."""
         with trio.move_on_after(self._stall_timeout_s):
             await self._all_open.wait()
         if not self._all_open.is_set():
-            raise TransferAborted(
-                Outcome.ENDED,
-                "connection",
-                f"only {len(self._channels)} of {len(self._slots)} channels came within {self._stall_timeout_s:g} s",
-            )
+            came = f"only {len(self._channels)} of {len(self._slots)} channels came within {self._stall_timeout_s:g} s"
+            if listener.lacks:
+                raise TransferAborted(Outcome.ENDED, "resources", f"{came}: out of {listener.lacks}")
+            raise TransferAborted(Outcome.ENDED, "connection", came)
         await control.send(ChannelsOpen(len(self._slots)))
         self._progress.set_up(trio.current_time())
 
@@ -360,7 +364,8 @@ class DestinationEngine:
             with hypervisor_call("load the devices"):
                 await self._hypervisor.load_device_state(bytes(self._device_state))
         except GuestError as error:
-            raise TransferAborted(Outcome.ENDED, "device-state", str(error)) from error
+            cause = foreign_cause(error)
+            raise TransferAborted(Outcome.ENDED, "device-state", str(error), cause) from error
         await link.answer(BundleKind.READY)
 
     async def _start(self, link: DestinationChannel) -> None:
@@ -373,13 +378,14 @@ class DestinationEngine:
                 await link.answer(BundleKind.RUNNING)
             except (ChannelBroken, ChannelClosed) as error:
                 # The source stays parked and says that it is undecided; this side's answer is clear.
-                self._on_stranger(f"the guest runs here, but the source may not know: {error}")
+                line = f"the guest runs here, but the source may not know: {error}"
+                call_back_at_the_end(self._on_stranger, line)
             # Strangers may still be at the door, whose hellos go to this slot as well.
             await self._control_slot.exchange(Command.FINISH)
 
     async def _report(self) -> None:
         while True:
-            self._on_progress(self._progress.info(trio.current_time()))
+            call_back(self._on_progress, self._progress.info(trio.current_time()))
             await trio.sleep(PROGRESS_PERIOD_S)
 
     # Ends
@@ -392,13 +398,13 @@ class DestinationEngine:
         if self._control is not None and aborted.reason == "connection":
             aborted = await self._control.last_words() or aborted
         elif self._control is not None:
-            await say_farewell(self._control, aborted)
+            await say_farewell(self._control, Role.DESTINATION, aborted)
         if refusal is not None:
             aborted = stuck_at_destination(aborted)
         self._finish(Status.CANCELLED if aborted is _CANCELLED else Status.FAILED)
         if aborted is _CANCELLED:
             raise error
-        raise aborted from error
+        raise aborted from cause_of(failure, error)
 
     async def _fail_session(self) -> PagexferError | None:
         """FAILED for good, and if the source may have released the start token, the word that lets it go on.
@@ -423,5 +429,5 @@ class DestinationEngine:
     def _finish(self, status: Status) -> MigrationInfo:
         self._progress.end(status, trio.current_time())
         info = self._progress.info(trio.current_time())
-        self._on_progress(info)
+        call_back_at_the_end(self._on_progress, info)
         return info

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
@@ -21,7 +22,7 @@ from ..errors import (
 )
 from ..wire.constants import PAGE_SIZE
 from ..wire.control import Failed
-from ..wire.handshake import parse_hello_untrusted, split_reply_untrusted
+from ..wire.handshake import Role, parse_hello_untrusted, split_reply_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -29,11 +30,18 @@ if TYPE_CHECKING:
     from .control import Control
     from .hypervisor import Hypervisor
 
+Value = TypeVar("Value")
+
+_LOG: Final = logging.getLogger("pagexfer")
 _FAREWELL_TIMEOUT_S: Final = 2.0
 # As long as a monitor takes to stop a machine or to save its devices on a busy host.
 HYPERVISOR_TIMEOUT_S: Final = 30.0
 # What a side saw itself says less than the words that the peer has sent, or has left on the control connection.
 SECOND_HAND: Final = ("connection", "destination-failed")
+
+_STUCK: Final = "and the guest does not go on here"
+# Reasons whose lines name the side that they speak of.
+_NAMES_ITS_SIDE: Final = ("authentication", "policy", "geometry", "compression", "busy", "cancelled")
 
 # For each coarse code: the machine-readable reason and what to tell a person.
 _REFUSALS: Final = {
@@ -64,6 +72,10 @@ _REFUSALS: Final = {
 }
 
 
+class HypervisorFailed(GuestError):
+    """The hypervisor's own code raised what is not of pagexfer: the `__cause__`."""
+
+
 def first_failure(error: BaseException) -> PagexferError | None:
     """The error of ours that explains `error`, or None where it only says that we were cancelled.
 
@@ -76,6 +88,31 @@ def first_failure(error: BaseException) -> PagexferError | None:
     if foreign:
         raise foreign[0]
     return min(ours, key=_rank, default=None)
+
+
+def cause_of(failure: PagexferError | None, error: BaseException) -> BaseException:
+    """What brought `failure` about: what the embedding program's own code raised, or else `error`, all that was seen."""
+    cause = failure.__cause__ if failure is not None else None
+    while isinstance(cause, PagexferError) and cause.__cause__ is not None:
+        cause = cause.__cause__
+    return cause or error
+
+
+def foreign_cause(failure: PagexferError) -> str:
+    """What the hypervisor raised that is not ours, in a line for this side alone; empty where it raised nothing so."""
+    return described(failure.__cause__) if isinstance(failure, HypervisorFailed) and failure.__cause__ else ""
+
+
+def described(error: BaseException) -> str:
+    """An error that is not ours in one line: the first one of a group."""
+    first = _leaves(error)[0]
+    return one_line(f"{type(first).__name__}: {first}")
+
+
+def with_cause(failure: PagexferError) -> str:
+    """A failure and its foreign cause, in a line for this side alone."""
+    cause = foreign_cause(failure)
+    return f"{failure} ({cause})" if cause else str(failure)
 
 
 def svsm_lost(refusal: PagexferError | None) -> SvsmLost | None:
@@ -97,7 +134,7 @@ def as_aborted(failure: PagexferError) -> TransferAborted:
         case MalformedData():
             return TransferAborted(Outcome.ENDED, "protocol", f"the peer broke the protocol: {failure}")
         case GuestError():
-            return TransferAborted(Outcome.ENDED, "guest", str(failure))
+            return TransferAborted(Outcome.ENDED, "guest", str(failure), foreign_cause(failure))
         case SvsmLost():
             return TransferAborted(Outcome.ENDED, "svsm", str(failure))
         case _:
@@ -116,9 +153,9 @@ def undecided(cause: TransferAborted) -> TransferAborted:
 
 @contextmanager
 def hypervisor_call(what: str) -> Iterator[None]:
-    """Around a call of the hypervisor, which a guest may wait for. Raises GuestError where it takes too long."""
+    """Around a call of the hypervisor, which a guest may wait for. Raises GuestError where it fails or takes too long."""
     try:
-        with trio.fail_after(HYPERVISOR_TIMEOUT_S):
+        with trio.fail_after(HYPERVISOR_TIMEOUT_S), hypervisors_own(what):
             yield
     except trio.TooSlowError:
         raise GuestError(f"the hypervisor did not {what} within {HYPERVISOR_TIMEOUT_S:g} s") from None
@@ -134,7 +171,8 @@ async def let_go_on(
             await hypervisor.resume()
         await lift_throttle()
         if log is not None:
-            await trio.to_thread.run_sync(log.stop)
+            with hypervisors_own("stop its dirty log"):
+                await trio.to_thread.run_sync(log.stop)
     except GuestError as error:
         return error
     return None
@@ -142,17 +180,50 @@ async def let_go_on(
 
 def stuck_at_source(aborted: TransferAborted, why: GuestError) -> TransferAborted:
     """`aborted` where the guest does not go on at the source either; an isolated engine may have said that too."""
-    addition = f"; and the guest does not go on here: {why}"
-    if str(aborted).endswith(addition):
+    if _STUCK in str(aborted):
         return aborted
-    return TransferAborted(aborted.outcome, aborted.reason, f"{aborted}{addition}")
+    return TransferAborted(aborted.outcome, aborted.reason, f"{aborted}; {_STUCK}: {with_cause(why)}")
 
 
-def stuck_at_destination(why: Exception) -> TransferAborted:
+def stuck_at_destination(why: PagexferError) -> TransferAborted:
     """What a destination says whose SVSM has released the guest, which the hypervisor does not run."""
     return TransferAborted(
-        Outcome.UNDECIDED, "undecided", f"the guest was released here but does not run: {why}"
+        Outcome.UNDECIDED, "undecided", f"the guest was released here but does not run: {with_cause(why)}"
     )
+
+
+@contextmanager
+def hypervisors_own(what: str) -> Iterator[None]:
+    """Around what is the hypervisor's code and not ours: whatever it raises is its failure, and raised from as GuestError.
+
+    Errors of ours pass as they are, and so do a cancel and what ends the program.
+    """
+    try:
+        yield
+    except Exception as error:
+        if all(isinstance(leaf, PagexferError) for leaf in _leaves(error)):
+            raise
+        raise HypervisorFailed(f"the hypervisor did not {what}") from error
+
+
+def call_back(callback: Callable[[Value], None], value: Value) -> None:
+    """Tell the embedding program something. What it raises ends the migration, as TransferAborted."""
+    try:
+        callback(value)
+    except Exception as error:
+        raise TransferAborted(
+            Outcome.ENDED, "callback", "a callback of the program that migrates failed", described(error)
+        ) from error
+
+
+def call_back_at_the_end(callback: Callable[[Value], None], value: Value) -> None:
+    """Tell it something when the outcome is there already: what it raises then is logged and changes nothing."""
+    try:
+        callback(value)
+    except Exception:
+        _LOG.exception(
+            "a callback failed, which changes nothing as the outcome of the migration was there before"
+        )
 
 
 def unfit(source_hello: bytes, reply: bytes) -> TransferAborted:
@@ -172,11 +243,17 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)[:500]
 
 
-async def say_farewell(control: Control, failure: TransferAborted) -> None:
-    """Tell the peer why this side ends, as far as the connection still carries it."""
+async def say_farewell(control: Control, side: Role, failure: TransferAborted) -> None:
+    """Tell the peer why this side ends, as far as the connection still carries it.
+
+    Anybody on the way can read that line, and the peer shows it: so it is coarse, and says which side it speaks of.
+    """
+    message = failure.coarse
+    if failure.reason not in _NAMES_ITS_SIDE:
+        message = f"at the {side.name.lower()}: {message}"
     with trio.move_on_after(_FAREWELL_TIMEOUT_S):
         try:
-            await control.send(Failed(failure.reason, one_line(str(failure))))
+            await control.send(Failed(failure.reason, one_line(message)))
         except (ChannelBroken, ChannelClosed):
             return
 

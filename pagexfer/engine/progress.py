@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from typing import Final
 
 from ..wire.constants import PAGE_SIZE
+
+# Of a migration that is not completed, as it is shown with one digit.
+_MOST_PERCENT: Final = 99.9
 
 
 class Status(enum.Enum):
@@ -94,13 +98,17 @@ class ThrottleInfo:
 
 @dataclass(frozen=True, slots=True)
 class MigrationInfo:
-    """A migration at one moment. Times are milliseconds, as QEMU has them; `percent` never goes back."""
+    """A migration at one moment. Times are milliseconds, as QEMU has them.
+
+    `downtime` is known at the source, from black-out on, and `expected_downtime` there once an epoch was measured; None
+    elsewhere. `percent` never goes back, and is 100 for a completed migration alone.
+    """
 
     status: Status
     total_time: float
     setup_time: float
-    downtime: float
-    expected_downtime: float
+    downtime: float | None
+    expected_downtime: float | None
     percent: float
     ram: RamInfo
     channels: tuple[ChannelInfo, ...]
@@ -114,13 +122,15 @@ class MigrationInfo:
             "status": self.status.value,
             "total-time": round(self.total_time, 1),
             "setup-time": round(self.setup_time, 1),
-            "downtime": round(self.downtime, 1),
-            "expected-downtime": round(self.expected_downtime, 1),
-            "percent": round(self.percent, 1),
-            "ram": self.ram.as_dict(),
-            "channels": len(self.channels),
-            "channel": [channel.as_dict() for channel in self.channels],
         }
+        if self.downtime is not None:
+            described["downtime"] = round(self.downtime, 1)
+        if self.expected_downtime is not None:
+            described["expected-downtime"] = round(self.expected_downtime, 1)
+        described["percent"] = round(self.percent, 1)
+        described["ram"] = self.ram.as_dict()
+        described["channels"] = len(self.channels)
+        described["channel"] = [channel.as_dict() for channel in self.channels]
         if self.audit is not None:
             described["audit"] = self.audit.as_dict()
         if self.throttle is not None:
@@ -161,7 +171,7 @@ class Progress:
         self.other_bytes = 0  # control, tokens, vCPU and device state
         self.dirty_sync_count = 0
         self.dirty_pages_rate = 0.0
-        self.expected_downtime_s = 0.0
+        self.expected_downtime_s: float | None = None
         self.downtime_limit_s: float | None = None
         self.audit: AuditInfo | None = None
         self._ram_bytes = ram_bytes
@@ -230,7 +240,9 @@ class Progress:
         if self.status is Status.COMPLETED:
             remaining_pages = 0
         remaining = remaining_pages * PAGE_SIZE
-        self._percent = max(self._percent, 100 * (1 - remaining / self._ram_bytes))
+        # Whatever is sent already, the guest may write again until it is parked.
+        most = 100.0 if self.status is Status.COMPLETED else _MOST_PERCENT
+        self._percent = max(self._percent, min(100 * (1 - remaining / self._ram_bytes), most))
         moving_s = max(now - self._set_up, 1e-6) if self._set_up is not None else 0.0
         ram = RamInfo(
             total=self._ram_bytes,
@@ -247,8 +259,8 @@ class Progress:
             self.status,
             1000 * (now - self._began),
             1000 * ((self._set_up if self._set_up is not None else now) - self._began),
-            1000 * (now - self._parked) if self._parked is not None else 0.0,
-            1000 * self.expected_downtime_s,
+            1000 * (now - self._parked) if self._parked is not None else None,
+            1000 * self.expected_downtime_s if self.expected_downtime_s is not None else None,
             self._percent,
             ram,
             tuple(

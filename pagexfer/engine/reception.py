@@ -12,6 +12,7 @@ import trio
 
 from ..errors import ChannelBroken, ChannelClosed, MalformedData, PagexferError, SvsmRefused
 from ..wire.framing import FrameType, Purpose, parse_connection_hello_untrusted
+from .failure import call_back
 from .streams import Connection
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Reception:
             try:
                 kept = await self._introduce(connection)
             except PagexferError as error:
-                self._on_stranger(f"dropped connection from {connection.peer}: {_fault(error)}")
+                call_back(self._on_stranger, f"dropped connection from {connection.peer}: {_fault(error)}")
             finally:
                 if not kept:
                     connection.close()

@@ -35,7 +35,7 @@ from ..wire.control import (
 )
 from ..wire.device_state import MAX_DEVICE_STATE_BYTES
 from ..wire.framing import ConnectionHello, FrameType, Purpose
-from ..wire.handshake import parse_established_untrusted
+from ..wire.handshake import Role, parse_established_untrusted
 from ..wire.slot import Command, SlotStatus
 from .channel import SourceChannel
 from .control import Control
@@ -44,8 +44,12 @@ from .course import Course
 from .failure import (
     SECOND_HAND,
     as_aborted,
+    call_back,
+    call_back_at_the_end,
+    cause_of,
     first_failure,
     hypervisor_call,
+    hypervisors_own,
     let_go_on,
     say_farewell,
     stuck_at_source,
@@ -143,7 +147,7 @@ class SourceEngine:
                 nursery.start_soon(self._course.follow, self._channels)
                 nursery.start_soon(self._end_on_cancel)
                 if isinstance(self._hypervisor, WatchedHypervisor):
-                    nursery.start_soon(self._hypervisor.watch)
+                    nursery.start_soon(self._watch, self._hypervisor)
         except BaseException as error:
             if not self._completed:
                 with trio.CancelScope(shield=True):
@@ -201,7 +205,8 @@ class SourceEngine:
     async def _precopy(self, control: Control, repair: Repair) -> None:
         log = self._hypervisor.dirty_log
         if log is not None:
-            await trio.to_thread.run_sync(log.start)
+            with hypervisors_own("start its dirty log"):
+                await trio.to_thread.run_sync(log.start)
         audit_s: float | None = None
         look_s = 0.0
         while True:
@@ -266,7 +271,8 @@ class SourceEngine:
         self._lost_pages = 0
         log = self._hypervisor.dirty_log
         if log is not None:
-            dirty = await trio.to_thread.run_sync(log.collect)
+            with hypervisors_own("read its dirty log"):
+                dirty = await trio.to_thread.run_sync(log.collect)
             words = dirty.words.view(np.uint8).data
             for start in range(0, len(words), _HINT_BYTES):
                 await self._control_slot.exchange(
@@ -409,9 +415,13 @@ class SourceEngine:
         await self._steering.wait_cancelled()
         raise self._cancelled
 
+    async def _watch(self, hypervisor: WatchedHypervisor) -> None:
+        with hypervisors_own("watch the guest"):
+            await hypervisor.watch()
+
     async def _report(self) -> None:
         while True:
-            self._on_progress(self._progress.info(trio.current_time()))
+            call_back(self._on_progress, self._progress.info(trio.current_time()))
             await trio.sleep(PROGRESS_PERIOD_S)
 
     # Ends
@@ -430,7 +440,7 @@ class SourceEngine:
         if control is not None and aborted.reason in SECOND_HAND:
             aborted = await control.last_words() or aborted
         elif control is not None:
-            await say_farewell(control, aborted)
+            await say_farewell(control, Role.SOURCE, aborted)
         if not decided:
             aborted = undecided(aborted)
         if stuck is not None:
@@ -438,13 +448,13 @@ class SourceEngine:
         self._finish(Status.CANCELLED if aborted is self._cancelled else Status.FAILED)
         if failure is None and aborted is self._cancelled:
             raise error
-        raise aborted from error
+        raise aborted from cause_of(failure, error)
 
     def _finish(self, status: Status) -> MigrationInfo:
         self._steering.waits(paused=False)
         self._progress.end(status, trio.current_time())
         info = self._progress.info(trio.current_time())
-        self._on_progress(info)
+        call_back_at_the_end(self._on_progress, info)
         return info
 
     def _close(self, control: Control | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import select
 import socket
 from contextlib import contextmanager
@@ -238,6 +239,7 @@ class Listener:
     def __init__(self, sockets: list[trio.socket.SocketType], stall_timeout: float = STALL_TIMEOUT_S) -> None:
         self._sockets = sockets
         self._stall_timeout = stall_timeout
+        self.lacks = ""  # what the system had none of for a newcomer, if there was such a time
         self.port: int = sockets[0].getsockname()[1]
 
     async def accept_into(self, connections: trio.MemorySendChannel[Connection]) -> None:
@@ -260,7 +262,9 @@ class Listener:
                 connection = self._connection(accepted)
             except OSError as error:
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    await trio.sleep(0.1)  # out of descriptors: what closes meanwhile makes room
+                    out_of_files = error.errno in (errno.EMFILE, errno.ENFILE)
+                    self.lacks = "file descriptors (see 'ulimit -n')" if out_of_files else "memory"
+                    await trio.sleep(0.1)  # what closes meanwhile makes room
                     continue
                 if error.errno in (errno.ECONNABORTED, errno.ENOTCONN, errno.EINVAL):
                     continue  # the newcomer is gone already
@@ -289,6 +293,12 @@ async def listen(host: str, port: int, stall_timeout: float = STALL_TIMEOUT_S) -
     except UnicodeError:
         raise UsageError(f"cannot listen at {host}:{port}: {_NO_NAME}") from None
     return Listener([listener.socket for listener in listeners], stall_timeout)
+
+
+def allow_most_descriptors() -> None:
+    """Let this process have as many files as it may: a channel takes one or two. For programs, not libraries."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _detached(sock: trio.socket.SocketType) -> socket.socket:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import resource
 import socket
 import sys
 from typing import TYPE_CHECKING, Final, NoReturn
@@ -21,7 +20,7 @@ from ..engine.doorbell import Doorbells
 from ..engine.slots import Slot
 from ..engine.source import SourceEngine
 from ..engine.steering import MigrationParameters, Steering
-from ..engine.streams import listen
+from ..engine.streams import allow_most_descriptors, listen
 from ..errors import ChannelBroken, GuestError, MalformedData, Outcome, TransferAborted, UsageError
 from ..wire.monitor import Fields, as_fields, from_fields_untrusted
 from ..wire.slot import SlotMemory
@@ -286,8 +285,7 @@ class RemoteDirtyLog:
 
 async def main(link_fd: int) -> None:
     """Serve the link that stands at descriptor `link_fd`."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    allow_most_descriptors()
     await Engine(Link(socket.socket(fileno=link_fd), takes_descriptors=True)).run()
 
 

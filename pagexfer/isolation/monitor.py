@@ -6,11 +6,18 @@ import subprocess
 import sys
 from contextlib import contextmanager, suppress
 from socket import socketpair
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from ..engine.failure import hypervisor_call, one_line
+from ..engine.failure import (
+    HypervisorFailed,
+    call_back,
+    call_back_at_the_end,
+    described,
+    hypervisor_call,
+    one_line,
+)
 from ..engine.hypervisor import ThrottlingHypervisor, WatchedHypervisor
 from ..engine.progress import MigrationInfo, Status
 from ..engine.streams import STALL_TIMEOUT_S
@@ -33,9 +40,12 @@ if TYPE_CHECKING:
     from ..engine.steering import Steering
     from .task import Task
 
+Value = TypeVar("Value")
+
 # An engine shows that it lives twice a second; its start takes longer, on a busy machine much longer.
 START_TIMEOUT_S: Final = 60.0
 _LAST_WORDS_S: Final = 5.0
+_OVER: Final = (Status.COMPLETED, Status.FAILED, Status.CANCELLED)
 
 
 class EngineProcess:
@@ -64,6 +74,10 @@ class EngineProcess:
         self._end: Fields | None = None
         self._has_said_its_end = False
         self._listens = False
+        self._callback_failed = trio.Event()
+        # Why this side's own code ended the migration: a callback, and whatever the hypervisor raised first.
+        self._aborted: TransferAborted | None = None
+        self._foreign: BaseException | None = None
         self.latest: MigrationInfo | None = None
 
     async def run(self, task: Task) -> MigrationInfo:
@@ -135,6 +149,7 @@ class EngineProcess:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._steer, link, task)
             nursery.start_soon(self._end_on_cancel, link)
+            nursery.start_soon(self._end_on_failed_callback, link)
             if isinstance(self._hypervisor, WatchedHypervisor):
                 nursery.start_soon(self._watch, self._hypervisor, link)
 
@@ -186,6 +201,10 @@ class EngineProcess:
             with suppress(ChannelBroken):
                 await self._say(link, {"type": "disturbed", "message": str(error)})
 
+    async def _end_on_failed_callback(self, link: Link) -> None:
+        await self._callback_failed.wait()
+        await self._cancel(link)
+
     async def _serve(self, link: Link, task: Task) -> None:
         try:
             while self._end is None:
@@ -207,12 +226,15 @@ class EngineProcess:
             case {"type": "progress", "info": info}:
                 self.latest = from_fields_untrusted(MigrationInfo, info)
                 self._steering.waits(paused=self.latest.status is Status.PRE_SWITCHOVER)
-                self._on_progress(self.latest)
+                if self.latest.status in _OVER:
+                    call_back_at_the_end(self._on_progress, self.latest)
+                else:
+                    self._call_back(self._on_progress, self.latest)
             case {"type": "listening", "port": int(port)} if 0 < port < 1 << 16 and not self._listens:
                 self._listens = True
-                self._on_listening(port)
+                self._call_back(self._on_listening, port)
             case {"type": "stranger", "line": str(line)}:
-                self._on_stranger(one_line(line))
+                self._call_back(self._on_stranger, one_line(line))
             case {"type": "call", "id": int(number), "name": str(name)}:
                 await self._answer(link, number, name, payload)
             case {"type": "completed" | "aborted" | "cancelled" | "unusable"}:
@@ -220,6 +242,13 @@ class EngineProcess:
                 self._has_said_its_end = True
             case _:
                 raise MalformedData("a message of no known form")
+
+    def _call_back(self, callback: Callable[[Value], None], value: Value) -> None:
+        try:
+            call_back(callback, value)
+        except TransferAborted as aborted:
+            self._aborted = self._aborted or aborted
+            self._callback_failed.set()
 
     async def _answer(self, link: Link, number: int, name: str, payload: bytes) -> None:
         calls: dict[str, Callable[[bytes], Awaitable[bytes]]] = {
@@ -242,6 +271,8 @@ class EngineProcess:
             else:
                 raise MalformedData(f"a call that there is not: {name[:40]!r}")
         except (GuestError, LocalProtocolError, UsageError) as error:
+            if isinstance(error, HypervisorFailed):
+                self._foreign = self._foreign or error.__cause__
             await self._say(link, {"type": "refused", "id": number, "message": str(error)})
         else:
             await self._say(link, {"type": "done", "id": number}, answer)
@@ -295,7 +326,12 @@ class EngineProcess:
                 raise UsageError(one_line(message))
             case {"type": "aborted", "outcome": int(outcome), "reason": str(reason), "message": str(message)}:
                 known = outcome if outcome in (Outcome.REFUSED, Outcome.UNDECIDED) else Outcome.ENDED
-                raise TransferAborted(Outcome(known), one_line(reason), one_line(message))
+                cause = described(self._foreign) if self._foreign is not None else ""
+                raise TransferAborted(
+                    Outcome(known), one_line(reason), one_line(message), cause
+                ) from self._foreign
+            case {"type": "cancelled"} if self._aborted is not None:
+                raise self._aborted
         raise TransferAborted(Outcome.ENDED, "engine", "the engine's process said nothing that makes sense")
 
 

@@ -13,6 +13,8 @@ import trio
 
 from ..engine.failure import (
     as_aborted,
+    call_back_at_the_end,
+    cause_of,
     first_failure,
     hypervisor_call,
     let_go_on,
@@ -95,7 +97,7 @@ async def send_isolated(
             raise error
         raise undecided(_cause(error)) from error
     if stuck is not None:
-        raise stuck_at_source(_cause(error), stuck) from error
+        raise stuck_at_source(_cause(error), stuck) from cause_of(stuck, error or stuck)
     raise _failure(error)
 
 
@@ -144,7 +146,7 @@ async def receive_isolated(
                 with hypervisor_call("continue the guest"):
                     await guest.hypervisor.resume()
             except GuestError as stuck:
-                raise stuck_at_destination(stuck) from stuck
+                raise stuck_at_destination(stuck) from cause_of(stuck, stuck)
     if svsm.state is SessionStatus.RUNNING:
         return _completed(engine, info, task, on_progress)
     raise _failure(error)
@@ -175,7 +177,7 @@ def _completed(
     figures = info or engine.latest or Progress(task.ram_pages * PAGE_SIZE, now).info(now)
     final = replace(figures, status=Status.COMPLETED)
     if final != engine.latest:
-        on_progress(final)
+        call_back_at_the_end(on_progress, final)
     return final
 
 

@@ -110,6 +110,7 @@ class DestinationSvsm:
     ) -> None:
         self.lock = threading.Lock()
         self.staging = StagingPool()
+        self.local_fault = ""
         self._memory = memory
         self._gate = gate
         self._attestor = attestor

@@ -53,6 +53,10 @@ class Session(Protocol):
     def staging(self) -> StagingPool:
         """Private memory for packages on their way."""
 
+    local_fault: (
+        str  # what of this side's own failed first, its guest or its journal: for this side's people alone
+    )
+
     @property
     def lock(self) -> AbstractContextManager[object]:
         """Held while a command is carried out that may not run beside another."""
@@ -189,7 +193,10 @@ class SlotService:
             sequence = registers.sequence
             answer, buffer = self._perform(registers)
         except PagexferError as error:
-            self._reply(sequence, Answer(status=SlotStatus.REFUSED), NO_BUFFER, refusal_code(error))
+            code = refusal_code(error)
+            if code in _LOCAL and not self._session.local_fault:
+                self._session.local_fault = str(error)
+            self._reply(sequence, Answer(status=SlotStatus.REFUSED), NO_BUFFER, code)
         else:
             self._reply(sequence, answer, buffer, None)
         return sequence
@@ -259,6 +266,7 @@ _CODES: Final[tuple[tuple[type[PagexferError], RefusalCode], ...]] = (
     (PageStateError, RefusalCode.GUEST),
     (JournalError, RefusalCode.JOURNAL),
 )
+_LOCAL: Final = frozenset({RefusalCode.GUEST, RefusalCode.JOURNAL})
 _PARALLEL: Final = frozenset({int(Command.EXPORT), int(Command.IMPORT)})
 
 

@@ -81,6 +81,7 @@ class SourceSvsm:
     ) -> None:
         self.lock = threading.Lock()
         self.staging = StagingPool()
+        self.local_fault = ""
         self._records = parse_ledger_untrusted(ledger)
         chain = check_chain(self._records)
         if chain and chain[0].guest_id != guest_id:
