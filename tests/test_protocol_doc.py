@@ -14,7 +14,8 @@ import pytest
 from pagexfer import errors
 from pagexfer.attestation import psk
 from pagexfer.engine import failure, reception
-from pagexfer.svsm import compression, content, destination, keys
+from pagexfer.svsm import compression, content, keys
+from pagexfer.svsm import handshake as svsm_handshake
 from pagexfer.svsm import ledger as svsm_ledger
 from pagexfer.svsm.journal import _DURABLE_FIRST, _REPLACEABLE
 from pagexfer.svsm.recovery import FINAL, judge, judge_both
@@ -85,7 +86,7 @@ MODULES: Final[tuple[ModuleType, ...]] = (
     ledger,
     psk,
     keys,
-    destination,
+    svsm_handshake,
     content,
     reception,
 )
