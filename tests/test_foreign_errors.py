@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import pytest
 import trio
@@ -16,7 +16,7 @@ from pagexfer.errors import ChannelBroken
 from pagexfer.migration import MigrationReport, receive_guest, send_guest
 from pagexfer.wire.bundle import BundleKind
 
-from .engine_guests import SmallMachine
+from .engine_guests import SmallMachine, TestHypervisor
 from .loopback import HOST
 from .small_guests import ATTESTOR, PAGES
 
@@ -289,6 +289,31 @@ async def test_a_source_hypervisor_that_cannot_continue_is_said_so(isolated: boo
     await move.run()
     text = _caused(move.sent, "guest")
     assert text.count("and the guest does not go on here: ") == 1
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_a_watch_that_fails_ends_it(side: str, isolated: bool) -> None:
+    class Watched(TestHypervisor):
+        async def watch(self) -> NoReturn:
+            await _fail()
+            raise AssertionError
+
+    move = _Move(isolated=isolated, pauses=True)
+    guest = getattr(move.machine, side)
+    guest.hypervisor = Watched()
+    if side == "source":  # the destination goes on waiting for a source that it never saw
+        with trio.fail_after(60):
+            async with trio.open_nursery() as nursery:
+                port = await nursery.start(move._receive)
+                await move._send(port)
+                nursery.cancel_scope.cancel()
+        _caused(move.sent, "guest")
+    else:
+        with trio.fail_after(60):
+            await move._receive()
+        _caused(move.received, "guest")
+    assert move.machine.source.gate.running
+    assert not move.machine.destination.gate.running
 
 
 class _FailingLog:

@@ -54,6 +54,7 @@ from .failure import (
     stuck_at_destination,
     svsm_lost,
     unfit,
+    watch,
 )
 from .hypervisor import WatchedHypervisor
 from .progress import ChannelTally, Progress, Status
@@ -173,7 +174,7 @@ class DestinationEngine:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(reception.serve)
                 if isinstance(self._hypervisor, WatchedHypervisor):
-                    nursery.start_soon(self._hypervisor.watch)
+                    nursery.start_soon(watch, self._hypervisor)
                 control = await self._agree()
                 nursery.start_soon(control.listen)
                 # The source has nothing more to say there but that it failed.

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
     from .control import Control
-    from .hypervisor import Hypervisor
+    from .hypervisor import Hypervisor, WatchedHypervisor
 
 Value = TypeVar("Value")
 
@@ -204,6 +204,12 @@ def hypervisors_own(what: str) -> Iterator[None]:
         if all(isinstance(leaf, PagexferError) for leaf in _leaves(error)):
             raise
         raise HypervisorFailed(f"the hypervisor did not {what}") from error
+
+
+async def watch(hypervisor: WatchedHypervisor) -> None:
+    """For ever. Raises GuestError once others stop, continue or end the machine, or the hypervisor cannot watch it."""
+    with hypervisors_own("watch the guest"):
+        await hypervisor.watch()
 
 
 def call_back(callback: Callable[[Value], None], value: Value) -> None:

@@ -55,6 +55,7 @@ from .failure import (
     stuck_at_source,
     svsm_lost,
     undecided,
+    watch,
 )
 from .hypervisor import WatchedHypervisor
 from .plan import Chunk, plan_chunks
@@ -147,7 +148,7 @@ class SourceEngine:
                 nursery.start_soon(self._course.follow, self._channels)
                 nursery.start_soon(self._end_on_cancel)
                 if isinstance(self._hypervisor, WatchedHypervisor):
-                    nursery.start_soon(self._watch, self._hypervisor)
+                    nursery.start_soon(watch, self._hypervisor)
         except BaseException as error:
             if not self._completed:
                 with trio.CancelScope(shield=True):
@@ -414,10 +415,6 @@ class SourceEngine:
     async def _end_on_cancel(self) -> None:
         await self._steering.wait_cancelled()
         raise self._cancelled
-
-    async def _watch(self, hypervisor: WatchedHypervisor) -> None:
-        with hypervisors_own("watch the guest"):
-            await hypervisor.watch()
 
     async def _report(self) -> None:
         while True:

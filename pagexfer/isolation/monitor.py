@@ -17,6 +17,7 @@ from ..engine.failure import (
     described,
     hypervisor_call,
     one_line,
+    watch,
 )
 from ..engine.hypervisor import ThrottlingHypervisor, WatchedHypervisor
 from ..engine.progress import MigrationInfo, Status
@@ -196,8 +197,9 @@ class EngineProcess:
     async def _watch(self, hypervisor: WatchedHypervisor, link: Link) -> None:
         """Tell the engine what others do to the machine."""
         try:
-            await hypervisor.watch()
+            await watch(hypervisor)
         except GuestError as error:
+            self._note_foreign(error)
             with suppress(ChannelBroken):
                 await self._say(link, {"type": "disturbed", "message": str(error)})
 
@@ -250,6 +252,10 @@ class EngineProcess:
             self._aborted = self._aborted or aborted
             self._callback_failed.set()
 
+    def _note_foreign(self, error: Exception) -> None:
+        if isinstance(error, HypervisorFailed):
+            self._foreign = self._foreign or error.__cause__
+
     async def _answer(self, link: Link, number: int, name: str, payload: bytes) -> None:
         calls: dict[str, Callable[[bytes], Awaitable[bytes]]] = {
             "stop": self._stop,
@@ -271,8 +277,7 @@ class EngineProcess:
             else:
                 raise MalformedData(f"a call that there is not: {name[:40]!r}")
         except (GuestError, LocalProtocolError, UsageError) as error:
-            if isinstance(error, HypervisorFailed):
-                self._foreign = self._foreign or error.__cause__
+            self._note_foreign(error)
             await self._say(link, {"type": "refused", "id": number, "message": str(error)})
         else:
             await self._say(link, {"type": "done", "id": number}, answer)
