@@ -2,10 +2,10 @@
 
     python -m bench                     names them
     python -m bench NAME --help         what a bench measures, and its options
-    python -m bench all [--quick] [--json FILE] [--plots FOLDER]
+    python -m bench all [--quick] [--repeats N] [--json FILE] [--plots FOLDER]
     python -m bench report FILE         the tables of docs/performance.md, from the results of `all`
 
-Exit codes: 0 measured, 1 a bench failed, 2 bad usage, 3 this machine cannot run the bench.
+Exit codes: 0 measured, 1 a bench failed or was interrupted, 2 bad usage, 3 this machine cannot run the bench.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 
 from .names import BENCHES, COMMANDS
 from .options import CannotRun
+from .pair import SideFailed
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,6 +35,12 @@ def main(argv: list[str] | None = None) -> int:
     except CannotRun as reason:
         print(f"{name}: skipped: {reason}", file=sys.stderr)
         return 3
+    except SideFailed as failed:
+        print(f"{name}: failed: {failed}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 1
     return 0
 
 

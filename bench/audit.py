@@ -34,7 +34,7 @@ from pagexfer.wire.constants import WORDS_PER_PAGE
 
 from .limits import parts
 from .measure import Case, Spread, alternate
-from .options import finish, parse, parser, positive, size
+from .options import finish, parse, parser, positive, ram
 from .table import Table
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def _guest(ram_bytes: int) -> GuestMemory:
 
 def main(argv: list[str] | None = None) -> None:
     made = parser("audit", __doc__, repeats=7)
-    made.add_argument("--ram", type=size, help="of the guest (default: 1GiB, quick 256MiB)")
+    made.add_argument("--ram", type=ram, help="of the guest (default: 1GiB, quick 256MiB)")
     made.add_argument(
         "--table", type=positive, metavar="GIB", help="size of the larger guest (default: 1024)"
     )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from .measure import Case, Spread, alternate
-from .options import finish, numbers, parse, parser, progress, size
+from .options import channel_numbers, finish, numbers, parse, parser, progress, ram
 from .sealed import Move, Moved, run_move
 from .table import Table
 from .tcp import Plain, run_plain
@@ -232,9 +232,9 @@ def draw(by_channels: dict[str, Figure], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     made = parser("channels", __doc__, repeats=5, quick_repeats=2, plots=True)
-    made.add_argument("--ram", type=size, help="of the guest (default: 1GiB, quick 512MiB)")
+    made.add_argument("--ram", type=ram, help="of the guest (default: 1GiB, quick 512MiB)")
     made.add_argument(
-        "--channels", type=numbers, metavar="N,N", help="numbers of channels (default: 1 to 64)"
+        "--channels", type=channel_numbers, metavar="N,N", help="numbers of channels (default: 1 to 64)"
     )
     made.add_argument("--bundles", type=numbers, metavar="N,N", help="pages in a bundle (default: 16 to 512)")
     options = parse(made, argv)

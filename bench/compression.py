@@ -32,7 +32,7 @@ from pagexfer.svsm.compression import DEFAULT_LEVEL, MAX_LEVEL, need_zstd
 from pagexfer.wire.constants import PAGE_SIZE
 
 from .measure import Spread
-from .options import CannotRun, finish, numbers, parse, parser, positive, progress, size
+from .options import CannotRun, finish, numbers, parse, parser, positive, progress, ram
 from .pair import Route
 from .qemu_machine import QemuFailed, Shape, halted_options, make_keys, need_qemu, qemu_version, start
 from .qemu_moves import by_multifd, by_pagexfer
@@ -233,7 +233,7 @@ def _note(figures: list[Figure]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     made = parser("compression", __doc__, repeats=3, quick_repeats=1)
-    made.add_argument("--ram", type=size, help="of the guest (default: 512MiB, quick 128MiB)")
+    made.add_argument("--ram", type=ram, help="of the guest (default: 512MiB, quick 128MiB)")
     made.add_argument(
         "--links", type=numbers, metavar="MB,MB", help="MB/s of all flows (default: 100,400, quick 100)"
     )

@@ -19,7 +19,7 @@ import pagexfer
 from pagexfer.cli.values import Seconds
 from pagexfer.guests.checked import boot_guest, empty_guest, resolve_kind, start
 
-from .options import finish, parse, parser, progress, size, sizes
+from .options import finish, parse, parser, progress, ram, size, sizes
 from .pair import run_pair
 from .table import Table
 
@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     made = parser("convergence", __doc__, repeats=3, quick_repeats=1, plots=True)
-    made.add_argument("--ram", type=size, help="default: 64 MiB, quick: 32")
+    made.add_argument("--ram", type=ram, help="default: 64 MiB, quick: 32")
     made.add_argument("--link", type=size, default=64 * _MIB, help="bytes a second of all channels")
     made.add_argument("--rates", type=sizes, help="what the guest writes a second, with commas between")
     made.add_argument("--downtime-limit", type=_seconds, default=0.1)

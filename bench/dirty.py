@@ -25,7 +25,7 @@ from pagexfer.dirty.bitmap import WORD_BITS
 from pagexfer.engine.plan import plan_chunks
 
 from .measure import Case, Spread, alternate
-from .options import finish, parse, parser, progress, size, sizes
+from .options import finish, parse, parser, progress, ram, size, sizes
 from .table import Table
 from .trackers import tracker_table
 
@@ -198,7 +198,7 @@ def bitmap_table(rows: list[Figure]) -> Table:
 def main(argv: list[str] | None = None) -> None:
     made = parser("dirty", __doc__, repeats=5)
     made.add_argument("--guests", type=sizes, metavar="SIZES", help=f"of the bitmaps (default: {GUESTS})")
-    made.add_argument("--ram", type=size, metavar="SIZE", help="that the trackers look at (default: 1GiB)")
+    made.add_argument("--ram", type=ram, metavar="SIZE", help="that the trackers look at (default: 1GiB)")
     options = parse(made, argv)
     guests = options.guests or sizes(QUICK_GUESTS if options.quick else GUESTS)
     ram_bytes = options.ram or size("128MiB" if options.quick else "1GiB")

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from .doorbell import ping_pong
 from .measure import Case, Spread, alternate
-from .options import finish, numbers, parse, parser, progress, size
+from .options import finish, numbers, parse, parser, progress, ram
 from .table import Table
 from .tcp import BUFFER_BYTES, Plain, run_plain
 
@@ -116,7 +116,7 @@ def tcp(ram_bytes: int, streams: list[int], repeats: int) -> dict[int, tuple[Spr
 
 def main(argv: list[str] | None = None) -> None:
     made = parser("limits", __doc__, repeats=7)
-    made.add_argument("--ram", type=size, help="bytes of each part (default: 1GiB, quick 256MiB)")
+    made.add_argument("--ram", type=ram, help="bytes of each part (default: 1GiB, quick 256MiB)")
     made.add_argument("--streams", type=numbers, metavar="N,N", help="TCP connections (default: 1 to 64)")
     options = parse(made, argv)
     ram_bytes = options.ram or (GIB // 4 if options.quick else GIB)

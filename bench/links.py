@@ -23,7 +23,7 @@ from pagexfer.wire.constants import PAGE_SIZE
 
 from .measure import Spread
 from .namespace import RECEIVER, RECEIVER_ADDRESS, SENDER, shaped_link
-from .options import CannotRun, finish, numbers, parse, parser, positive, progress, size
+from .options import CannotRun, channel_numbers, finish, numbers, parse, parser, positive, progress, ram
 from .pair import Route
 from .relay import paced_relay
 from .sealed import Move, Moved, run_move
@@ -247,8 +247,10 @@ def _mark(axes: Axes, rate_mb: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     made = parser("links", __doc__, repeats=3, quick_repeats=1, plots=True)
-    made.add_argument("--ram", type=size, help="of the guest (default: 128MiB, quick 32MiB)")
-    made.add_argument("--channels", type=numbers, metavar="N,N", help="numbers of channels (default: 1 to 8)")
+    made.add_argument("--ram", type=ram, help="of the guest (default: 128MiB, quick 32MiB)")
+    made.add_argument(
+        "--channels", type=channel_numbers, metavar="N,N", help="numbers of channels (default: 1 to 8)"
+    )
     made.add_argument(
         "--flows", type=numbers, metavar="MB,MB", help="MB/s of one flow (default: 40,100, quick 40)"
     )

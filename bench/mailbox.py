@@ -26,7 +26,7 @@ from pagexfer.wire.slot import Command
 from .mailbox_rings import EVENTFDS, round_trips
 from .mailbox_svsm import svsm
 from .measure import Spread
-from .options import finish, numbers, parse, parser, progress, size
+from .options import finish, numbers, parse, parser, progress, ram
 from .sealed import Move, run_move
 from .table import Table
 
@@ -212,7 +212,7 @@ def _sealed_table(title: str, first: str, found: dict[str, dict[int, Sealed]], n
 def main(argv: list[str] | None = None) -> None:
     made = parser("mailbox", __doc__, repeats=5, quick_repeats=1, plots=True)
     made.add_argument(
-        "--ram", type=size, help="sealed through slots, and moved (default: 512MiB, quick 128MiB)"
+        "--ram", type=ram, help="sealed through slots, and moved (default: 512MiB, quick 128MiB)"
     )
     made.add_argument("--slots", type=numbers, metavar="N,N", help="numbers of slots (default: 1 to 8)")
     options = parse(made, argv)

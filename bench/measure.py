@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -79,8 +80,11 @@ def environment() -> dict[str, str | int]:
 
 
 def write_json(path: Path, result: Mapping[str, object]) -> None:
-    """Write one bench's result with its environment."""
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+    """Write one bench's result with its environment. Ends the process with code 1 and one line where that fails."""
+    try:
+        path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+    except OSError as error:
+        sys.exit(f"cannot write {path}: {error.strerror}")
 
 
 def _revision() -> str:

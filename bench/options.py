@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from pagexfer.wire.constants import MAX_CHANNELS, PAGE_SIZE
+
 from .measure import write_json
 
 if TYPE_CHECKING:
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from .table import Table
 
 QUICK_REPEATS: Final = 3
+# Of RAM that is mostly zero the workload has a twentieth, and needs eight pages.
+_LEAST_RAM: Final = 1 << 20
 
 
 class CannotRun(Exception):
@@ -36,7 +40,7 @@ def parser(
     )
     made.add_argument("--json", type=new_file, metavar="FILE", help="write all figures to FILE as well")
     if plots:
-        made.add_argument("--plot", type=new_file, metavar="FILE.png", help="draw the figures as well")
+        made.add_argument("--plot", type=new_png, metavar="FILE.png", help="draw the figures as well")
     made.add_argument("--quick", action="store_true", help=f"small cases, repeats {quick_repeats}")
     made.add_argument(
         "--repeats", type=positive, metavar="N", help=f"repeats of each case (default: {repeats})"
@@ -117,9 +121,51 @@ def sizes(text: str) -> list[int]:
     return [size(part) for part in text.split(",")]
 
 
+def ram(text: str) -> int:
+    """The RAM of a guest: whole pages, and so many that its workload has room."""
+    ram_bytes = size(text)
+    if ram_bytes < _LEAST_RAM or ram_bytes % PAGE_SIZE:
+        raise argparse.ArgumentTypeError(f"{text!r} is no RAM of a guest: 1MiB or more, in whole pages")
+    return ram_bytes
+
+
+def rams(text: str) -> list[int]:
+    """The same, with commas between."""
+    return [ram(part) for part in text.split(",")]
+
+
+def channel_number(text: str) -> int:
+    """A number of channels that a migration can have."""
+    number = positive(text)
+    if number > MAX_CHANNELS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of channels from 1 to {MAX_CHANNELS}")
+    return number
+
+
+def channel_numbers(text: str) -> list[int]:
+    """The same, with commas between."""
+    return [channel_number(part) for part in text.split(",")]
+
+
 def new_file(text: str) -> Path:
-    """A file that can be made: its folder exists."""
+    """A file that can be written, which is better known before hours of measuring."""
     path = Path(text)
-    if not path.parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is no file in a folder that exists")
+    if path.is_fifo():
+        return path  # whoever reads it may come later
+    existed = path.exists()
+    try:
+        with path.open("ab", buffering=0) as file:
+            if not path.is_file():
+                file.write(b"\n")  # only so a device says whether it takes anything; JSON may begin with it
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: {error.strerror}") from None
     return path
+
+
+def new_png(text: str) -> Path:
+    """The same for a plot."""
+    if Path(text).suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"{text!r} does not end with .png: plots are PNG")
+    return new_file(text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+import signal
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -161,6 +162,7 @@ def _receive(
     host: str,
     namespace: str,
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it as well, and ends its children
     enter(namespace)
     pipe.send(receive(job, host, pipe.send))
 
@@ -168,5 +170,6 @@ def _receive(
 def _send(
     pipe: Connection, send: Callable[[Job, str, int], object], job: Job, host: str, port: int, namespace: str
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     enter(namespace)
     pipe.send(send(job, host, port))

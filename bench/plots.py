@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
@@ -34,8 +35,11 @@ def new_figure(columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Give every axes with labelled lines its legend, and write a PNG."""
+    """Give every axes with labelled lines its legend, and write a PNG. Ends the process with code 1 where that fails."""
     for axes in figure.axes:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    figure.savefig(path, dpi=110, format="png")
+    try:
+        figure.savefig(path, dpi=110, format="png")
+    except OSError as error:
+        sys.exit(f"cannot write {path}: {error.strerror}")

@@ -31,7 +31,7 @@ from . import sealed
 from .channels import CONTENTS
 from .limits import parts
 from .measure import Spread, alternate
-from .options import finish, parse, parser, positive, progress, size
+from .options import channel_number, finish, parse, parser, progress, ram
 from .pair import Side, run_pair
 from .sealed import Move, Moved
 from .stopwatch import Stopwatch, Timed
@@ -245,8 +245,10 @@ def table(title: str, figure: Figure, limits: dict[str, float]) -> Table:
 
 def main(argv: list[str] | None = None) -> None:
     made = parser("profile", __doc__, repeats=5, quick_repeats=2)
-    made.add_argument("--ram", type=size, help="of the guest (default: 1GiB, quick 512MiB)")
-    made.add_argument("--channels", type=positive, metavar="N", default=CHANNELS, help="default: %(default)s")
+    made.add_argument("--ram", type=ram, help="of the guest (default: 1GiB, quick 512MiB)")
+    made.add_argument(
+        "--channels", type=channel_number, metavar="N", default=CHANNELS, help="default: %(default)s"
+    )
     options = parse(made, argv)
     ram_bytes = options.ram or (GIB // 2 if options.quick else GIB)
     moves = {

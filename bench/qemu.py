@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Final
 from pagexfer.errors import GuestError
 
 from .measure import Spread
-from .options import CannotRun, finish, numbers, parse, parser, progress, size
+from .options import CannotRun, channel_numbers, finish, parse, parser, progress, size
 from .qemu_machine import (
     PRIORITY,
     QemuFailed,
@@ -265,7 +265,10 @@ def main(argv: list[str] | None = None) -> None:
     made = parser("qemu", __doc__, repeats=5, quick_repeats=2, plots=True)
     made.add_argument("--ram", type=_ram, help="of the guest (default: 2GiB, quick 512MiB)")
     made.add_argument(
-        "--channels", type=numbers, metavar="N,N", help="numbers of channels (default: 1,2,4,8, quick 1,4)"
+        "--channels",
+        type=channel_numbers,
+        metavar="N,N",
+        help="numbers of channels (default: 1,2,4,8, quick 1,4)",
     )
     made.add_argument(
         "--content", type=_contents, help="incompressible, booted or both (default: both, quick the first)"

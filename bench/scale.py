@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from .measure import Spread
-from .options import CannotRun, finish, parse, parser, positive, progress, size, sizes
+from .options import CannotRun, channel_number, finish, parse, parser, progress, rams, size
 from .sealed import Move, Moved, run_move
 from .table import Table
 from .tcp import Plain, run_plain
@@ -252,9 +252,11 @@ def _named(ram_bytes: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     made = parser("scale", __doc__, repeats=3, quick_repeats=1, plots=True)
     made.add_argument(
-        "--ram", type=sizes, metavar="SIZE,SIZE", help="two or more (default: 256MiB to 16GiB, quick 1GiB)"
+        "--ram", type=rams, metavar="SIZE,SIZE", help="two or more (default: 256MiB to 16GiB, quick 1GiB)"
     )
-    made.add_argument("--channels", type=positive, metavar="N", default=CHANNELS, help="default: %(default)s")
+    made.add_argument(
+        "--channels", type=channel_number, metavar="N", default=CHANNELS, help="default: %(default)s"
+    )
     made.add_argument("--memory", type=size, help="what may be used (default: what is available)")
     options = parse(made, argv)
     wanted = sorted(set(options.ram or (QUICK_RAM if options.quick else RAM)))

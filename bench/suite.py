@@ -1,6 +1,6 @@
 """Every bench in turn, each in a process of its own, into one result file: python -m bench all
 
-    python -m bench all [--quick] [--json FILE] [--plots FOLDER]
+    python -m bench all [--quick] [--repeats N] [--json FILE] [--plots FOLDER]
 
 What this machine cannot run is skipped with its reason, which the result file keeps. A bench that fails does not keep the
 others from running; the exit code is then 1.
@@ -18,7 +18,7 @@ from time import monotonic
 
 from .measure import write_json
 from .names import BENCHES, PLOTTED
-from .options import need_matplotlib, new_file, progress
+from .options import need_matplotlib, new_file, positive, progress
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         "--plots", type=Path, metavar="FOLDER", help="draw NAME.png for each bench that draws"
     )
     parser.add_argument("--quick", action="store_true", help="small cases, few repeats: under five minutes")
+    parser.add_argument("--repeats", type=positive, metavar="N", help="of each case (default: each bench's)")
     parser.add_argument("--seed", type=int, default=1, help="of all that is random (default: %(default)s)")
     options = parser.parse_args(argv)
     if options.plots is not None:
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             parser.error(f"cannot make {options.plots}: {error.strerror}")
     shared = ["--seed", str(options.seed), *(["--quick"] if options.quick else [])]
+    shared += ["--repeats", str(options.repeats)] if options.repeats is not None else []
     results = run_all(list(BENCHES), shared, options.plots)
     if options.json is not None:
         write_json(options.json, {"bench": "all", "quick": options.quick, "benches": results})

@@ -57,11 +57,16 @@ def main() -> int:
     parser.add_argument("--guest", choices=["auto", "kvm", "simulated"], default="simulated")
     parser.add_argument("--ram", type=int, default=512, metavar="MIB")
     parser.add_argument("--vcpus", type=int, default=2)
+    options = parser.parse_args()
     try:
-        return trio.run(receive, parser.parse_args())
-    except pagexfer.PagexferError as error:
-        print(error, file=sys.stderr)
-        return pagexfer.Outcome.USAGE
+        try:
+            return trio.run(receive, options)
+        except pagexfer.PagexferError as error:
+            print(error, file=sys.stderr)
+            return pagexfer.Outcome.USAGE
+    except* KeyboardInterrupt:  # trio raises it in a group
+        print("interrupted", file=sys.stderr)
+    return pagexfer.Outcome.ENDED
 
 
 if __name__ == "__main__":

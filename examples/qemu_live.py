@@ -32,6 +32,7 @@ from pagexfer.testing.linux_guest import (
     pack_initramfs,
     rounds_of,
 )
+from pagexfer.wire.constants import MAX_CHANNELS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -154,7 +155,7 @@ def _describe(
     complaints = complaints_of(before + after)
     if witness.different_pages:
         complaints.append(f"pages that differed when the guest was to go on: {witness.different_pages}")
-    error = {"error": complaints[0]} if complaints else {}
+    error = {"error": {"reason": "guest", "message": complaints[0]}} if complaints else {}
     return {
         **report.info.as_dict(),
         **error,
@@ -219,23 +220,32 @@ def main() -> int:
     parser.add_argument("--channels", type=int, default=4)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
+    if not 1 <= options.channels <= MAX_CHANNELS:
+        parser.error(f"--channels is 1 to {MAX_CHANNELS}")
     report: dict[str, object] = {"status": "failed"}
     memory = Path("/dev/shm")
     try:
         with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
             report = trio.run(move, options, Path(folder))
     except* pagexfer.PagexferError as failed:
-        report["error"] = _first_line(failed)
+        report["error"] = _describe_error(failed)
+    except* KeyboardInterrupt:
+        report["error"] = {"reason": "cancelled", "message": "interrupted"}
     print(json.dumps(report) if options.json else json.dumps(report, indent=2))
-    if "error" in report:
-        print(report["error"], file=sys.stderr)
-    return pagexfer.Outcome.ENDED if "error" in report else pagexfer.Outcome.COMPLETED
+    error = report.get("error")
+    if not isinstance(error, dict):
+        return pagexfer.Outcome.COMPLETED
+    print(error["message"], file=sys.stderr)
+    return pagexfer.Outcome.ENDED
 
 
-def _first_line(failed: BaseException) -> str:
+def _describe_error(failed: BaseException) -> dict[str, str]:
     while isinstance(failed, BaseExceptionGroup):
         failed = failed.exceptions[0]
-    return str(failed)
+    return {
+        "reason": failed.reason if isinstance(failed, pagexfer.TransferAborted) else "guest",
+        "message": str(failed),
+    }
 
 
 if __name__ == "__main__":

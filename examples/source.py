@@ -50,11 +50,16 @@ def main() -> int:
     parser.add_argument("--vcpus", type=int, default=2)
     parser.add_argument("--channels", type=int, default=4)
     parser.add_argument("--write-rate", type=int, default=50, metavar="MIB_PER_SECOND")
+    options = parser.parse_args()
     try:
-        return trio.run(migrate, parser.parse_args())
-    except pagexfer.PagexferError as error:
-        print(error, file=sys.stderr)
-        return pagexfer.Outcome.USAGE
+        try:
+            return trio.run(migrate, options)
+        except pagexfer.PagexferError as error:
+            print(error, file=sys.stderr)
+            return pagexfer.Outcome.USAGE
+    except* KeyboardInterrupt:  # trio raises it in a group
+        print("interrupted", file=sys.stderr)
+    return pagexfer.Outcome.ENDED
 
 
 if __name__ == "__main__":

@@ -255,14 +255,20 @@ def main() -> int:
     parser.add_argument("--ram", type=int, default=256, metavar="MIB")
     parser.add_argument("--vcpus", type=int, default=2)
     options = parser.parse_args()
+    if options.vcpus < 1 or options.ram < options.vcpus:
+        parser.error("a machine has one vCPU or more, and a MiB or more for each")
     try:
-        return trio.run(send if options.to else receive, options)
-    except pagexfer.TransferAborted as aborted:
-        print(f"{aborted} ({aborted.outcome.name.lower()})", file=sys.stderr)
-        return aborted.outcome
-    except pagexfer.PagexferError as error:
-        print(error, file=sys.stderr)
-        return pagexfer.Outcome.USAGE
+        try:
+            return trio.run(send if options.to else receive, options)
+        except pagexfer.TransferAborted as aborted:
+            print(f"{aborted} ({aborted.outcome.name.lower()})", file=sys.stderr)
+            return aborted.outcome
+        except pagexfer.PagexferError as error:
+            print(error, file=sys.stderr)
+            return pagexfer.Outcome.USAGE
+    except* KeyboardInterrupt:  # trio raises it in a group
+        print("interrupted", file=sys.stderr)
+    return pagexfer.Outcome.ENDED
 
 
 if __name__ == "__main__":

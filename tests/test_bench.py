@@ -28,10 +28,11 @@ from bench import (
     suite,
 )
 from bench.__main__ import main
+from bench.measure import write_json
 from bench.names import BENCHES
 from bench.namespace import shaped_link
-from bench.options import CannotRun
-from bench.pair import Route, Watch, children
+from bench.options import CannotRun, new_file
+from bench.pair import Route, SideFailed, Watch, children
 from bench.qemu_machine import QemuFailed
 from bench.qemu_moves import Taken
 from bench.relay import paced_relay
@@ -59,13 +60,53 @@ def test_without_a_name_all_are_listed(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(
-    "option", [["--repeats", "0"], ["--ram", "much"], ["--json", "/no/such/folder/file"]]
+    "option",
+    [
+        ["--repeats", "0"],
+        ["--ram", "much"],
+        ["--ram", "1"],
+        ["--ram", "1025KiB"],
+        ["--channels", "1,2000"],
+        ["--json", "/no/such/folder/file"],
+        ["--json", "/dev/full"],
+        ["--plot", "plot.xyz"],
+    ],
 )
 def test_a_bad_option_ends_with_code_2(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(["channels", *option])
     assert end.value.code == 2
-    assert option[1] in capsys.readouterr().err.splitlines()[-1]
+    assert option[1].rpartition(",")[2] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_that_is_looked_at_before_stays_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    assert new_file(str(tmp_path / "old")).read_text() == "old"
+    assert not new_file(str(tmp_path / "new")).exists()
+
+
+def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as end:
+        write_json(tmp_path, {})
+    assert end.value.code == f"cannot write {tmp_path}: Is a directory"
+
+
+@pytest.mark.parametrize(
+    ("raised", "said"),
+    [
+        (SideFailed("a process ended without a result"), "failed: a process ended without a result"),
+        (KeyboardInterrupt(), "interrupted"),
+    ],
+)
+def test_a_side_that_fails_and_an_interrupt_are_one_line(
+    raised: BaseException, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(argv: list[str]) -> None:
+        raise raised
+
+    monkeypatch.setattr(limits, "main", fail)
+    assert main(["limits"]) == 1
+    assert capsys.readouterr().err == f"limits: {said}\n"
 
 
 def test_limits(tmp_path: Path) -> None:
@@ -407,7 +448,8 @@ def test_all_keeps_results_reasons_and_failures(tmp_path: Path) -> None:
 def test_all_then_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "BENCHES", {"handshake": ""})
     result, page = tmp_path / "all.json", tmp_path / "page.md"
-    suite.main(["--quick", "--json", str(result), "--plots", str(tmp_path / "page")])
+    suite.main(["--quick", "--repeats", "1", "--json", str(result), "--plots", str(tmp_path / "page")])
+    assert json.loads(result.read_text())["benches"]["handshake"]["repeats"] == 1
     page.write_text(report.PAGE.read_text())
     (tmp_path / "page" / "links.png").touch()
     report.main([str(result), "--page", str(page)])

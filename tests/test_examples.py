@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +90,41 @@ def test_an_address_that_is_none_is_bad_usage(example: str, option: str, wrong: 
     assert done.returncode == 2
     assert f"'{wrong}'" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments"),
+    [
+        ("vmm_pagemap", ["--to", "127.0.0.1:1", "--psk-file", "psk", "--vcpus", "0"]),
+        ("vmm_pagemap", ["--to", "127.0.0.1:1", "--psk-file", "psk", "--ram", "1"]),
+        ("qemu_live", ["--channels", "0"]),
+    ],
+)
+def test_numbers_that_cannot_be_are_bad_usage(example: str, arguments: list[str]) -> None:
+    command = [sys.executable, str(EXAMPLES / f"{example}.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "error: " in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("example", ["destination", pytest.param("vmm_pagemap", marks=needs_pagemap)])
+def test_an_interrupt_is_one_line(tmp_path: Path, example: str) -> None:
+    psk = tmp_path / "psk"
+    psk.write_text("0123456789abcdef" * 4)
+    command = [sys.executable, str(EXAMPLES / f"{example}.py"), "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(
+        [*command, "--psk-file", str(psk), "--ram", "16"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    ) as process:
+        assert process.stdout is not None
+        assert "listening" in process.stdout.readline()
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (1, "interrupted\n")
 
 
 def test_the_program_of_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
