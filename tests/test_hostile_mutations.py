@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from .mutations import MUTATIONS, Mutation, hunt
+from .mutants import MUTATIONS, Mutation
+from .mutations import hunt
 
 # Four times what the slowest one takes; a run that has tried that many without finding it is blind to the rule.
 _SCHEDULES = 2400
