@@ -269,10 +269,15 @@ def test_show_prints_every_field(command: Command, name: str) -> None:
 
 
 def test_show_of_a_report_with_its_prefix_and_of_none(command: Command, tmp_path: Path) -> None:
-    raw = pack_report({"version": 5, "policy": 0x30000, "cpuid": bytes([0x1A, 2, 1])})
+    turin: dict[str, int | bytes] = {"version": 5, "policy": 0x30000, "cpuid": bytes([0x1A, 2, 1])}
+    raw = pack_report(turin)
     path = tmp_path / "report"
     path.write_bytes(bytes(4) + len(raw).to_bytes(4, "little") + bytes(24) + raw)
     assert command("show", str(path), "--json").report["product"] == "Turin"
+    path.write_bytes(pack_report({**turin, "reported_tcb": b"\xff" * 8}))
+    result = command("show", str(path))
+    assert (result.code, result.out) == (2, "")
+    assert "reserved bytes" in result.err
     path.write_bytes(raw[:-1])
     result = command("show", str(path))
     assert (result.code, result.out) == (2, "")

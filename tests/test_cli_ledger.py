@@ -86,16 +86,16 @@ def test_a_chain_is_printed_move_by_move(verify: Verify, psk: str) -> None:
     assert (code, err) == (0, "")
     report: dict[str, Any] = json.loads(out)
     assert report["verified"] is True
-    assert (report["moves"], report["guest_id"]) == (3, VECTOR["records"][0]["guest_id"])
-    assert report["last_record"] == VECTOR["records"][-1]["hash"]
+    assert (report["moves"], report["guest-id"]) == (3, VECTOR["records"][0]["guest_id"])
+    assert report["last-record"] == VECTOR["records"][-1]["hash"]
     for move, (shown, values) in enumerate(zip(report["chain"], VECTOR["records"], strict=True), start=1):
         assert shown["move"] == move
         assert shown["record"] == values["hash"]
         assert shown["attestation"] == "psk"
         assert shown["freshness"] == "svsm-tracked"
-        assert shown["source_policy_digest"] == values["source_policy_digest"]
-        assert shown["destination_policy_digest"] == values["destination_policy_digest"]
-        assert shown["manifest_digest"] == RECORDS[move - 1].body.manifest_digest.hex()
+        assert shown["source-policy-digest"] == values["source_policy_digest"]
+        assert shown["destination-policy-digest"] == values["destination_policy_digest"]
+        assert shown["manifest-digest"] == RECORDS[move - 1].body.manifest_digest.hex()
         assert (
             shown["source"] == shown["destination"] == {"evidence": "verified: holder of the pre-shared key"}
         )

@@ -135,7 +135,10 @@ def verify(
 @_JSON
 def show(report: Path, as_json: bool) -> int:
     """Print every field of a report, and verify nothing."""
-    fields = describe_report(_read_report(report)[1])
+    try:
+        fields = describe_report(_read_report(report)[1])
+    except MalformedData as error:
+        raise UsageError(f"{report} is not a report: {error}") from None
     print_answer(fields, as_json=as_json)
     return Outcome.COMPLETED
 

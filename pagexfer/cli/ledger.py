@@ -230,8 +230,8 @@ def _print(moves: tuple[VerifiedMove, ...], *, as_json: bool) -> None:
     head: dict[str, object] = {
         "verified": True,
         "moves": len(moves),
-        "guest_id": last.body.guest_id.hex(),
-        "last_record": record_hash(last).hex(),
+        "guest-id": last.body.guest_id.hex(),
+        "last-record": record_hash(last).hex(),
     }
     described = [_describe(move) for move in moves]
     if as_json:
@@ -250,9 +250,9 @@ def _describe(move: VerifiedMove) -> dict[str, object]:
         "freshness": body.freshness.label,
         "source": _side(move.source),
         "destination": _side(move.destination),
-        "source_policy_digest": body.source_policy_digest.hex(),
-        "destination_policy_digest": body.destination_policy_digest.hex(),
-        "manifest_digest": body.manifest_digest.hex(),
+        "source-policy-digest": body.source_policy_digest.hex(),
+        "destination-policy-digest": body.destination_policy_digest.hex(),
+        "manifest-digest": body.manifest_digest.hex(),
         "record": record_hash(move.record).hex(),
     }
     if body.move > 1:
