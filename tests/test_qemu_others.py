@@ -107,7 +107,7 @@ async def move_and(
 
 async def test_a_guest_is_parked_once_its_devices_are_done_and_not_before(tmp_path: Path) -> None:
     """QEMU says STOP first, and waits for the disks then: what they read is written to RAM after the event."""
-    slow = "-blockdev", "null-co,node-name=slow,size=1048576,latency-ns=500000000"
+    slow = "-blockdev", "null-co,node-name=slow,size=1048576,latency-ns=3000000000"
     with qemu(tmp_path / "s", *slow, others=True) as monitor:
         seen = trio.Event()
 

@@ -104,8 +104,9 @@ def every(period: int, most: int, condition: Callable[[Frame], bool]) -> Callabl
 
 _BREAKS: Final[dict[str, Callable[[], Callable[[Frame], bool]]]] = {
     "pages of every channel": lambda: every(2, 6, lambda frame: frame.kind is BundleKind.PAGES),
+    # The first one: with threads the other channels may leave it no second.
     "pages of channel 0": lambda: every(
-        2, 3, lambda frame: frame.kind is BundleKind.PAGES and frame.channel == 0
+        1, 3, lambda frame: frame.kind is BundleKind.PAGES and frame.channel == 0
     ),
     "barriers": lambda: every(2, 4, lambda frame: frame.type is FrameType.BARRIER),
     "tokens": lambda: every(1, 3, lambda frame: frame.kind is BundleKind.EPOCH_TOKEN),
