@@ -47,6 +47,22 @@ async def somebody_else(
     qmp.close()
 
 
+@asynccontextmanager
+async def two_qemus(folder: Path, *options: str) -> AsyncIterator[tuple[QmpClient, QemuGuest, QemuGuest]]:
+    """Somebody else at the source's QEMU, the source, whose guest runs, and the destination."""
+    with (
+        qemu(folder / "s", *options, others=True) as here,
+        qemu(folder / "d", *options, incoming=True) as there,
+    ):
+        async with (
+            somebody_else(folder / "s") as other,
+            QemuGuest.attach(here) as source,
+            QemuGuest.attach(there, incoming=True) as destination,
+        ):
+            await goes_on(source)
+            yield other, source, destination
+
+
 async def status(qmp: QmpClient) -> object:
     return record(await qmp.execute("query-status"))["status"]
 
@@ -133,80 +149,44 @@ async def test_a_guest_is_parked_once_its_devices_are_done_and_not_before(tmp_pa
 
 @pytest.mark.parametrize("isolated", [False, True])
 async def test_a_guest_that_somebody_else_pauses_stays_paused(tmp_path: Path, isolated: bool) -> None:
-    with (
-        qemu(tmp_path / "s", others=True) as here,
-        qemu(tmp_path / "d", incoming=True) as there,
-    ):
-        async with (
-            somebody_else(tmp_path / "s") as other,
-            QemuGuest.attach(here) as source,
-            QemuGuest.attach(there, incoming=True) as destination,
-        ):
-            await goes_on(source)
-            aborted = await move_and(source, destination, lambda: other.execute("stop"), isolated=isolated)
-            assert aborted.reason == "guest"
-            assert "paused, and was not stopped by this move" in str(aborted)
-            assert "QEMU is left as it is" in str(aborted)
-            assert await status(other) == "paused"
+    async with two_qemus(tmp_path) as (other, source, destination):
+        aborted = await move_and(source, destination, lambda: other.execute("stop"), isolated=isolated)
+        assert aborted.reason == "guest"
+        assert "paused, and was not stopped by this move" in str(aborted)
+        assert "QEMU is left as it is" in str(aborted)
+        assert await status(other) == "paused"
 
 
 async def test_a_guest_that_somebody_else_migrates_away_is_not_continued(tmp_path: Path) -> None:
-    with (
-        qemu(tmp_path / "s", others=True) as here,
-        qemu(tmp_path / "d", incoming=True) as there,
-    ):
-        async with (
-            somebody_else(tmp_path / "s") as other,
-            QemuGuest.attach(here) as source,
-            QemuGuest.attach(there, incoming=True) as destination,
-        ):
-            await goes_on(source)
+    async with two_qemus(tmp_path) as (other, source, destination):
 
-            async def away() -> None:
-                await other.execute("migrate", {"uri": "exec:cat >/dev/null"})
+        async def away() -> None:
+            await other.execute("migrate", {"uri": "exec:cat >/dev/null"})
 
-            aborted = await move_and(source, destination, away)
-            assert "was not stopped by this move" in str(aborted)
-            # It was on its way into a file; only who did that may continue it.
-            with trio.fail_after(30):
-                while await status(other) != "postmigrate":  # noqa: ASYNC110 - no event says so
-                    await trio.sleep(0.005)
-            await source.hypervisor._machine.refresh(source.hypervisor._qmp)
-            with pytest.raises(GuestError, match="left as it is"):
-                await source.hypervisor.resume()
-            assert await status(other) == "postmigrate"
+        aborted = await move_and(source, destination, away)
+        assert "was not stopped by this move" in str(aborted)
+        # It was on its way into a file; only who did that may continue it.
+        with trio.fail_after(30):
+            while await status(other) != "postmigrate":  # noqa: ASYNC110 - no event says so
+                await trio.sleep(0.005)
+        await source.hypervisor._machine.refresh(source.hypervisor._qmp)
+        with pytest.raises(GuestError, match="left as it is"):
+            await source.hypervisor.resume()
+        assert await status(other) == "postmigrate"
 
 
 async def test_a_guest_that_stops_for_good_is_not_revived(tmp_path: Path) -> None:
     ending = "-no-reboot", "-no-shutdown"
-    with (
-        qemu(tmp_path / "s", *ending, others=True) as here,
-        qemu(tmp_path / "d", *ending, incoming=True) as there,
-    ):
-        async with (
-            somebody_else(tmp_path / "s") as other,
-            QemuGuest.attach(here) as source,
-            QemuGuest.attach(there, incoming=True) as destination,
-        ):
-            await goes_on(source)
-            aborted = await move_and(source, destination, lambda: other.execute("system_reset"))
-            assert "this QEMU is shutdown" in str(aborted)
-            assert await status(other) == "shutdown"
+    async with two_qemus(tmp_path, *ending) as (other, source, destination):
+        aborted = await move_and(source, destination, lambda: other.execute("system_reset"))
+        assert "this QEMU is shutdown" in str(aborted)
+        assert await status(other) == "shutdown"
 
 
 async def test_a_qemu_that_ends_in_precopy_ends_the_move(tmp_path: Path) -> None:
-    with (
-        qemu(tmp_path / "s", others=True) as here,
-        qemu(tmp_path / "d", incoming=True) as there,
-    ):
-        async with (
-            somebody_else(tmp_path / "s") as other,
-            QemuGuest.attach(here) as source,
-            QemuGuest.attach(there, incoming=True) as destination,
-        ):
-            await goes_on(source)
-            aborted = await move_and(source, destination, lambda: other.execute("quit"))
-            assert "QEMU has ended" in str(aborted)
+    async with two_qemus(tmp_path) as (other, source, destination):
+        aborted = await move_and(source, destination, lambda: other.execute("quit"))
+        assert "QEMU has ended" in str(aborted)
 
 
 async def test_a_destination_whose_qemu_ends_waits_for_nobody(tmp_path: Path) -> None:
@@ -229,32 +209,23 @@ async def test_a_guest_that_is_continued_in_blackout_is_not_handed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: bool
 ) -> None:
     """Before or after its devices were saved: what it writes then would be in no epoch."""
-    with (
-        qemu(tmp_path / "s", others=True) as here,
-        qemu(tmp_path / "d", incoming=True) as there,
-    ):
-        async with (
-            somebody_else(tmp_path / "s") as other,
-            QemuGuest.attach(here) as source,
-            QemuGuest.attach(there, incoming=True) as destination,
-        ):
-            await goes_on(source)
-            save = source.hypervisor.save_device_state
+    async with two_qemus(tmp_path) as (other, source, destination):
+        save = source.hypervisor.save_device_state
 
-            async def interfered() -> bytes:
-                if first:
-                    await other.execute("cont")
-                state = await save()
-                if not first:
-                    await other.execute("cont")
-                return state
+        async def interfered() -> bytes:
+            if first:
+                await other.execute("cont")
+            state = await save()
+            if not first:
+                await other.execute("cont")
+            return state
 
-            monkeypatch.setattr(source.hypervisor, "save_device_state", interfered)
-            aborted = await move(source, destination)
-            # The engine hears of it, or the SVSM sees a vCPU run; either may be first.
-            assert re.search("somebody else has continued the guest|a vCPU ran", str(aborted))
-            await goes_on(source)
-            assert errors(source) == 0
+        monkeypatch.setattr(source.hypervisor, "save_device_state", interfered)
+        aborted = await move(source, destination)
+        # The engine hears of it, or the SVSM sees a vCPU run; either may be first.
+        assert re.search("somebody else has continued the guest|a vCPU ran", str(aborted))
+        await goes_on(source)
+        assert errors(source) == 0
 
 
 async def test_a_guest_is_moved_by_one_migration_at_a_time(tmp_path: Path) -> None:
