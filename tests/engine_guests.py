@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 import trio
 
+from pagexfer.dirty import DirtyBitmap
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.testing import BytesGate
 from pagexfer.wire.constants import PAGE_SIZE
@@ -19,6 +20,28 @@ if TYPE_CHECKING:
     from pagexfer.dirty import DirtyTracker
 
 DEVICE_STATE: Final = b"what the devices were doing"
+
+
+class FailingLog:
+    """A dirty log that never has a page, and fails in the call that `fails` names."""
+
+    def __init__(self, fails: str, error: type[Exception]) -> None:
+        self._fails = fails
+        self._error = error
+
+    def start(self) -> None:
+        self._call("start")
+
+    def collect(self) -> DirtyBitmap:
+        self._call("collect")
+        return DirtyBitmap(PAGES)
+
+    def stop(self) -> None:
+        self._call("stop")
+
+    def _call(self, name: str) -> None:
+        if name == self._fails:
+            raise self._error(f"the dirty log cannot {name}")
 
 
 class TestHypervisor:

@@ -11,7 +11,6 @@ import pytest
 import trio
 import trio.testing
 
-from pagexfer.dirty import DirtyBitmap
 from pagexfer.errors import GuestError, Outcome, TransferAborted, UsageError
 from pagexfer.migration import MigrationReport, receive_guest, send_guest
 from pagexfer.testing.proxy import Action, FaultProxy, at_bundle, at_frame
@@ -19,9 +18,9 @@ from pagexfer.wire.bundle import BundleKind
 from pagexfer.wire.constants import PAGE_SIZE
 from pagexfer.wire.framing import FrameType
 
-from .engine_guests import DEVICE_STATE, SmallMachine
+from .engine_guests import DEVICE_STATE, FailingLog, SmallMachine
 from .loopback import HOST
-from .small_guests import ATTESTOR, PAGES
+from .small_guests import ATTESTOR
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -278,34 +277,13 @@ async def test_nobody_listens() -> None:
 # The hypervisor fails
 
 
-class _FailingLog:
-    """A dirty log that fails in one of its calls."""
-
-    def __init__(self, fails: str) -> None:
-        self._fails = fails
-
-    def start(self) -> None:
-        self._call("start")
-
-    def collect(self) -> DirtyBitmap:
-        self._call("collect")
-        return DirtyBitmap(PAGES)
-
-    def stop(self) -> None:
-        self._call("stop")
-
-    def _call(self, name: str) -> None:
-        if name == self._fails:
-            raise GuestError(f"the dirty log cannot {name}")
-
-
 async def _fail() -> None:
     raise GuestError("the monitor said no")
 
 
 @pytest.mark.parametrize("call", ["start", "collect"])
 async def test_a_dirty_log_that_fails_ends_the_migration(call: str) -> None:
-    move = _Move(SmallMachine(_FailingLog(call)))
+    move = _Move(SmallMachine(FailingLog(call, GuestError)))
     with trio.fail_after(5):
         await move.run()
     assert _ended(move.sent, "guest") == f"the dirty log cannot {call}"
@@ -314,13 +292,13 @@ async def test_a_dirty_log_that_fails_ends_the_migration(call: str) -> None:
 
 
 async def test_a_dirty_log_that_works_does_no_harm() -> None:
-    move = _Move(SmallMachine(_FailingLog("")))
+    move = _Move(SmallMachine(FailingLog("", GuestError)))
     await move.run()
     assert move.machine.moved()
 
 
 async def test_a_dirty_log_that_cannot_be_stopped_does_not_hide_why_the_migration_ended() -> None:
-    move = _Move(SmallMachine(_FailingLog("stop")))
+    move = _Move(SmallMachine(FailingLog("stop", GuestError)))
     move.machine.destination.hypervisor.before_load = _fail
     with trio.fail_after(5):
         await move.run()

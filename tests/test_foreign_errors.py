@@ -10,15 +10,14 @@ import trio
 
 import pagexfer
 from pagexfer import MigrationParameters, Outcome, Status, Steering, TransferAborted
-from pagexfer.dirty import DirtyBitmap
 from pagexfer.engine.channel import DestinationChannel
 from pagexfer.errors import ChannelBroken
 from pagexfer.migration import MigrationReport, receive_guest, send_guest
 from pagexfer.wire.bundle import BundleKind
 
-from .engine_guests import SmallMachine, TestHypervisor
+from .engine_guests import FailingLog, SmallMachine, TestHypervisor
 from .loopback import HOST
-from .small_guests import ATTESTOR, PAGES
+from .small_guests import ATTESTOR
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -316,38 +315,17 @@ async def test_a_watch_that_fails_ends_it(side: str, isolated: bool) -> None:
     assert not move.machine.destination.gate.running
 
 
-class _FailingLog:
-    """A dirty log that fails in one of its calls."""
-
-    def __init__(self, fails: str) -> None:
-        self._fails = fails
-
-    def start(self) -> None:
-        self._call("start")
-
-    def collect(self) -> DirtyBitmap:
-        self._call("collect")
-        return DirtyBitmap(PAGES)
-
-    def stop(self) -> None:
-        self._call("stop")
-
-    def _call(self, name: str) -> None:
-        if name == self._fails:
-            raise ForeignError(f"the log has no {name}")
-
-
 @pytest.mark.parametrize("call", ["start", "collect"])
 async def test_whatever_a_dirty_log_raises_ends_it(call: str, isolated: bool) -> None:
-    move = _Move(SmallMachine(_FailingLog(call)), isolated=isolated)
+    move = _Move(SmallMachine(FailingLog(call, ForeignError)), isolated=isolated)
     await move.run()
     _caused(move.sent, "guest")
     assert move.machine.stayed()
 
 
 async def test_a_dirty_log_that_cannot_be_stopped_is_said_and_hides_nothing() -> None:
-    move = _Move(SmallMachine(_FailingLog("stop")))
+    move = _Move(SmallMachine(FailingLog("stop", ForeignError)))
     move.machine.source.hypervisor.before_save = _fail
     await move.run()
-    assert "the log has no stop" in _caused(move.sent, "guest")
+    assert "the dirty log cannot stop" in _caused(move.sent, "guest")
     assert move.machine.stayed()
