@@ -45,7 +45,9 @@ class Seconds(click.ParamType[float]):
         match = _TIME.fullmatch(str(value).strip())
         seconds = float(match[1]) / (1000 if match[2].lower() == "ms" else 1) if match else 0
         if not seconds > 0:
-            self.fail(f"{value!r} is not a time above zero: write it like 300ms or 2s", param, ctx)
+            self.fail(
+                f"{value!r} is not a time above zero with its unit: write it like 300ms or 2s", param, ctx
+            )
         if seconds > _MAX_SECONDS:
             self.fail(f"{value!r} is too long: a time is at most {_MAX_SECONDS}s", param, ctx)
         return seconds
