@@ -79,6 +79,7 @@ ENUMS: Final[dict[str, type[enum.IntEnum]]] = {
 MODULES: Final[tuple[ModuleType, ...]] = (
     constants,
     bundle,
+    control,
     handshake,
     framing,
     device_state,

@@ -271,13 +271,33 @@ async def test_what_cannot_move_is_refused(
             pass
 
 
-async def test_another_machine_type_is_refused(tmp_path: Path) -> None:
-    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", "-M", "pc-i440fx-7.1", incoming=True) as there:
+@pytest.mark.parametrize(("option", "value"), [("-M", "pc-i440fx-7.1"), ("-cpu", "Skylake-Client")])
+async def test_another_machine_is_refused_before_ram_is_sent(tmp_path: Path, option: str, value: str) -> None:
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", option, value, incoming=True) as there:
         async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
             await goes_on(source)
             with pytest.RaisesGroup(pagexfer.TransferAborted, pagexfer.TransferAborted) as caught:
                 await migrate(source, destination, 1)
-            assert any("pc-i440fx-7.1" in str(aborted) for aborted in caught.value.exceptions)
+            for aborted in caught.value.exceptions:
+                assert isinstance(aborted, pagexfer.TransferAborted)
+                assert (aborted.reason, value in str(aborted)) == ("geometry", True), str(aborted)
+            assert rounds(destination) == 0
+            await goes_on(source)
+
+
+@pytest.mark.parametrize(("option", "value"), [("-M", "pc-i440fx-7.1"), ("-cpu", "Skylake-Client")])
+async def test_another_machine_is_refused_also_with_the_device_state(
+    tmp_path: Path, option: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the source says of its machine is nobody's word; what comes sealed is."""
+    with qemu(tmp_path / "s") as here, qemu(tmp_path / "d", option, value, incoming=True) as there:
+        async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
+            monkeypatch.setattr(source.hypervisor, "platform", destination.hypervisor.platform)
+            await goes_on(source)
+            with pytest.RaisesGroup(pagexfer.TransferAborted, pagexfer.TransferAborted) as caught:
+                await migrate(source, destination, 1)
+            reasons = {str(getattr(aborted, "reason", "")) for aborted in caught.value.exceptions}
+            assert reasons <= {"device-state", "guest"}, caught.value.exceptions
             await goes_on(source)
 
 
@@ -341,7 +361,7 @@ async def test_other_ram_is_refused(tmp_path: Path, sizes: tuple[int, int], why:
 
 
 def test_other_pages_are_refused() -> None:
-    small, huge = Platform("pc", ((1 << 30, 4096),)), Platform("pc", ((1 << 30, 2 << 20),))
+    small, huge = Platform("pc", "max", ((1 << 30, 4096),)), Platform("pc", "max", ((1 << 30, 2 << 20),))
     small.check_accepts(small)
     with pytest.raises(GuestError, match="huge"):
         small.check_accepts(huge)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pagexfer.wire import control
 from pagexfer.wire.control import (
+    MAX_PLATFORM_BYTES,
     Accept,
     ChannelsOpen,
     Confirm,
@@ -34,7 +35,7 @@ texts = st.text(max_size=100).filter(str.isprintable)
 messages: st.SearchStrategy[ControlMessage] = st.one_of(
     st.builds(Prepare, handshake=st.binary(max_size=1000)),
     st.builds(Accept, handshake=st.binary(max_size=1000)),
-    st.builds(Confirm, handshake=st.binary(max_size=1000)),
+    st.builds(Confirm, handshake=st.binary(max_size=1000), platform=st.binary(max_size=MAX_PLATFORM_BYTES)),
     st.builds(Established, handshake=st.binary(max_size=1000)),
     st.builds(ChannelsOpen, channels=numbers),
     st.builds(EpochClosed, epoch=numbers),
@@ -110,6 +111,9 @@ def test_a_flipped_bit_gives_a_message_or_malformed(message: ControlMessage, dat
 
 
 def test_a_message_as_long_as_the_cap_is_taken() -> None:
+    largest_platform = Confirm(b"", bytes(MAX_PLATFORM_BYTES))
+    assert parse_control_untrusted(pack_control(largest_platform)) == largest_platform
+    is_refused(parse_control_untrusted, pack_control(Confirm(b"", bytes(MAX_PLATFORM_BYTES + 1))))
     overhead = len(pack_control(Prepare(bytes(1 << 16)))) - (1 << 16)
     largest = pack_control(Prepare(bytes(MAX_CONTROL_BYTES - overhead)))
     assert len(largest) == MAX_CONTROL_BYTES

@@ -56,7 +56,7 @@ from .failure import (
     unfit,
     watch,
 )
-from .hypervisor import WatchedHypervisor
+from .hypervisor import DescribedHypervisor, WatchedHypervisor
 from .progress import ChannelTally, Progress, Status
 from .reception import INTRODUCTION_TIMEOUT_S, Reception
 from .streams import STALL_TIMEOUT_S
@@ -151,6 +151,7 @@ class DestinationEngine:
         self._session = b""
         self._established_message = b""
         self._expected_channels = 0
+        self._platform = b""
         self._slots: list[Slot] = []
         self._doors: list[trio.Lock] = []
         self._channels: dict[int, DestinationChannel] = {}
@@ -204,8 +205,8 @@ class DestinationEngine:
         try:
             _, reply = await self._control_slot.exchange(Command.PREPARE, attempt, hello)
             await control.send(Accept(reply))
-            proof = (await control.receive_first(Confirm)).handshake
-            answer, established = await self._control_slot.exchange(Command.SETUP, attempt, proof)
+            confirm = await control.receive_first(Confirm)
+            answer, established = await self._control_slot.exchange(Command.SETUP, attempt, confirm.handshake)
         except (SvsmRefused, SvsmLost) as error:
             is_over = isinstance(error, SvsmLost) or self._control_slot.session is SessionStatus.FAILED
             if self._established.is_set() or not is_over:
@@ -219,6 +220,7 @@ class DestinationEngine:
         else:
             self._established_message = established
             self._expected_channels = answer.result
+            self._platform = confirm.platform
         # The rest is `_agree`'s: the introduction's timeout must not come between the SVSM's session and this side's.
         self._control = control
         self._established.set()
@@ -270,12 +272,23 @@ class DestinationEngine:
             raise self._refused
         if self._control is None:
             raise LocalProtocolError("established without a control connection")
+        await self._check_platform()
         self._session, _ = parse_established_untrusted(self._established_message)
         self._slots = await self._make_slots(self._expected_channels)
         self._doors = [trio.Lock() for _ in self._slots]
         self._progress.channels = [ChannelTally(channel) for channel in range(len(self._slots))]
         await self._control.send(Established(self._established_message))
         return self._control
+
+    async def _check_platform(self) -> None:
+        """Whether the source's machine fits this one: nobody's word, but better asked before RAM is sent than after it."""
+        if not self._platform or not isinstance(self._hypervisor, DescribedHypervisor):
+            return
+        try:
+            with hypervisor_call("compare the machines"):
+                await self._hypervisor.check_platform(self._platform)
+        except GuestError as error:
+            raise TransferAborted(Outcome.ENDED, "geometry", str(error), foreign_cause(error)) from error
 
     async def _wait_for_channels(self, control: Control, listener: Listener) -> None:
         """Until every channel is open."""

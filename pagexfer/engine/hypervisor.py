@@ -50,6 +50,25 @@ class WatchedHypervisor(Hypervisor, Protocol):
 
 
 @runtime_checkable
+class DescribedHypervisor(Hypervisor, Protocol):
+    """A hypervisor that says what machine it has, so that two that do not fit part before a page is sent.
+
+    One that cannot has no such methods, and what does not fit is found when the device state arrives, in black-out.
+    """
+
+    async def platform(self) -> bytes:
+        """What a machine that takes this one over must be like, at most 16 KiB, opaque to the engine."""
+        ...
+
+    async def check_platform(self, platform: bytes) -> None:
+        """Raises GuestError, with what differs, where a source's `platform` does not fit this machine.
+
+        Bytes of the network: nothing may rely on them but a refusal, and `load_device_state` checks what it was given.
+        """
+        ...
+
+
+@runtime_checkable
 class ThrottlingHypervisor(Hypervisor, Protocol):
     """A hypervisor that can slow its vCPUs down; one that cannot has no such method, and the engine does without."""
 

@@ -26,6 +26,7 @@ from ..errors import (
 from ..wire.bundle import BundleKind
 from ..wire.constants import FIRST_EPOCH, PAGE_SIZE, SESSION_ID_BYTES
 from ..wire.control import (
+    MAX_PLATFORM_BYTES,
     Accept,
     ChannelsOpen,
     Confirm,
@@ -57,7 +58,7 @@ from .failure import (
     undecided,
     watch,
 )
-from .hypervisor import WatchedHypervisor
+from .hypervisor import DescribedHypervisor, WatchedHypervisor
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
 from .repair import Repair, used_up_key_as_broken
@@ -188,11 +189,20 @@ class SourceEngine:
         await control.send(Prepare(hello))
         reply = (await control.receive_first(Accept)).handshake
         _, proof = await self._control_slot.exchange(Command.SETUP, package=reply)
-        await control.send(Confirm(proof))
+        await control.send(Confirm(proof, await self._platform()))
         established = (await control.receive_first(Established)).handshake
         session, _ = parse_established_untrusted(established)
         await self._control_slot.exchange(Command.CONFIRM, package=established)
         return session
+
+    async def _platform(self) -> bytes:
+        if not isinstance(self._hypervisor, DescribedHypervisor):
+            return b""
+        with hypervisor_call("describe its machine"):
+            platform = await self._hypervisor.platform()
+        if len(platform) > MAX_PLATFORM_BYTES:
+            raise GuestError(f"a platform of {len(platform)} bytes is over the cap of {MAX_PLATFORM_BYTES}")
+        return platform
 
     async def _open_channels(self, control: Control, session: bytes, host: str, port: int) -> None:
         for channel, slot in enumerate(self._slots):

@@ -252,6 +252,14 @@ class RemoteHypervisor:
     async def load_device_state(self, state: bytes) -> None:
         await self._engine.call("load_device_state", state)
 
+    async def platform(self) -> bytes:
+        """`engine.hypervisor.DescribedHypervisor`; one that says nothing gives no bytes, and refuses none."""
+        _, platform = await self._engine.call("describe_platform")
+        return platform
+
+    async def check_platform(self, platform: bytes) -> None:
+        await self._engine.call("check_platform", platform)
+
     async def watch(self) -> NoReturn:
         """`engine.hypervisor.WatchedHypervisor`; one that cannot watch has nothing to say, ever."""
         await self._engine.disturbed.wait()

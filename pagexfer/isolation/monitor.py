@@ -19,7 +19,7 @@ from ..engine.failure import (
     one_line,
     watch,
 )
-from ..engine.hypervisor import ThrottlingHypervisor, WatchedHypervisor
+from ..engine.hypervisor import DescribedHypervisor, ThrottlingHypervisor, WatchedHypervisor
 from ..engine.progress import MigrationInfo, Status
 from ..engine.streams import STALL_TIMEOUT_S
 from ..errors import (
@@ -261,6 +261,8 @@ class EngineProcess:
             "stop": self._stop,
             "resume": self._resume,
             "throttle": self._throttle,
+            "describe_platform": self._platform,
+            "check_platform": self._check_platform,
             "save_device_state": self._save,
             "load_device_state": self._load,
             "start_dirty_log": self._start_log,
@@ -294,6 +296,16 @@ class EngineProcess:
         if not isinstance(self._hypervisor, ThrottlingHypervisor) or len(payload) != 1 or payload[0] > 99:
             raise MalformedData("a throttle was asked for that there is not")
         await self._hypervisor.throttle(payload[0])
+        return b""
+
+    async def _platform(self, _payload: bytes) -> bytes:
+        if not isinstance(self._hypervisor, DescribedHypervisor):
+            return b""
+        return await self._hypervisor.platform()
+
+    async def _check_platform(self, payload: bytes) -> bytes:
+        if isinstance(self._hypervisor, DescribedHypervisor):
+            await self._hypervisor.check_platform(payload)
         return b""
 
     async def _save(self, _payload: bytes) -> bytes:

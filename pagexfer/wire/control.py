@@ -31,9 +31,10 @@ class Accept:
 
 @dataclass(frozen=True, slots=True)
 class Confirm:
-    """Source: its SVSM's confirmation and evidence."""
+    """Source: its SVSM's confirmation and evidence; what its hypervisor says of its machine, or nothing."""
 
     handshake: bytes
+    platform: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,8 @@ _NAMES: Final[dict[str, type[ControlMessage]]] = {
 _NAME_OF: Final = {message_type: name for name, message_type in _NAMES.items()}
 _FIELD_TYPES: Final[dict[str, type[bytes] | type[int] | type[str]]] = {"bytes": bytes, "int": int, "str": str}
 _MAX_TEXT: Final = 2000
+# Beside evidence of MAX_EVIDENCE_BYTES it fits a message.
+MAX_PLATFORM_BYTES: Final = 1 << 14
 
 
 def pack_control(message: ControlMessage) -> bytes:
@@ -116,7 +119,10 @@ def parse_control_untrusted(data: bytes) -> ControlMessage:
             raise MalformedData(f"control message {name!r} with a bad {key!r}")
         if field_type is str and (len(value[key]) > _MAX_TEXT or not value[key].isprintable()):
             raise MalformedData(f"control message {name!r} with a {key!r} that is not one printable line")
-    return message_type(**{key: value[key] for key in expected})
+    message = message_type(**{key: value[key] for key in expected})
+    if isinstance(message, Confirm) and len(message.platform) > MAX_PLATFORM_BYTES:
+        raise MalformedData(f"control message with a platform over the cap of {MAX_PLATFORM_BYTES} bytes")
+    return message
 
 
 def _distinct(pairs: list[tuple[str | bytes, object]]) -> dict[str | bytes, object]:

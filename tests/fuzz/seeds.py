@@ -75,8 +75,10 @@ def seeds_of(target: Target) -> list[bytes]:
             hypervisor._DEVICE_STATE.pack(hypervisor._MAGIC, hypervisor._VERSION, 5_000_000, 1 << 20)
         ],
         "qemu-state": [
-            Platform(name, backends).pack() + b"QEVM"
-            for name, backends in (("", ()), ("pc-i440fx-7.2-machine", ((1 << 30, 4096), (1 << 20, 2 << 20))))
+            Platform("", "", ()).pack() + b"QEVM",
+            Platform(
+                "pc-i440fx-7.2-machine", "qemu64-x86_64-cpu", ((1 << 30, 4096), (1 << 20, 2 << 20))
+            ).pack(),
         ],
         "qmp-message": [
             b'{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 0}}, "capabilities": ["oob"]}}',

@@ -291,7 +291,8 @@ def control() -> Json:
         ("prepare", "Prepare", {"handshake": noise("hello", 1384)}),
         ("accept", "Accept", {"handshake": noise("reply", 128)}),
         ("accept", "Accept", {"handshake": noise("long reply", 300)}),
-        ("confirm", "Confirm", {"handshake": noise("evidence", 48)}),
+        ("confirm", "Confirm", {"handshake": noise("evidence", 48), "platform": b""}),
+        ("confirm", "Confirm", {"handshake": noise("evidence", 48), "platform": noise("platform", 40)}),
         ("established", "Established", {"handshake": noise("established", 64)}),
         ("channels-open", "ChannelsOpen", {"channels": 8}),
         (

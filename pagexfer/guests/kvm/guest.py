@@ -10,7 +10,7 @@ from ...wire.constants import PAGE_SHIFT, PAGE_SIZE
 from ..pattern import STATUS_GFN, STATUS_WORD_FIRST_GFN, Layout, RamCheck, check_ram, fill
 from . import ioctls
 from .gate import KvmGate
-from .hypervisor import KvmHypervisor
+from .hypervisor import KIND, KvmHypervisor
 from .image import RESERVED_PAGES, reserved_pages, wrong_reserved_pages
 from .machine import MAX_RAM_BYTES, Machine
 from .state import parse_untrusted
@@ -29,7 +29,7 @@ class KvmGuest:
     `hypervisor.resume` and `gate.release`, in any order, and never without a state.
     """
 
-    kind = "kvm"
+    kind = KIND
     tracker = None  # KVM keeps the dirty log, so freshness is host-reported or audited by digest
 
     def __init__(self, memory: GuestMemory, vcpus: int) -> None:

@@ -11,10 +11,13 @@ import trio
 from ...dirty.kvm_log import KvmDirtyLog
 from ...errors import GuestError, MalformedData
 from ..duty_cycle import check_percentage
+from ..platform import check_kind, describe_kind
 from . import ioctls
 
 if TYPE_CHECKING:
     from .machine import Machine
+
+KIND: Final = "kvm"
 
 # Device state: magic u32, version u32, KVM clock u64 in ns, write rate u64 in bytes per second.
 _DEVICE_STATE: Final = struct.Struct("<IIQQ")
@@ -52,6 +55,15 @@ class KvmHypervisor:
         check_percentage(percentage)
         self._machine.set_throttle(percentage)
         await trio.lowlevel.checkpoint()
+
+    async def platform(self) -> bytes:
+        """`engine.hypervisor.DescribedHypervisor`."""
+        await trio.lowlevel.checkpoint()
+        return describe_kind(KIND)
+
+    async def check_platform(self, platform: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        check_kind(platform, KIND)
 
     async def save_device_state(self) -> bytes:
         """The clock and the write rate, which is this machine's only device."""

@@ -22,15 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from .backends import Backend
+    from .gate import CpuModel
     from .qmp import QmpClient
 
-# magic u32 "QEMU", version u16, number of backends u16, bytes of the machine's type u32; for each backend size u64 and size
-# of its memory's pages u64; the machine's type in UTF-8; the stream.
-_HEADER: Final = struct.Struct("<IHHI")
+# magic u32 "QEMU", version u16, number of backends u16, bytes of the machine's type u16, bytes of the vCPUs' u16; for each
+# backend size u64 and size of its memory's pages u64; the machine's type and the vCPUs' in UTF-8; the stream.
+_HEADER: Final = struct.Struct("<IHHHH")
 _BACKEND: Final = struct.Struct("<QQ")
 assert (_HEADER.size, _BACKEND.size) == (12, 16)
 _MAGIC: Final = 0x554D_4551
-_VERSION: Final = 1
+_VERSION: Final = 2
 
 MAX_STREAM_BYTES: Final = 256 << 20
 _FD_NAME: Final = "pagexfer-devices"
@@ -50,21 +51,27 @@ class Platform:
     """What source and destination must have in common, as far as QEMU itself does not say so clearly."""
 
     machine: str
+    cpus: str
     backends: tuple[tuple[int, int], ...]
 
     @classmethod
-    def of(cls, machine: str, backends: tuple[Backend, ...]) -> Platform:
-        return cls(machine, tuple((backend.size, backend.page_bytes) for backend in backends))
+    def of(cls, machine: str, models: tuple[CpuModel, ...], backends: tuple[Backend, ...]) -> Platform:
+        cpus = ", ".join(sorted({model.qom_type for model in models}))
+        return cls(machine, cpus, tuple((backend.size, backend.page_bytes) for backend in backends))
 
     def pack(self) -> bytes:
-        name = self.machine.encode()
-        header = _HEADER.pack(_MAGIC, _VERSION, len(self.backends), len(name))
-        return b"".join([header, *(_BACKEND.pack(*backend) for backend in self.backends), name])
+        names = self.machine.encode(), self.cpus.encode()
+        header = _HEADER.pack(_MAGIC, _VERSION, len(self.backends), *map(len, names))
+        return b"".join([header, *(_BACKEND.pack(*backend) for backend in self.backends), *names])
 
     def check_accepts(self, source: Platform) -> None:
         """Raises GuestError, with what differs, where a guest of `source` cannot run here."""
         if source.machine != self.machine:
-            raise GuestError(f"the source's machine is a {source.machine}, this one a {self.machine}")
+            raise GuestError(
+                f"the source's machine is a {source.machine}, the destination's a {self.machine}"
+            )
+        if source.cpus != self.cpus:
+            raise GuestError(f"the source's vCPUs are {source.cpus}, the destination's {self.cpus}")
         if [size for size, _ in source.backends] != [size for size, _ in self.backends]:
             raise GuestError("the memory backends of source and destination differ in number or size")
         if source.backends != self.backends:
@@ -75,20 +82,24 @@ def split_state_untrusted(state: bytes) -> tuple[Platform, bytes]:
     """What the source is, and QEMU's stream. Raises MalformedData."""
     if len(state) < _HEADER.size:
         raise MalformedData(f"QEMU device state of {len(state)} bytes")
-    magic, version, count, name_bytes = _HEADER.unpack_from(state)
+    magic, version, count, machine_bytes, cpus_bytes = _HEADER.unpack_from(state)
     if (magic, version) != (_MAGIC, _VERSION):
-        raise MalformedData("this is not the device state of a QEMU, or of another version")
-    names_at = _HEADER.size + count * _BACKEND.size
-    if len(state) < names_at + name_bytes:
+        raise MalformedData("this is not of a QEMU, or of another version of its device state")
+    machine_at = _HEADER.size + count * _BACKEND.size
+    cpus_at = machine_at + machine_bytes
+    stream_at = cpus_at + cpus_bytes
+    if len(state) < stream_at:
         raise MalformedData("QEMU device state is cut off")
     backends = tuple(
         _BACKEND.unpack_from(state, _HEADER.size + index * _BACKEND.size) for index in range(count)
     )
     try:
-        machine = state[names_at : names_at + name_bytes].decode()
+        machine, cpus = state[machine_at:cpus_at].decode(), state[cpus_at:stream_at].decode()
     except UnicodeDecodeError:
-        raise MalformedData("QEMU device state names a machine that is no text") from None
-    return Platform(machine, backends), state[names_at + name_bytes :]
+        machine = cpus = "\n"
+    if not (machine + cpus).isprintable():
+        raise MalformedData("QEMU device state with names that are no text")
+    return Platform(machine, cpus, backends), state[stream_at:]
 
 
 async def save_stream(qmp: QmpClient, on_begun: Callable[[], None]) -> bytes:

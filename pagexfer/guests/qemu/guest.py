@@ -116,7 +116,7 @@ class QemuGuest:
                 "stop"
             )  # while it waits this says: do not run by yourself after the device state
         gate = QemuGate(machine, models)
-        hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, backends), backends)
+        hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, models, backends), backends)
         return cls(memory, tracker, gate, hypervisor, machine)
 
 

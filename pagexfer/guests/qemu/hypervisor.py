@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn
 
+import trio
+
 from ...errors import GuestError, MalformedData
 from .backends import check_unchanged
 from .device_state import load_stream, save_stream, split_state_untrusted
@@ -44,13 +46,18 @@ class QemuHypervisor:
         await self._machine.refresh(self._qmp)  # no event says that QEMU is "postmigrate" now
         return self._platform.pack() + stream
 
+    async def platform(self) -> bytes:
+        """`engine.hypervisor.DescribedHypervisor`: the device state without a stream."""
+        await trio.lowlevel.checkpoint()
+        return self._platform.pack()
+
+    async def check_platform(self, platform: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        self._split(platform)
+
     async def load_device_state(self, state: bytes) -> None:
         """Raises GuestError where the source is another kind of machine, or QEMU refuses."""
-        try:
-            source, stream = split_state_untrusted(state)
-        except MalformedData as error:
-            raise GuestError(str(error)) from error
-        self._platform.check_accepts(source)
+        stream = self._split(state)
         await check_unchanged(self._qmp, self._backends)
         await load_stream(self._qmp, stream)
         status = await self._machine.refresh(self._qmp)
@@ -60,6 +67,15 @@ class QemuHypervisor:
     async def watch(self) -> NoReturn:
         """`engine.hypervisor.WatchedHypervisor`."""
         await self._machine.watch()
+
+    def _split(self, state: bytes) -> bytes:
+        """QEMU's stream in a device state. Raises GuestError where that is of a machine that does not fit."""
+        try:
+            source, stream = split_state_untrusted(state)
+        except MalformedData as error:
+            raise GuestError(str(error)) from error
+        self._platform.check_accepts(source)
+        return stream
 
     def _begun(self) -> None:
         self._machine.migrates = True

@@ -24,7 +24,7 @@ from ...svsm.memory import GuestMemory
 from ..pattern import PATTERN_GFN, STATUS_GFN, Layout, RamCheck, check_ram, fill, read_status
 from .control import MAX_RATE, ControlPage
 from .gate import SimulatedGate
-from .hypervisor import SimulatedHypervisor
+from .hypervisor import KIND, SimulatedHypervisor
 from .registers import Registers
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class SimulatedGuest:
 
     @property
     def kind(self) -> str:
-        return "simulated"
+        return KIND
 
     def check(self) -> RamCheck:
         """Check all of RAM, and vCPU state against RAM. Raises GateError unless all vCPUs are parked."""

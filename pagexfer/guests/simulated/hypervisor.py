@@ -15,12 +15,15 @@ import trio
 
 from ...errors import GuestError
 from ..duty_cycle import check_percentage
+from ..platform import check_kind, describe_kind
 from .control import MAX_RATE
 
 if TYPE_CHECKING:
     import subprocess
 
     from .control import ControlPage
+
+KIND: Final = "simulated"
 
 # u32 magic "VDEV", u16 version, u16 reserved, u64 write rate in bytes a second.
 _DEVICE_STATE: Final = struct.Struct("<IHHQ")
@@ -78,6 +81,15 @@ class SimulatedHypervisor:
         check_percentage(percentage)
         self._control.throttle = percentage
         await trio.lowlevel.checkpoint()
+
+    async def platform(self) -> bytes:
+        """`engine.hypervisor.DescribedHypervisor`."""
+        await trio.lowlevel.checkpoint()
+        return describe_kind(KIND)
+
+    async def check_platform(self, platform: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+        check_kind(platform, KIND)
 
     async def save_device_state(self) -> bytes:
         await trio.lowlevel.checkpoint()
