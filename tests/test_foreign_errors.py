@@ -166,8 +166,7 @@ async def test_a_callback_that_fails_on_the_way_ends_it_and_the_guest_goes_on(
     await move.run()
     own, other = (move.sent, move.received) if side == "source" else (move.received, move.sent)
     _caused(own, "callback")
-    assert isinstance(other, TransferAborted)
-    assert other.outcome is Outcome.ENDED
+    assert "callback" in str(_ended(other, "callback"))
     assert "ForeignError" not in str(other)
     assert move.machine.source.gate.running
     assert not move.machine.destination.gate.running

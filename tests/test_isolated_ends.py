@@ -12,7 +12,8 @@ import trio
 
 from pagexfer.dirty import DirtyBitmap
 from pagexfer.engine import failure
-from pagexfer.errors import GuestError, Outcome, TransferAborted
+from pagexfer.errors import ChannelBroken, GuestError, Outcome, TransferAborted
+from pagexfer.isolation.link import Link
 from pagexfer.migration import MigrationReport
 
 from .engine_guests import SmallMachine
@@ -104,7 +105,31 @@ async def test_a_cancel_at_once_is_a_cancel(milliseconds: int) -> None:
     assert move.machine.stayed()
 
 
+async def test_an_engine_that_cannot_be_given_its_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel limits how many are on their way (ETOOMANYREFS), whatever may be open."""
+
+    async def refuse(_self: Link, _descriptors: list[int]) -> None:
+        await trio.lowlevel.checkpoint()
+        raise ChannelBroken("no files can be given to the engine's process: too many references")
+
+    monkeypatch.setattr(Link, "send_descriptors", refuse)
+    move = IsolatedMove("source", patience_s=0.0)
+    await move.run()
+    assert "too many references" in _aborted(move.sent.end, Outcome.ENDED, "engine")
+    assert move.machine.stayed()
+
+
 # Hypervisors
+
+
+async def test_a_device_state_over_the_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagexfer.engine.hypervisor.MAX_DEVICE_STATE_BYTES", 100)
+    move = IsolatedMove("source")
+    move.machine.source.hypervisor.device_state = bytes(101)
+    await move.run()
+    assert "device state of 101 bytes is over the cap" in _aborted(move.sent.end, Outcome.ENDED, "guest")
+    assert "at the source: device state of 101" in _aborted(move.received.end, Outcome.ENDED, "guest")
+    assert move.machine.stayed()
 
 
 async def _fail() -> None:

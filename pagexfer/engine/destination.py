@@ -161,6 +161,7 @@ class DestinationEngine:
         self._all_open = trio.Event()
         self._handing_over = False
         self._device_state = bytearray()
+        self._ready = False  # the source may have released the start token
         self._running = False
 
     async def run(self, listener: Listener) -> MigrationInfo:
@@ -380,6 +381,7 @@ class DestinationEngine:
         except GuestError as error:
             cause = foreign_cause(error)
             raise TransferAborted(Outcome.ENDED, "device-state", str(error), cause) from error
+        self._ready = True
         await link.answer(BundleKind.READY)
 
     async def _start(self, link: DestinationChannel) -> None:
@@ -413,7 +415,7 @@ class DestinationEngine:
             aborted = await self._control.last_words() or aborted
         elif self._control is not None:
             await say_farewell(self._control, Role.DESTINATION, aborted)
-        if refusal is not None:
+        if refusal is not None and self._ready:
             aborted = stuck_at_destination(aborted)
         self._finish(Status.CANCELLED if aborted is _CANCELLED else Status.FAILED)
         if aborted is _CANCELLED:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NoReturn, Protocol, runtime_checkable
 
+from ..errors import GuestError
+from ..wire.device_state import MAX_DEVICE_STATE_BYTES
+
 if TYPE_CHECKING:
     from ..dirty import DirtyTracker
 
@@ -78,3 +81,11 @@ class ThrottlingHypervisor(Hypervisor, Protocol):
         It never holds up a park that the SVSM wants, and does not migrate with the guest.
         """
         ...
+
+
+async def saved_device_state(hypervisor: Hypervisor) -> bytes:
+    """Its device state. Raises GuestError where that is over the cap of what a destination takes."""
+    state = await hypervisor.save_device_state()
+    if len(state) > MAX_DEVICE_STATE_BYTES:
+        raise GuestError(f"device state of {len(state)} bytes is over the cap of {MAX_DEVICE_STATE_BYTES}")
+    return state

@@ -34,7 +34,6 @@ from ..wire.control import (
     Established,
     Prepare,
 )
-from ..wire.device_state import MAX_DEVICE_STATE_BYTES
 from ..wire.framing import ConnectionHello, FrameType, Purpose
 from ..wire.handshake import Role, parse_established_untrusted
 from ..wire.slot import Command, SlotStatus
@@ -58,7 +57,7 @@ from .failure import (
     undecided,
     watch,
 )
-from .hypervisor import DescribedHypervisor, WatchedHypervisor
+from .hypervisor import DescribedHypervisor, WatchedHypervisor, saved_device_state
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
 from .repair import Repair, used_up_key_as_broken
@@ -254,11 +253,7 @@ class SourceEngine:
 
     async def _hand_over(self) -> None:
         with hypervisor_call("save the devices"):
-            device_state = await self._hypervisor.save_device_state()
-        if len(device_state) > MAX_DEVICE_STATE_BYTES:
-            raise GuestError(
-                f"device state of {len(device_state)} bytes is over the cap of {MAX_DEVICE_STATE_BYTES}"
-            )
+            device_state = await saved_device_state(self._hypervisor)
         first = self._channels[0]
         await first.device_state(device_state)
         for vcpu in range(self._vcpus):

@@ -47,8 +47,8 @@ class Engine:
         self._news, self._reports = trio.open_memory_channel[Fields](1 << 12)
         self._told = trio.Event()
         self._steering = Steering()
-        self.disturbed = trio.Event()  # what others did to the machine is in `disturbance`
-        self.disturbance = ""
+        self.disturbed = trio.Event()  # why the other side ends the migration is in `disturbance`
+        self.disturbance = TransferAborted(Outcome.ENDED, "internal", "nothing happened")
         self.work = trio.CancelScope()
 
     # Calls of the monitor
@@ -208,7 +208,8 @@ class Engine:
                 elif fields.get("type") == "end":
                     self._steering.cancel()
                 elif fields.get("type") == "disturbed":
-                    self.disturbance = str(fields.get("message"))
+                    reason, message = str(fields.get("reason")), str(fields.get("message"))
+                    self.disturbance = TransferAborted(Outcome.ENDED, reason, message)
                     self.disturbed.set()
                 elif fields.get("type") == "parameters":
                     parameters = from_fields_untrusted(MigrationParameters, fields.get("parameters"))
@@ -261,9 +262,9 @@ class RemoteHypervisor:
         await self._engine.call("check_platform", platform)
 
     async def watch(self) -> NoReturn:
-        """`engine.hypervisor.WatchedHypervisor`; one that cannot watch has nothing to say, ever."""
+        """`engine.hypervisor.WatchedHypervisor`: of the machine, and of callbacks that fail."""
         await self._engine.disturbed.wait()
-        raise GuestError(self._engine.disturbance)
+        raise self._engine.disturbance
 
 
 class RemoteThrottlingHypervisor(RemoteHypervisor):

@@ -12,6 +12,7 @@ import trio
 
 from ..engine.failure import (
     HypervisorFailed,
+    as_aborted,
     call_back,
     call_back_at_the_end,
     described,
@@ -19,7 +20,12 @@ from ..engine.failure import (
     one_line,
     watch,
 )
-from ..engine.hypervisor import DescribedHypervisor, ThrottlingHypervisor, WatchedHypervisor
+from ..engine.hypervisor import (
+    DescribedHypervisor,
+    ThrottlingHypervisor,
+    WatchedHypervisor,
+    saved_device_state,
+)
 from ..engine.progress import MigrationInfo, Status
 from ..engine.streams import STALL_TIMEOUT_S
 from ..errors import (
@@ -76,7 +82,7 @@ class EngineProcess:
         self._has_said_its_end = False
         self._listens = False
         self._callback_failed = trio.Event()
-        # Why this side's own code ended the migration: a callback, and whatever the hypervisor raised first.
+        # What ended the migration on this side: a failed callback, and what this program's own code raised first.
         self._aborted: TransferAborted | None = None
         self._foreign: BaseException | None = None
         self.latest: MigrationInfo | None = None
@@ -142,9 +148,12 @@ class EngineProcess:
     async def _guide(self, link: Link, task: Task) -> None:
         """Give the engine its task, which it hears of first, and then all that its operator wants of it, for ever."""
         try:
-            with suppress(ChannelBroken):  # the other task hears of its end
-                await self._give(link, self._descriptors)
-                await self._say(link, {"type": "task", "task": as_fields(task)})
+            await self._give(link, self._descriptors)
+            await self._say(link, {"type": "task", "task": as_fields(task)})
+        except ChannelBroken as error:
+            # An engine that is gone is one thing; one that lives and has no task would be waited for.
+            self._end = self._end or _failed(str(error))
+            link.close()
         finally:
             self._begun.set()
         async with trio.open_nursery() as nursery:
@@ -200,12 +209,17 @@ class EngineProcess:
             await watch(hypervisor)
         except GuestError as error:
             self._note_foreign(error)
-            with suppress(ChannelBroken):
-                await self._say(link, {"type": "disturbed", "message": str(error)})
+            await self._disturb(link, as_aborted(error))
 
     async def _end_on_failed_callback(self, link: Link) -> None:
         await self._callback_failed.wait()
-        await self._cancel(link)
+        if self._aborted is not None:
+            await self._disturb(link, self._aborted)
+
+    async def _disturb(self, link: Link, why: TransferAborted) -> None:
+        """Have the engine end the migration, and tell its peer why."""
+        with suppress(ChannelBroken):
+            await self._say(link, {"type": "disturbed", "reason": why.reason, "message": why.coarse})
 
     async def _serve(self, link: Link, task: Task) -> None:
         try:
@@ -250,6 +264,7 @@ class EngineProcess:
             call_back(callback, value)
         except TransferAborted as aborted:
             self._aborted = self._aborted or aborted
+            self._foreign = self._foreign or aborted.__cause__
             self._callback_failed.set()
 
     def _note_foreign(self, error: Exception) -> None:
@@ -309,7 +324,7 @@ class EngineProcess:
         return b""
 
     async def _save(self, _payload: bytes) -> bytes:
-        return await self._hypervisor.save_device_state()
+        return await saved_device_state(self._hypervisor)
 
     async def _load(self, payload: bytes) -> bytes:
         await self._hypervisor.load_device_state(payload)
