@@ -134,6 +134,24 @@ def test_a_hidden_dirty_page_is_sent_where_the_host_need_not_be_believed(trackin
     assert host.report.tally["pages that an audit caught"] == (tracking is Tracking.AUDIT)
 
 
+def test_a_manifest_asked_for_while_a_page_is_being_sealed_sends_no_page_twice() -> None:
+    """Found by seed 79: asking took a page that was written meanwhile into the epoch that was carrying it."""
+    early_manifest = Step(Act.EARLY_TOKEN, 0, 1)
+    steps = (
+        *[Step(Act.HONEST)] * 11,
+        Step(Act.HOLD, 0, 1, 8 + 16 * 2),
+        *[Step(Act.HONEST)] * 5,
+        Step(Act.WRITE),
+        *[Step(Act.HONEST)] * 2,
+        early_manifest,
+        *[Step(Act.HONEST)] * 9,
+    )
+    host = HostileHost()
+    host.run(Schedule(steps, pages=1, channels=3))
+    assert host.report.tally[Act.HOLD.value] == 1
+    assert host.report.tally["refused NOT_READY"] > 0
+
+
 @pytest.mark.parametrize("tracking", [Tracking.AUDIT, Tracking.COMPARISON])
 def test_without_a_comparison_there_is_no_manifest(tracking: Tracking) -> None:
     """The host's own attempt ends, and the guest goes on at the source."""

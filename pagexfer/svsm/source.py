@@ -346,7 +346,7 @@ class SourceSvsm:
         self._require_parked()
         self._require_no_manifest()
         self._commit_epoch()
-        if self._epoch.bundles == 0:
+        if not (self._epoch.bundles or self._sealing):  # what is being sealed goes once in this epoch (R1)
             self._pending.collect_reports(self._epoch.lost)
         if self._epoch.bundles or self._sealing or self._pending.pages.any() or not self._content.complete():
             raise NotReady("pages are dirty or unsent, or the epoch is open")

@@ -96,6 +96,7 @@ class HostileGuest(Machine):
         elif tracking is Tracking.COMPARISON:
             self.tracker = ContentTracker(self.memory.words, fresh_digest())
         self._versions = [1] * pages
+        self._before: dict[int, NDArray[np.uint64]] = {}  # what a page was before it was written last
         self.log: set[int] = set()
         self._steps = 0
 
@@ -114,11 +115,18 @@ class HostileGuest(Machine):
         vcpu, gfn = y % self.gate.vcpus, x % self.memory.pages
         if not self.gate.moving(vcpu) or not self.memory.states[gfn] & (VALIDATED | SHARED):
             return False
+        self._before[gfn] = self.memory.words[gfn].copy()
         self.memory.words[gfn, z % 8 :] = z if z % 7 else 0
-        self._marks[gfn] = 1
-        self._changed(vcpu, gfn)
-        self.log.add(gfn)
+        self._written(vcpu, gfn)
         return True
+
+    def take_back(self) -> None:
+        """A vCPU, if one runs and may, makes each page what it was before it was written last, as it does to a lock."""
+        for gfn, before in self._before.items():
+            if self.gate.moving(0) and self.memory.states[gfn] & (VALIDATED | SHARED):
+                self.memory.words[gfn] = before
+                self._written(0, gfn)
+        self._before.clear()
 
     def change_state(self, x: int, y: int, z: int) -> bool:
         """A vCPU changes what a page is, if one runs: its permissions, or whether it is validated at all."""
@@ -133,6 +141,11 @@ class HostileGuest(Machine):
             self.memory.words[gfns] = 0  # a page that changes hands has lost its content
         self._changed(vcpu, int(gfns[0]))
         return True
+
+    def _written(self, vcpu: int, gfn: int) -> None:
+        self._marks[gfn] = 1
+        self._changed(vcpu, gfn)
+        self.log.add(gfn)
 
     def _changed(self, vcpu: int, gfn: int) -> None:
         self._steps += 1

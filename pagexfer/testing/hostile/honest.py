@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ...wire.bundle import BundleKind, Direction
 from ...wire.device_state import DevicePart
 from ...wire.slot import Command, SlotStatus
+from ...wire.slot import SessionStatus as State
 from .schedule import Act, Tracking
 from .world import CONTROL, FIRST
 
@@ -144,19 +145,26 @@ def _epoch(world: World) -> Script:
     world.guest.log.clear()
     _begin_epoch(world)
     x = yield
-    work = deque(range(0, world.schedule.pages, _CHUNK_PAGES))
+    chunks = range(0, world.schedule.pages, _CHUNK_PAGES)
+    work = deque(chunks)
     channels = world.schedule.channels
+    was_held = False
     while True:
         ready = [
             channel
             for channel in range(channels)
             if channel not in world.withheld and world.queues[Direction.FORWARD, channel]
         ]
-        if not work and not ready:
+        if was_held and world.held is None:
+            work.extend(chunks)  # what did not fit the bundle that took long is pending still
+        was_held = world.held is not None
+        channel = x // 8 % channels
+        if not work and not ready and not was_held:
             break
-        if work and x % (len(ready) + 1) == 0:
+        if (work and world.holds(world.source, channel + 1)) or not (work or ready):
+            pass  # this host waits for an answer before it gives the next command, and does not end an epoch before it
+        elif work and x % (len(ready) + 1) == 0:
             start = work.popleft()
-            channel = x // 8 % channels
             pages = min(_CHUNK_PAGES, world.schedule.pages - start)
             reply = world.command(world.source, channel + 1, Command.EXPORT, start, pages)
             if reply.data:
@@ -188,6 +196,8 @@ def _begin_epoch(world: World) -> None:
 
 def _park(world: World) -> Script:
     """Black-out; a vCPU that is slow gets some patience and then parks."""
+    if world.source.svsm.state is State.PARKED:  # as the status register says: an attack came before
+        return
     for attempt in range(_PARK_PATIENCE + 1):
         if attempt == _PARK_PATIENCE:
             world.guest.gate.slow.clear()

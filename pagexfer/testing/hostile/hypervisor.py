@@ -9,8 +9,9 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from ...wire.bundle import BundleKind, Direction
-from ...wire.slot import HOST_DATA_OFFSET, NO_BUFFER, BufferState, Command
+from ...wire.slot import HOST_DATA_OFFSET, NO_BUFFER, BufferState, Command, SlotStatus
 from ...wire.slot import SessionStatus as State
+from .hold import Point
 from .schedule import Act, pick
 from .world import CONTROL, FIRST
 
@@ -28,6 +29,8 @@ _PLACES: Final = (0, 40, 60, 100, 100, 1, 1 << 28, (1 << 32) - 1)
 # All that there are, and numbers that mean nothing.
 COMMANDS: Final = (*Command, 0, max(Command) + 1, 255, (1 << 16) - 1)
 _SOURCE_TOKENS: Final = (BundleKind.EPOCH_TOKEN, BundleKind.MANIFEST, BundleKind.START_TOKEN)
+# What a host does while a bundle is being sealed; most often what needs the most to go wrong.
+_ACROSS_THE_PARK: Final = (2, 3, 4)
 _ANSWERS: Final = (BundleKind.READY, BundleKind.RUNNING)
 
 
@@ -147,6 +150,44 @@ def _lie_parked(world: World, step: Step) -> bool:
     return world.source.alive
 
 
+def _hold(world: World, step: Step) -> bool:
+    """An EXPORT stands still inside of the SVSM, and the host goes on, at times as if none were under way."""
+    source = world.source
+    if world.held is not None or source.svsm.state not in (State.PRECOPY, State.PARKED):
+        return False
+    beside = step.z // 16 % 6
+    if beside in _ACROSS_THE_PARK and not any(
+        message.header.kind is BundleKind.EPOCH_TOKEN for message in world.seen
+    ):
+        return False  # what was never sent is found by every audit
+    if not world.hold(source, step.y % world.schedule.channels, pick(tuple(Point), step.x), 1 + step.z % 16):
+        return False
+    match beside:
+        case number if number in _ACROSS_THE_PARK:
+            world.guest.take_back()
+            _park_and_audit(world)
+        case 0:
+            world.command(source, CONTROL, Command.ABORT)
+            other = world.new_source()
+            if other is not None:
+                world.command(other, CONTROL, Command.PREPARE, world.schedule.channels)
+        case 1:
+            if not world.holds(source, FIRST):
+                _forward(world, Command.TOKEN, BundleKind.EPOCH_TOKEN)
+            world.command(source, CONTROL, Command.EPOCH)
+    return True
+
+
+def _park_and_audit(world: World) -> None:
+    """Beside an export: what it has read may be old by then, and neither the host's log nor a second audit says so."""
+    world.hiding = world.skipping = True
+    world.guest.gate.slow.clear()
+    for command in (Command.BLACKOUT, Command.AUDIT):
+        reply = world.command(world.source, CONTROL, command)
+        while reply.status is not None and reply.status.status is SlotStatus.INCOMPLETE:
+            reply = world.command(world.source, CONTROL, command)
+
+
 def _abort_source(world: World, _step: Step) -> bool:
     world.command(world.source, CONTROL, Command.ABORT)
     return world.source.alive
@@ -194,4 +235,5 @@ HYPERVISOR: Final[Mapping[Act, Attack]] = {
     Act.ABORT_SOURCE: _abort_source,
     Act.ABORT_DESTINATION: _abort_destination,
     Act.FINISH: _finish,
+    Act.HOLD: _hold,
 }

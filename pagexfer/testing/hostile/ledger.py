@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Final
 from unittest.mock import patch
 
@@ -17,6 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from ...svsm import sealing
 from ...wire.bundle import HEADER_BYTES, parse_header_untrusted
 from ...wire.constants import TAG_BYTES
+from .hold import Point, watched_reads
 from .violation import Violation
 
 if TYPE_CHECKING:
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...wire.bundle import BundleHeader
+    from .hold import Hold
+    from .world import Reply
 
 _Bytes = bytes | bytearray | memoryview
 Stream = tuple[bytes, int, int, int]
@@ -63,6 +67,7 @@ class CipherLedger:
 
     def __init__(self) -> None:
         self.owner: object = None
+        self.hold: Hold[Reply] | None = None  # an export that stands still, or is about to
         self.keys: dict[Stream, bytes] = {}
         self._used: set[bytes] = set()
         self._alive: dict[object, weakref.WeakSet[WatchedCipher]] = {}
@@ -73,7 +78,10 @@ class CipherLedger:
         """Watch every cipher that is made meanwhile. `shared` is all memory that the host can reach."""
         self._shared[:] = [np.frombuffer(shared, dtype=np.uint8)]
         try:
-            with patch.object(sealing, "AESGCM", self._make):
+            with (
+                patch.object(sealing, "AESGCM", self._make),
+                watched_reads(partial(self._pass_by, Point.READ)),
+            ):
                 yield
         finally:
             self._shared.clear()
@@ -84,7 +92,9 @@ class CipherLedger:
         self.keys.clear()
 
     def alive(self, owner: object) -> int:
-        """How many ciphers of `owner` still hold their key."""
+        """How many ciphers of `owner` still hold their key; none that a thread is sealing with right now."""
+        if self.hold is not None and self.hold.is_waiting and self.hold.owner is owner:
+            return 0
         return len(self._alive.get(owner, ()))
 
     @property
@@ -100,11 +110,16 @@ class CipherLedger:
         size = len(aad) + memoryview(data).nbytes + TAG_BYTES
         self.keys[stream_of(parse_header_untrusted(aad[:HEADER_BYTES], size))] = key
         self._check_private(out)
+        self._pass_by(Point.SEAL)
 
     def opens(self, data: _Bytes, out: _Bytes) -> None:
         """A bundle is being opened. Raises Violation where that happens in memory that the host can reach."""
         self._check_private(data)
         self._check_private(out)
+
+    def _pass_by(self, point: Point) -> None:
+        if self.hold is not None:
+            self.hold.pass_by(point)
 
     def _make(self, key: bytes) -> WatchedCipher:
         cipher = WatchedCipher(self, key)

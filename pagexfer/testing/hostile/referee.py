@@ -24,6 +24,8 @@ from .schedule import Tracking
 from .violation import Violation
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from ...wire.bundle import BundleHeader
@@ -56,6 +58,9 @@ class Before(NamedTuple):
     state: State
     words: NDArray[np.uint64] | None
     states: NDArray[np.uint32] | None
+    sent: Mapping[int, tuple[int, bytes]] | None = (
+        None  # what pages were when they were read, if not what they are
+    )
 
 
 class Answered(NamedTuple):
@@ -140,7 +145,7 @@ class Referee:
             _rule("R8", not goes_on, "a session that is over goes on")
             book.owes_word &= not last_word
             if side.is_source:
-                self._source_did(book, answer)
+                self._source_did(book, before, answer)
             else:
                 self._destination_did(side, book, before, answer)
         book.over |= answer.status.session in (State.ABORTED, State.FAILED)
@@ -195,7 +200,7 @@ class Referee:
 
     # A source
 
-    def _source_did(self, book: _Book, answer: Answered) -> None:
+    def _source_did(self, book: _Book, before: Before, answer: Answered) -> None:
         match answer.command:
             case Command.PREPARE:
                 book.said[0] = answer.data
@@ -230,9 +235,9 @@ class Referee:
                 self._answer_taken(book, answer)
             case Command.SETUP | Command.EXPORT | Command.STATE | Command.TOKEN if answer.data:
                 header = self._seal(book, answer.data)
-                self._source_sealed(book, header, answer)
+                self._source_sealed(book, before, header, answer)
 
-    def _source_sealed(self, book: _Book, header: BundleHeader, answer: Answered) -> None:
+    def _source_sealed(self, book: _Book, before: Before, header: BundleHeader, answer: Answered) -> None:
         guest = self._guest
         match header.kind:
             case BundleKind.PAGES:
@@ -243,7 +248,9 @@ class Referee:
                 book.gfns |= gfns
                 book.bundles.add(_place(header))
                 book.carried[_place(header)] = gfns
-                book.sent.update((gfn, guest.is_now(gfn)) for gfn in gfns)
+                book.sent.update(
+                    (gfn, before.sent[gfn] if before.sent else guest.is_now(gfn)) for gfn in gfns
+                )
             case BundleKind.EPOCH_TOKEN:
                 _rule(
                     "R4",

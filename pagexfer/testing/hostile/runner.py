@@ -102,8 +102,10 @@ def _run(world: World) -> None:
                 world.waiting.append(step)
                 acted = False
         world.tally[step.act.value] += acted
+        world.step_ended()
         for attempt in list(world.waiting):
             # What has nothing to attack yet waits for it.
             if attack(world, attempt):
                 world.tally[attempt.act.value] += 1
                 world.waiting.remove(attempt)
+    world.let_go()

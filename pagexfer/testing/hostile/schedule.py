@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 _INTEGERS: Final = 1 << 16
+# Of schedules, those in which an export takes long.
+_HOLDS: Final = 0.5
 
 
 class Act(enum.Enum):
@@ -59,6 +61,7 @@ class Act(enum.Enum):
     ABORT_SOURCE = "abort the source"
     ABORT_DESTINATION = "abort the destination"
     FINISH = "finish too early"
+    HOLD = "an export takes long"
     # Sessions and machines.
     GIVE_UP = "give up and begin anew"
     SECOND_DESTINATION = "two destinations"
@@ -99,7 +102,9 @@ _WEIGHTS: Final = {
     Act.CRASH_SOURCE: 0.4,
     Act.CRASH_DESTINATION: 0.7,
 }
-_ATTACK_WEIGHTS: Final = [_WEIGHTS.get(attack, 1.0) for attack in ATTACKS]
+# Whether there is one in a schedule is decided by itself.
+_DRAWN: Final = tuple(attack for attack in ATTACKS if attack is not Act.HOLD)
+_ATTACK_WEIGHTS: Final = [_WEIGHTS.get(attack, 1.0) for attack in _DRAWN]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +151,12 @@ def make_schedule(seed: int) -> Schedule:
     for _ in range(rng.randint(4, 14)):
         _insert(rng, steps, rng.choices(GUEST_ACTS, (4, 1))[0])
     for _ in range(rng.choices((0, 1, 2, 3, 5, 8), (1, 4, 4, 4, 3, 2))[0]):
-        _insert(rng, steps, rng.choices(ATTACKS, _ATTACK_WEIGHTS)[0])
+        _insert(rng, steps, rng.choices(_DRAWN, _ATTACK_WEIGHTS)[0])
     tracking = rng.choices((Tracking.SVSM, Tracking.AUDIT, Tracking.COMPARISON), (2, 1, 1))[0]
-    return Schedule(tuple(steps), pages, rng.randint(1, 2), rng.randint(1, 3), tracking)
+    vcpus, channels = rng.randint(1, 2), rng.randint(1, 3)
+    if rng.random() < _HOLDS:
+        _insert(rng, steps, Act.HOLD)
+    return Schedule(tuple(steps), pages, vcpus, channels, tracking)
 
 
 def _insert(rng: random.Random, steps: list[Step], act: Act) -> None:

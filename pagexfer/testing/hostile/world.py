@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter, defaultdict, deque
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -22,6 +23,7 @@ from ...wire.slot import SessionStatus as State
 from ..pair import Message
 from ..slot import BUFFERS, HostSlot
 from .guest import HostileGuest, Machine
+from .hold import Hold, Point
 from .referee import Answered, Referee
 from .schedule import Tracking
 from .violation import Violation
@@ -67,6 +69,14 @@ class Reply(NamedTuple):
     data: bytes
 
 
+class Held(NamedTuple):
+    """An export that stands still inside of an SVSM."""
+
+    side: Side
+    slot: int
+    hold: Hold[Reply]
+
+
 class World:
     """One guest, its source SVSMs one after the other, destinations, and the network between them.
 
@@ -91,6 +101,8 @@ class World:
         self.hiding = False
         self.skipping = False
         self.waiting: list[Step] = []  # attacks that found nothing to act on so far
+        self.held: Held | None = None
+        self.steps_held = 0
         source, destination = self.new_source(), self.new_destination()
         assert source is not None
         assert destination is not None
@@ -98,6 +110,9 @@ class World:
 
     def close(self) -> None:
         """Give all memory back."""
+        if self.held is not None:  # after a violation, which counts more than what comes of this
+            with suppress(Violation):
+                self.let_go()
         for machine in self._machines:
             machine.memory.close()
 
@@ -140,6 +155,8 @@ class World:
 
     def crash(self, side: Side) -> None:
         """This side never does anything again. What a destination had in memory is gone; a source's gate stays as it is."""
+        if self.held is not None and self.held.side is side:
+            self.let_go()
         side.alive = False
         side.slots.clear()
         if not side.is_source:
@@ -177,6 +194,8 @@ class World:
         self, side: Side, slot: int, command: int, buffer: int, argument: int, argument2: int, length: int
     ) -> Reply:
         """Any registers at all. Raises Violation where what comes back is not as documented."""
+        if self.holds(side, slot):
+            self.let_go()  # nobody looks at its registers before
         host = side.slots[slot]
         package = b""
         if buffer < BUFFERS and length <= host.memory.geometry.package_bytes:
@@ -196,6 +215,9 @@ class World:
             data = host.take(status)
         except LocalProtocolError:
             data = b""
+        hold = self.ledger.hold
+        if hold is not None and hold.is_mine and hold.state is not None:
+            before = before._replace(state=hold.state, sent=hold.sent)
         ok = status.status is not SlotStatus.REFUSED
         if status.error is not None:
             self.tally[f"refused {status.error.name}"] += 1
@@ -206,6 +228,49 @@ class World:
             self.tally["audits completed"] += status.status is SlotStatus.OK
         self.referee.answered(side, before, Answered(slot, command, argument, package, status, data))
         return Reply(ok, status, data)
+
+    # An export that takes long
+
+    def hold(self, side: Side, channel: int, point: Point, steps: int) -> bool:
+        """Have a source seal whatever is pending over a channel, and stop there for so many steps of the schedule.
+
+        False where nothing was to be sealed.
+        """
+        slot = channel + 1
+        export = partial(self.command, side, slot, Command.EXPORT, 0, self.schedule.pages)
+        hold = self.ledger.hold = Hold(export, point, side)
+        if not hold.begin():
+            self.ledger.hold = None
+            hold.finish()
+            return False
+        hold.sent = {gfn: self.guest.is_now(gfn) for gfn in range(self.schedule.pages)}
+        self.held = Held(side, slot, hold)
+        self.steps_held = steps
+        return True
+
+    def holds(self, side: Side, slot: int) -> bool:
+        """Whether a slot's handler stands still."""
+        return self.held is not None and (self.held.side, self.held.slot) == (side, slot)
+
+    def step_ended(self) -> None:
+        """To be told after each step of the schedule."""
+        self.steps_held -= 1
+        if self.steps_held <= 0:
+            self.let_go()
+
+    def let_go(self) -> None:
+        """Let the export end that stands still, if one does; what was sealed goes on its way."""
+        if self.held is None:
+            return
+        side, slot, hold = self.held
+        self.held = None
+        hold.state = side.svsm.state
+        try:
+            reply = hold.finish()
+        finally:
+            self.ledger.hold = None
+        if reply.data and side is self.source:
+            self.send(Direction.FORWARD, slot - 1, reply.data)
 
     # Messages
 
