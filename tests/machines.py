@@ -61,6 +61,7 @@ class Machines:
             self.destination = SimulatedGuest.empty(RAM_BYTES, VCPUS)
         # One that never ran stands for a new guest, which takes too long to make for every fault.
         self.destination.memory.disclaim()
+        self.destination.memory.states[:] = 0
         await self.source.hypervisor.resume()
         self.source.gate.release()
 

@@ -236,12 +236,14 @@ def _no_vcpu_needed(stack: ExitStack) -> None:
     manifest = SourceSvsm.manifest
 
     def careless(self: SourceSvsm, out: memoryview) -> int:
-        exported = dict(self._vcpu_states)
-        self._vcpu_states.update((vcpu, b"") for vcpu in range(self._gate.vcpus) if vcpu not in exported)
+        states = self._hand_over._vcpu_states
+        unexported = [vcpu for vcpu in range(self._gate.vcpus) if vcpu not in states]
+        states.update((vcpu, b"") for vcpu in unexported)
         try:
             return manifest(self, out)
         finally:
-            self._vcpu_states = exported
+            for vcpu in unexported:
+                del states[vcpu]
 
     stack.enter_context(patch.object(SourceSvsm, "manifest", careless))
 
@@ -293,7 +295,7 @@ def _abort_token_without_failing(stack: ExitStack) -> None:
 
 def _guest_is_anybodys(stack: ExitStack) -> None:
     """A second session may move a guest that one moves already, or has moved."""
-    stack.enter_context(patch.object(GuestMemory, "claim", lambda _self: 1))
+    stack.enter_context(patch.object(GuestMemory, "claim", lambda _self, **_how: 1))
 
 
 # R8

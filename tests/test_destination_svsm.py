@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,7 @@ from pagexfer.svsm.destination import DestinationSvsm, Imported
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.testing import BytesGate, SvsmPair
 from pagexfer.wire.bundle import MAX_BUNDLE_BYTES, BundleKind
-from pagexfer.wire.constants import PAGE_SIZE
+from pagexfer.wire.constants import MAX_STATE_BYTES, PAGE_SIZE
 from pagexfer.wire.page_state import PRIVATE, SHARED, SIZE_2M, VALIDATED, VMSA
 from pagexfer.wire.slot import SessionStatus as State
 
@@ -53,6 +55,73 @@ def test_a_guest_that_another_session_has_is_refused_for_good() -> None:
     with pytest.raises(PageStateError, match="another session"):
         move.pair.handshake()
     assert move.pair.destination.state is State.FAILED
+
+
+def test_a_guest_that_lives_here_is_not_overwritten() -> None:
+    """Neither one that was booted here nor one that came: who has an accepted source has no claim to it."""
+    booted = Move()
+    booted.memory.launch()
+    came = Move()
+    came.pair.migrate()
+    for victim in (booted.memory, came.memory):
+        before = victim.words.copy()
+        move = Move()
+        pair = SvsmPair(move.guest.memory, move.guest.gate, victim, BytesGate.waiting(VCPUS), ATTESTOR)
+        with pytest.raises(PageStateError, match="a guest in this RAM"):
+            pair.migrate()
+        assert pair.destination.state is State.FAILED
+        assert np.array_equal(victim.words, before)
+        assert move.guest.gate.running
+    assert came.gate.running
+
+
+def test_a_guest_that_came_may_be_sent_on() -> None:
+    first = Move()
+    first.pair.migrate()
+    target = GuestMemory.allocate(PAGES * PAGE_SIZE)
+    pair = SvsmPair(first.memory, first.gate, target, BytesGate.waiting(VCPUS), ATTESTOR)
+    pair.migrate()
+    assert np.array_equal(target.words, first.guest.memory.words)
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_what_was_in_ram_before_does_not_stay_where_the_source_has_zero(over: bool) -> None:
+    """A firmware that the monitor loaded, or what the host put there."""
+    move = Move()
+    memory = GuestMemory.over(move.memory.words, lambda: [(0, PAGES)]) if over else move.memory
+    others = mmap.mmap(move.memory.ram_fd, PAGES * PAGE_SIZE)
+    others[:] = bytes([0xA5]) * len(others)
+    pair = SvsmPair(
+        move.guest.memory, move.guest.gate, memory, move.gate, ATTESTOR, tracker=move.guest.tracker
+    )
+    assert not move.guest.memory.words[PAGES // 2 :].any()
+    pair.migrate()
+    assert np.array_equal(memory.words, move.guest.memory.words)
+
+
+@pytest.mark.parametrize("size", [0, MAX_STATE_BYTES + 1])
+def test_a_vcpu_state_that_no_bundle_may_carry(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    move = Move()
+    monkeypatch.setattr(move.guest.gate, "save_state", lambda _vcpu: bytes(size))
+    with pytest.raises(GateError, match=f"has {size} bytes"):
+        move.pair.migrate()
+    assert move.pair.source.state is State.PARKED  # the host may abort, and the guest goes on
+
+
+@pytest.mark.parametrize("size", [0, MAX_STATE_BYTES + 1])
+def test_a_vcpu_state_that_no_source_may_seal_is_refused(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pagexfer.svsm.hand_over.HandOver.save", lambda _self, _vcpu: bytes(size))
+    move = Move()
+    with pytest.raises(MalformedData, match=f"payload of {size + 4} bytes"):
+        move.pair.migrate()
+    assert move.pair.destination.state is State.FAILED
+
+
+def test_the_largest_vcpu_state_moves() -> None:
+    move = Move()
+    move.guest.gate.states[0] = bytes(MAX_STATE_BYTES)
+    move.pair.migrate()
+    assert move.gate.states[0] == bytes(MAX_STATE_BYTES)
 
 
 def test_every_page_state_arrives() -> None:

@@ -237,7 +237,7 @@ def snapshot(move: Move) -> tuple[object, ...]:
             source._epoch.number,
             source._epoch.totals,
             source._pending.pages.gfns().tolist(),
-            len(source._vcpu_states),
+            len(source._hand_over._vcpu_states),
         ),
         (destination._epoch, destination._epoch_bundles, destination._seen.count()),
         (destination._streams.answers.counter if destination._streams else None),

@@ -8,7 +8,6 @@ source may wait for an answer, one key outlives that end: the abort token's.
 from __future__ import annotations
 
 import hashlib
-import struct
 import threading
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -21,7 +20,6 @@ from ..errors import (
     IntegrityError,
     JournalError,
     LocalProtocolError,
-    MalformedData,
     PageStateError,
     PagexferError,
     ReplayError,
@@ -54,8 +52,8 @@ from ..wire.token import (
     split_start_untrusted,
 )
 from .compression import Decompressor
-from .content import ContentTable, vcpu_digest
-from .device_state import Carried
+from .content import ContentTable
+from .hand_over import HandOver, parse_vcpu_untrusted
 from .handshake import Attempts, DestinationAttempt, Established
 from .journal import SessionJournal
 from .ledger import append, check_next, next_body
@@ -73,7 +71,6 @@ if TYPE_CHECKING:
     from .memory import GuestMemory
     from .sealing import Opener
 
-_VCPU: Final = struct.Struct("<I")
 _STATE_FOR: Final = {
     BundleKind.READY: State.VERIFIED,
     BundleKind.RUNNING: State.RUNNING,
@@ -111,6 +108,7 @@ class DestinationSvsm:
         self.lock = threading.Lock()
         self.staging = StagingPool()
         self.local_fault = ""
+        memory.note_content()
         self._memory = memory
         self._gate = gate
         self._attestor = attestor
@@ -126,8 +124,7 @@ class DestinationSvsm:
         self._opening = 0
         self._seen = DirtyBitmap(memory.pages)
         self._content = ContentTable(memory.states)
-        self._vcpu_states: dict[int, bytes] = {}
-        self._device_state = Carried()
+        self._hand_over = HandOver(gate)
         self._manifest = b""
         self._ledger: bytes | None = None
 
@@ -183,7 +180,7 @@ class DestinationSvsm:
         try:
             self._session, established = opened.finish(proof)
             # Nobody may move a guest on, or let it go, while it is being received, nor after that failed (G5).
-            self._memory.claim()
+            self._memory.claim(vacant=True)
         except (GeometryError, CompressionRefused, LocalProtocolError) as error:
             self.fail()
             if isinstance(error, LocalProtocolError):
@@ -393,16 +390,14 @@ class DestinationSvsm:
 
     def _import_vcpu(self, payload: bytes) -> None:
         self._machine.advance(Event.IMPORT)
-        if len(payload) <= _VCPU.size:
-            raise MalformedData("vCPU state without content")
-        vcpu = _VCPU.unpack_from(payload)[0]
-        if vcpu >= self._gate.vcpus or vcpu in self._vcpu_states:
+        vcpu, state = parse_vcpu_untrusted(payload)
+        if not self._hand_over.may_come(vcpu):
             raise ReplayError("state of an unknown vCPU, or a second one")
-        self._vcpu_states[vcpu] = payload[_VCPU.size :]
+        self._hand_over.add(vcpu, state)
 
     def _carry(self, payload: memoryview) -> bytes:
         self._machine.advance(Event.IMPORT)
-        self._device_state = self._device_state.after_untrusted(payload)
+        self._hand_over.device_state = self._hand_over.device_state.after_untrusted(payload)
         return bytes(payload[PART_HEADER_BYTES:])
 
     def _import_ledger(self, payload: bytes) -> None:
@@ -420,7 +415,7 @@ class DestinationSvsm:
             self.freshness,
             self._content.content_digest(),
             self._content.state_digest(),
-            vcpu_digest(self._vcpu_states),
+            self._hand_over.vcpu_digest(),
             hashlib.sha384(self._ledger or b"").digest(),
             self._session_streams().records(),
         )
@@ -429,14 +424,10 @@ class DestinationSvsm:
         self._machine.require(Event.VERIFY)
         if manifest != expected or self._epoch_bundles or not self._content.complete():
             raise IntegrityError("the manifest does not describe what came")
-        if len(self._vcpu_states) != self._gate.vcpus:
-            raise IntegrityError("the state of a vCPU is missing")
-        if self._ledger is None:
-            raise IntegrityError("the ledger is missing")
-        if not self._device_state.complete:
-            raise IntegrityError("a part of the device state is missing")
-        for vcpu, state in sorted(self._vcpu_states.items()):
-            self._gate.load_state(vcpu, state)
+        missing = self._hand_over.missing or ("the ledger is missing" if self._ledger is None else "")
+        if missing:
+            raise IntegrityError(missing)
+        self._hand_over.load()
         self._machine.advance(Event.VERIFY)
 
     def _start(self, payload: bytes) -> None:
@@ -469,8 +460,7 @@ class DestinationSvsm:
         return self._streams
 
     def _require_replaceable(self) -> None:
-        handing_over = self._vcpu_states or self._device_state.begun
-        if handing_over or self._machine.state not in (State.KEYED, State.IMPORTING):
+        if self._hand_over.begun or self._machine.state not in (State.KEYED, State.IMPORTING):
             raise LocalProtocolError(
                 "no connection is replaced before there are keys, nor after the last epoch"
             )

@@ -27,7 +27,7 @@ class VcpuGate(Protocol):
         ...
 
     def save_state(self, vcpu: int) -> bytes:
-        """State of a parked vCPU, at most 64 KiB. Raises GateError where it is not parked."""
+        """State of a parked vCPU, 1 byte to 64 KiB. Raises GateError where it is not parked."""
         ...
 
     def load_state(self, vcpu: int, state: bytes) -> None:

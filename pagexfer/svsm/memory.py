@@ -25,7 +25,7 @@ from ..wire.constants import PAGE_SIZE, WORDS_PER_PAGE
 from ..wire.page_state import PERMISSION_BITS, PRIVATE, SHARED, STATE_MASK, VALIDATED, vmpl_shift
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -139,6 +139,22 @@ class GuestMemory:
             return None
         return holes.test(np.arange(gfns.start, gfns.stop) if isinstance(gfns, range) else gfns)
 
+    def note_content(self) -> None:
+        """Take pages that have memory behind them for written, whoever did that; to be called before any page comes.
+
+        So what was there before, firmware or the host's doing, does not stay where the source's page is zero.
+        """
+        if self._data is not None:
+            ranges = self._data()
+        elif self.ram_fd >= 0:
+            found = data_ranges(self.ram_fd, self.ram_bytes)
+            ranges = ((start // PAGE_SIZE, -(-stop // PAGE_SIZE)) for start, stop in found)
+        else:
+            return  # every page counts as written
+        with self._populating:
+            for start, stop in ranges:
+                self._populated.set_range(start, stop)
+
     def close(self) -> None:
         """Give the memfd back; the mapping itself ends with the last array that looks at it."""
         if self.ram_fd >= 0:
@@ -175,13 +191,16 @@ class GuestMemory:
     def ram_bytes(self) -> int:
         return self.pages * PAGE_SIZE
 
-    def claim(self) -> int:
+    def claim(self, *, vacant: bool = False) -> int:
         """Make this guest one session's to move (G5); returns how many sessions had it by now, this one counted.
 
-        Raises LocalProtocolError where it is another's, or was moved.
+        Raises LocalProtocolError where it is another's, or was moved; with `vacant`, as a destination needs it, also where
+        a guest is in it, which shows in its page states.
         """
         if self._claimed:
             raise LocalProtocolError("another session moves this guest, or has moved it")
+        if vacant and self.states.any():
+            raise LocalProtocolError("there is a guest in this RAM already")
         self._claimed = True
         self._sessions += 1
         return self._sessions
@@ -276,6 +295,19 @@ class GuestMemory:
         if first < 0 or last >= self.pages:
             raise PageStateError(f"gfn outside of RAM of {self.pages} pages")
         return slice(first, last + 1) if isinstance(gfns, range) else gfns
+
+
+def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Byte ranges of a file that have memory behind them (SEEK_DATA); all else is zero and was never touched."""
+    stop = 0
+    while stop < size:
+        try:
+            start = os.lseek(fd, stop, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole up to the end
+            return
+        stop = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        if start < stop:
+            yield start, stop
 
 
 @functools.cache

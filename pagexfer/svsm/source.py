@@ -7,9 +7,8 @@ pending is this side's own knowledge, and no token is sealed while anything is.
 from __future__ import annotations
 
 import hashlib
-import struct
 import threading
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from ..dirty import as_run
 from ..errors import IntegrityError, LocalProtocolError, NotReady, PagexferError, RemoteProtocolError
@@ -20,10 +19,10 @@ from ..wire.ledger import parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
 from ..wire.token import Manifest, pack_start
 from .compression import pack
-from .content import ContentTable, vcpu_digest
-from .device_state import Carried
+from .content import ContentTable
 from .epoch import EpochBook
 from .export import BUNDLE_PAGES, Exported, PackagerPool, most_data_pages, most_entries
+from .hand_over import HandOver, pack_vcpu
 from .handshake import Established, SourceHandshake
 from .journal import SessionJournal
 from .ledger import check_chain, next_body
@@ -44,8 +43,6 @@ if TYPE_CHECKING:
     from .memory import GuestMemory
     from .sealing import Sealer
     from .sweep import Looked
-
-_VCPU: Final = struct.Struct("<I")
 
 
 class SourceSvsm:
@@ -103,8 +100,7 @@ class SourceSvsm:
         self._packagers = PackagerPool(memory, stage=self._pending.staged or compressor is not None)
         self._content = ContentTable(memory.states)
         self._epoch = EpochBook(memory.pages)
-        self._vcpu_states: dict[int, bytes] = {}
-        self._device_state = Carried()
+        self._hand_over = HandOver(gate)
         self._manifest: bytes = b""
         self._peer_ready = False
         self._zero_run = False
@@ -323,22 +319,22 @@ class SourceSvsm:
     def export_vcpu(self, vcpu: int, out: memoryview) -> int:
         """Seal the state of one parked vCPU. Raises GateError where its state cannot be saved."""
         self._require_parked()
-        if vcpu in self._vcpu_states or not 0 <= vcpu < self._gate.vcpus:
+        if not self._hand_over.may_come(vcpu):
             raise LocalProtocolError(f"vCPU {vcpu} was exported already or does not exist")
         self._commit_epoch()
-        state = self._gate.save_state(vcpu)
-        length = self._seal(BundleKind.VCPU_STATE, self._epoch.number, _VCPU.pack(vcpu) + state, out)
-        self._vcpu_states[vcpu] = state
+        state = self._hand_over.save(vcpu)
+        length = self._seal(BundleKind.VCPU_STATE, self._epoch.number, pack_vcpu(vcpu, state), out)
+        self._hand_over.add(vcpu, state)
         return length
 
     def carry_untrusted(self, part: memoryview, out: memoryview) -> int:
         """Seal the next part of the host's device state. Raises MalformedData, changing nothing, for any other part."""
         self._require_parked()
         self._require_no_manifest()
-        carried = self._device_state.after_untrusted(part)
+        carried = self._hand_over.device_state.after_untrusted(part)
         self._commit_epoch()
         length = self._seal(BundleKind.DEVICE_STATE, self._epoch.number, part, out)
-        self._device_state = carried
+        self._hand_over.device_state = carried
         return length
 
     def manifest(self, out: memoryview) -> int:
@@ -350,10 +346,8 @@ class SourceSvsm:
             self._pending.collect_reports(self._epoch.lost)
         if self._epoch.bundles or self._sealing or self._pending.pages.any() or not self._content.complete():
             raise NotReady("pages are dirty or unsent, or the epoch is open")
-        if len(self._vcpu_states) != self._gate.vcpus:
-            raise NotReady("not all vCPUs are exported")
-        if not self._device_state.complete:
-            raise NotReady("a part of the device state is missing")
+        if self._hand_over.missing:
+            raise NotReady(self._hand_over.missing)
         if self._epoch.ledger is None:
             raise NotReady("the ledger was not sent")
         if not self._pending.compared:
@@ -365,7 +359,7 @@ class SourceSvsm:
             self.freshness,
             self._content.content_digest(),
             self._content.state_digest(),
-            vcpu_digest(self._vcpu_states),
+            self._hand_over.vcpu_digest(),
             hashlib.sha384(self._ledger).digest(),
             self._session_streams().records(),
         )
@@ -453,8 +447,7 @@ class SourceSvsm:
         self._require_no_manifest()
 
     def _require_replaceable(self) -> None:
-        handing_over = self._vcpu_states or self._device_state.begun
-        if handing_over or self._machine.state not in (State.KEYED, State.PRECOPY, State.PARKED):
+        if self._hand_over.begun or self._machine.state not in (State.KEYED, State.PRECOPY, State.PARKED):
             raise LocalProtocolError(
                 "no connection is replaced before there are keys, nor after the last epoch"
             )

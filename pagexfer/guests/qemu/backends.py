@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from ...errors import GuestError
+from ...svsm.memory import data_ranges
 from ...wire.constants import PAGE_SIZE, WORDS_PER_PAGE
 from .qmp import QmpRefused
 from .values import record, records, text, whole
@@ -50,16 +51,8 @@ class Backend:
     fd: int
 
     def data(self) -> Iterator[tuple[int, int]]:
-        """Byte ranges that have memory behind them (SEEK_DATA); all else is zero and was never touched."""
-        stop = 0
-        while stop < self.size:
-            try:
-                start = os.lseek(self.fd, stop, os.SEEK_DATA)
-            except OSError:  # ENXIO: nothing but a hole up to the end
-                return
-            stop = min(os.lseek(self.fd, start, os.SEEK_HOLE), self.size)
-            if start < stop:
-                yield start, stop
+        """Byte ranges that have memory behind them; all else is zero and was never touched."""
+        return data_ranges(self.fd, self.size)
 
 
 async def find_backends(qmp: QmpClient) -> tuple[Backend, ...]:

@@ -107,7 +107,8 @@ class QemuGuest:
         backends = await find_backends(qmp)
         cleanup.callback(close_backends, backends)
         memory = GuestMemory.over(map_backends(backends), lambda: data_gfns(backends), writer(backends))
-        memory.launch()  # a stock guest has no RMP: every page counts as private, at both ends
+        if not incoming:
+            memory.launch()  # a stock guest has no RMP: every page counts as private
         tracker = _HoleTracker(memory)
         if incoming:
             machine.flag_up = machine.holds = True
