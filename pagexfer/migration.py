@@ -26,7 +26,13 @@ from .engine.steering import DOWNTIME_LIMIT_S, MigrationParameters, Steering
 from .engine.streams import STALL_TIMEOUT_S, listen
 from .engine.threads import most_threads
 from .errors import LedgerRefused, MalformedData, TransferAborted, UsageError
-from .isolation.sides import BUFFER_BYTES, BUFFERS, receive_isolated, send_isolated
+from .isolation.sides import (
+    BUFFER_BYTES,
+    BUFFERS,
+    RECEIVING_BUFFER_BYTES,
+    receive_isolated,
+    send_isolated,
+)
 from .isolation.task import Task
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
 from .svsm.compression import MAX_LEVEL, MIN_LEVEL, Compressor, need_zstd
@@ -268,7 +274,11 @@ async def receive_guest(
 
     async def make_slots(count: int) -> list[Slot]:
         return [
-            _local_slot(channel, partial(destination_channel, svsm=svsm, channel=channel, shared=False))
+            _local_slot(
+                channel,
+                partial(destination_channel, svsm=svsm, channel=channel, shared=False),
+                RECEIVING_BUFFER_BYTES,
+            )
             for channel in range(count)
         ]
 
@@ -357,9 +367,11 @@ async def _provide(memory: GuestMemory, provide: Callable[[int, int], bool]) -> 
             return
 
 
-def _local_slot(slot_id: int, serve: Callable[[SlotMemory], SlotService]) -> Slot:
-    """A slot whose SVSM lives in this process: ringing its doorbell is a call, as VMGEXIT into VMPL0 is on hardware."""
-    geometry = SlotGeometry(slot_id, BUFFERS, BUFFER_BYTES)
+def _local_slot(
+    slot_id: int, serve: Callable[[SlotMemory], SlotService], buffer_bytes: int = BUFFER_BYTES
+) -> Slot:
+    """A slot whose SVSM lives in this process: ringing its doorbell is a call. There is no such slot on hardware."""
+    geometry = SlotGeometry(slot_id, BUFFERS, buffer_bytes)
     memory = SlotMemory.format(mmap.mmap(-1, geometry.slot_bytes), geometry)
     service = serve(memory)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from pagexfer.attestation import Claims
 from pagexfer.errors import (
@@ -17,6 +19,7 @@ from pagexfer.errors import (
     UsageError,
 )
 from pagexfer.svsm.handshake import MAX_ATTEMPTS
+from pagexfer.wire import handshake as wire_handshake
 from pagexfer.wire.bundle import Direction
 from pagexfer.wire.constants import MAX_CHANNELS
 from pagexfer.wire.handshake import (
@@ -312,21 +315,37 @@ def test_failed_stranger_leaves_the_other_attempts_alone() -> None:
     assert session.is_established()
 
 
-def test_strangers_are_bounded_and_push_out_the_oldest() -> None:
+def test_strangers_are_bounded_and_push_nobody_out() -> None:
     session = Session(source(), destination(), attempt=0).until(2)
     far = session.far
-    oldest = far._attempts[0]
     for number in range(1, MAX_ATTEMPTS):
         far.answer(number, source_handshake().hello())
-    assert len(far._attempts) == MAX_ATTEMPTS
-    assert oldest._shared.reveal()
-    far.answer(MAX_ATTEMPTS, source_handshake().hello())
-    assert list(far._attempts) == list(range(1, MAX_ATTEMPTS + 1))
+    with pytest.raises(LocalProtocolError, match="64 handshakes are open"):
+        far.answer(MAX_ATTEMPTS, source_handshake().hello())
+    dropped = far._attempts[5]
+    far.forget(5)
+    far.forget(5)
     with pytest.raises(KeyPoisoned):
-        oldest._shared.reveal()
-    session.send(3)
-    with pytest.raises(LocalProtocolError):
-        session.send(4)
+        dropped._shared.reveal()
+    far.answer(MAX_ATTEMPTS, source_handshake().hello())
+    for number in (3, 4, 5):
+        session.send(number)
+    assert session.is_established()
+
+
+@pytest.mark.parametrize("sign", [0, 1])
+@pytest.mark.parametrize("key", sorted(wire_handshake._SMALL_ORDER))
+def test_a_ledger_key_of_small_order_is_refused(key: bytes, sign: int) -> None:
+    """Under it there are signatures that hold for every message, by OpenSSL's reading at least."""
+    point = key[:-1] + bytes([key[-1] | sign << 7])
+    hello = wire_handshake.parse_hello_untrusted(source_handshake().hello())
+    with pytest.raises(MalformedData, match="small order"):
+        destination().answer(1, replace(hello, ledger_key=point).pack())
+
+
+def test_the_identity_is_a_key_for_every_message() -> None:
+    identity = (1).to_bytes(32, "little")
+    Ed25519PublicKey.from_public_bytes(identity).verify(identity + bytes(32), b"whatever")
 
 
 def test_attempt_that_speaks_again_pushes_out_nobody_else() -> None:

@@ -112,8 +112,8 @@ async def test_a_guest_that_another_session_has(isolated: bool) -> None:
 
 
 async def test_an_svsm_that_is_lost_before_it_has_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
-    def make(slot_id: int, serve: Callable[[SlotMemory], SlotService]) -> Slot:
-        slot = _local_slot(slot_id, serve)
+    def make(slot_id: int, serve: Callable[[SlotMemory], SlotService], *rest: int) -> Slot:
+        slot = _local_slot(slot_id, serve, *rest)
         if isinstance(serve, partial) and serve.func is destination_control:
             slot._ring = lost
         return slot

@@ -11,10 +11,12 @@ import trio
 import trio.testing
 
 from pagexfer.engine.reception import MAX_STRANGERS, Reception
+from pagexfer.engine.slots import Slot
 from pagexfer.engine.streams import connect, listen
 from pagexfer.errors import Outcome, RefusalCode, SvsmRefused, TransferAborted
 from pagexfer.migration import _local_slot, receive_guest, send_guest
-from pagexfer.svsm.commands import destination_channel, destination_control
+from pagexfer.svsm.commands import destination_channel, destination_control, source_control
+from pagexfer.svsm.handshake import MAX_ATTEMPTS
 from pagexfer.testing.proxy import FaultProxy
 from pagexfer.wire.bundle import BundleHeader, BundleKind, Direction, parse_header_untrusted
 from pagexfer.wire.constants import PROTOCOL_VERSION
@@ -27,16 +29,16 @@ from pagexfer.wire.framing import (
     Purpose,
     parse_connection_hello_untrusted,
 )
-from pagexfer.wire.slot import CONTROL_SLOT
+from pagexfer.wire.slot import CONTROL_SLOT, Command
 
 from .engine_guests import SmallMachine
+from .handshakes import source_handshake
 from .loopback import HOST
 from .small_guests import ATTESTOR
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from pagexfer.engine.slots import Slot
     from pagexfer.engine.streams import Connection
     from pagexfer.svsm.service import SlotService
     from pagexfer.testing.proxy import Frame, _Link
@@ -138,14 +140,16 @@ async def test_a_stranger_that_goes_costs_one_line(sent: bytes) -> None:
     assert lines[0].endswith("closed the connection")
 
 
-async def test_more_silent_strangers_than_are_heard_at_a_time() -> None:
+async def test_more_strangers_than_are_heard_at_a_time() -> None:
+    """Who has said a word is heard out, so the source waits; those that say nothing make room (below)."""
     lines: list[str] = []
     machine = SmallMachine()
     strangers = MAX_STRANGERS + 8
     with trio.fail_after(20):
         async with _destination(machine, lines) as port, AsyncExitStack() as stack:
             for _ in range(strangers):
-                await stack.enter_async_context(await trio.open_tcp_stream(HOST, port))
+                stranger = await stack.enter_async_context(await trio.open_tcp_stream(HOST, port))
+                await stranger.send_all(_HELLO + _CONTROL)
             await _migrate(machine, port)
     # The source was heard once enough of those before it had been given up.
     assert len(lines) > strangers - MAX_STRANGERS
@@ -215,8 +219,8 @@ class _SlowSlots:
         self._held = held
         self._busy: set[int] = set()
 
-    def make(self, slot_id: int, serve: Callable[[SlotMemory], SlotService]) -> Slot:
-        slot = _local_slot(slot_id, serve)
+    def make(self, slot_id: int, serve: Callable[[SlotMemory], SlotService], *rest: int) -> Slot:
+        slot = _local_slot(slot_id, serve, *rest)
         if isinstance(serve, partial) and serve.func is self._kind:
             slot._ring = partial(self._answer, slot_id, slot._ring)
         return slot
@@ -283,6 +287,61 @@ async def test_who_asks_for_a_channel_that_opens_meanwhile_neither_uses_its_slot
     assert len(lines) == 20
     assert sum("is open already" in line for line in lines) == 12
     assert sum("did not prove" in line for line in lines) == 8
+
+
+async def test_sixteen_and_more_strangers_push_no_source_out_of_its_handshake(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the source, and between its hello and its proof, more strangers say hello than are heard, and go."""
+    lines: list[str] = []
+    machine = SmallMachine()
+
+    async def crowded(slot: Slot, command: Command, argument: int = 0, package: bytes = b"") -> object:
+        if command is Command.SETUP and slot is machine_slots[0]:
+            for _ in range(MAX_ATTEMPTS + 1):
+                await _say_hello_and_go(port)
+        return await exchange(slot, command, argument, package)
+
+    machine_slots: list[Slot] = []
+    exchange = Slot.exchange
+    make = _local_slot
+
+    def noted(slot_id: int, serve: Callable[[SlotMemory], SlotService], *rest: int) -> Slot:
+        slot = make(slot_id, serve, *rest)
+        if isinstance(serve, partial) and serve.func is source_control:
+            machine_slots.append(slot)
+        return slot
+
+    monkeypatch.setattr("pagexfer.migration._local_slot", noted)
+    monkeypatch.setattr(Slot, "exchange", crowded)
+    with trio.fail_after(60):
+        async with _destination(machine, lines, 5) as port:
+            for _ in range(MAX_ATTEMPTS + 1):
+                await _say_hello_and_go(port)
+            await _migrate(machine, port)
+    assert machine.moved()
+    assert len(lines) == 2 * (MAX_ATTEMPTS + 1)
+
+
+async def _say_hello_and_go(port: int) -> None:
+    hello = pack_control(Prepare(source_handshake().hello()))
+    async with await trio.open_tcp_stream(HOST, port) as stranger:
+        await stranger.send_all(_HELLO + _CONTROL + FrameHeader(FrameType.CONTROL, len(hello)).pack() + hello)
+        assert await stranger.receive_some(1)  # it was answered
+
+
+async def test_those_that_say_nothing_keep_nobody_waiting() -> None:
+    lines: list[str] = []
+    machine = SmallMachine()
+    with trio.fail_after(60):
+        async with _destination(machine, lines, 50) as port:
+            silent = [await trio.open_tcp_stream(HOST, port) for _ in range(3 * MAX_STRANGERS)]
+            with trio.fail_after(9):  # less than a stranger's time to introduce itself
+                await _migrate(machine, port)
+    for stream in silent:
+        await stream.aclose()
+    assert machine.moved()
+    assert sum("silent while others waited" in line for line in lines) > MAX_STRANGERS
 
 
 async def test_the_last_command_waits_for_the_hello_of_a_stranger(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,14 @@ import pytest
 
 from pagexfer.errors import (
     IntegrityError,
+    KeyExhausted,
     LocalProtocolError,
     MalformedData,
     NotReady,
     ReplayError,
 )
 from pagexfer.wire.bundle import HEADER_BYTES, BundleKind
-from pagexfer.wire.constants import FINAL_EPOCH, PAGE_SIZE
+from pagexfer.wire.constants import FINAL_EPOCH, MAX_BUNDLES_PER_KEY, PAGE_SIZE
 from pagexfer.wire.slot import SessionStatus as State
 from pagexfer.wire.token import EpochTotals
 
@@ -340,6 +341,19 @@ def test_r6_nothing_is_sealed_between_manifest_and_start_token(move: Move) -> No
     pair.ready()
     pair.start()
     assert pair.destination.state is State.RUNNING
+
+
+def test_r7_no_point_of_no_return_where_no_token_can_be_sealed(move: Move) -> None:
+    """A key that is used up is known of before START, not after it: the guest goes on here."""
+    move.pair.until_manifest()
+    move.pair.manifest()
+    move.pair.ready()
+    move.pair.source._sealer(0).counter = MAX_BUNDLES_PER_KEY
+    with pytest.raises(KeyExhausted):
+        move.pair.seal_token(BundleKind.START_TOKEN)
+    assert move.pair.source.state is State.PARKED
+    move.pair.source.abort()
+    assert move.guest.gate.running
 
 
 def test_r6_no_start_token_before_ready(move: Move) -> None:

@@ -23,9 +23,9 @@ from .wire_vectors import Vector, data_of, is_refused, load, name_of, only_whole
 
 VECTORS = load("framing")
 
-connection_hellos = st.builds(
+connection_hellos = st.just(ConnectionHello(Purpose.CONTROL, 0, bytes(16))) | st.builds(
     ConnectionHello,
-    purpose=st.sampled_from(Purpose),
+    purpose=st.just(Purpose.CHANNEL),
     channel=st.integers(0, 1023),
     session=st.binary(min_size=16, max_size=16),
 )
@@ -97,3 +97,9 @@ def test_any_bytes_are_a_frame_or_malformed(data: bytes) -> None:
         assert len(data) == FRAME_HEADER_BYTES
     value_or_malformed(parse_connection_hello_untrusted, data)
     value_or_malformed(parse_barrier_untrusted, data)
+
+
+@pytest.mark.parametrize(("channel", "session"), [(1, bytes(16)), (0, bytes(15) + b"\1")])
+def test_a_control_connection_names_neither_channel_nor_session(channel: int, session: bytes) -> None:
+    hello = ConnectionHello(Purpose.CONTROL, channel, session).pack()
+    is_refused(parse_connection_hello_untrusted, hello)

@@ -7,6 +7,7 @@ barrier at the end of each epoch, because the epoch token counts over all of the
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn
 
@@ -200,8 +201,15 @@ class DestinationEngine:
 
     async def _greet(self, connection: Connection) -> bool:
         """Handshake with whoever opened a control connection; True once it is this migration's source."""
-        control = Control(connection)
         attempt = self._attempts = self._attempts + 1
+        try:
+            return await self._agree_with(Control(connection), attempt)
+        finally:
+            if self._control is None or self._control.connection is not connection:
+                with trio.CancelScope(shield=True), suppress(PagexferError):
+                    await self._control_slot.exchange(Command.ABORT, attempt)
+
+    async def _agree_with(self, control: Control, attempt: int) -> bool:
         hello = (await control.receive_first(Prepare)).handshake
         try:
             _, reply = await self._control_slot.exchange(Command.PREPARE, attempt, hello)

@@ -46,33 +46,48 @@ class Reception:
         self._channel = channel
         self._on_stranger = on_stranger
         self._timeout = timeout
+        self._places = trio.Semaphore(MAX_STRANGERS)
+        self._silent: dict[Connection, trio.CancelScope] = {}  # those that sent nothing yet, the oldest first
 
     async def serve(self) -> None:
         """Receive for ever."""
         send, receive = trio.open_memory_channel[Connection](0)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._listener.accept_into, send)
-            for _ in range(MAX_STRANGERS):
-                nursery.start_soon(self._receive, receive)
+            async for connection in receive:
+                if not self._places.value and self._silent:
+                    # Whoever is one of ours speaks at once, and must not wait for those that never do.
+                    self._silent.pop(next(iter(self._silent))).cancel()
+                await self._places.acquire()
+                nursery.start_soon(self._receive, connection)
 
-    async def _receive(self, arrivals: trio.MemoryReceiveChannel[Connection]) -> None:
-        async for connection in arrivals:
-            kept = False
-            try:
-                kept = await self._introduce(connection)
-            except PagexferError as error:
-                call_back(self._on_stranger, f"dropped connection from {connection.peer}: {_fault(error)}")
-            finally:
-                if not kept:
-                    connection.close()
+    async def _receive(self, connection: Connection) -> None:
+        kept = False
+        try:
+            kept = await self._introduce(connection)
+        except PagexferError as error:
+            call_back(self._on_stranger, f"dropped connection from {connection.peer}: {_fault(error)}")
+        finally:
+            self._places.release()
+            if not kept:
+                connection.close()
 
     async def _introduce(self, connection: Connection) -> bool:
         with trio.move_on_after(self._timeout):
-            hello = parse_connection_hello_untrusted(await connection.receive_frame(FrameType.HELLO))
+            hello = parse_connection_hello_untrusted(await self._first_frame(connection))
             if hello.purpose is Purpose.CONTROL:
                 return await self._control(connection)
             return await self._channel(connection, hello)
         raise ChannelBroken(f"it did not introduce itself within {self._timeout:g} s")
+
+    async def _first_frame(self, connection: Connection) -> bytes:
+        with trio.CancelScope() as silence:
+            self._silent[connection] = silence
+            try:
+                return await connection.receive_frame(FrameType.HELLO)
+            finally:
+                self._silent.pop(connection, None)
+        raise ChannelBroken("it was silent while others waited at the door")
 
 
 def _fault(error: PagexferError) -> str:

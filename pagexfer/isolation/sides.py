@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 BUFFERS: Final = 2
 BUFFER_BYTES: Final = 1 << 21
+# A destination takes the largest bundle that there may be.
+RECEIVING_BUFFER_BYTES: Final = 1 << 22
 _NOT_COMPLETE: Final = TransferAborted(
     Outcome.ENDED, "engine", "the engine says that the move is complete, and it is not"
 )
@@ -116,7 +118,7 @@ async def receive_isolated(
             if svsm.state is not SessionStatus.RUNNING:
                 svsm.fail()
 
-    with Mailbox(1 + MAX_CHANNELS, BUFFERS, BUFFER_BYTES, give_up, task.cpus) as mailbox:
+    with Mailbox(1 + MAX_CHANNELS, BUFFERS, RECEIVING_BUFFER_BYTES, give_up, task.cpus) as mailbox:
 
         def make_slots() -> list[int]:
             if len(mailbox.handlers) > 1:

@@ -150,7 +150,7 @@ def source_channel(slot: SlotMemory, svsm: SourceSvsm, channel: int, *, shared: 
 
 
 def destination_control(slot: SlotMemory, svsm: DestinationSvsm, *, shared: bool = True) -> SlotService:
-    """The session commands of a destination; the argument of PREPARE and SETUP names the handshake attempt."""
+    """The session commands of a destination; the argument of PREPARE, SETUP and, if not 0, ABORT names the attempt."""
 
     def prepare(call: Call) -> Answer:
         room = call.room()
@@ -171,8 +171,11 @@ def destination_control(slot: SlotMemory, svsm: DestinationSvsm, *, shared: bool
         svsm.finish()
         return Answer()
 
-    def abort(_call: Call) -> Answer:
-        svsm.fail()
+    def abort(call: Call) -> Answer:
+        if call.argument:
+            svsm.forget(call.argument)
+        else:
+            svsm.fail()
         return Answer()
 
     return SlotService(

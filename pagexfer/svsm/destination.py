@@ -197,6 +197,10 @@ class DestinationSvsm:
             raise
         return established
 
+    def forget(self, attempt: int) -> None:
+        """A handshake will not go on: its peer is gone, or was refused. One that is not open is none."""
+        self._attempts.drop(attempt)
+
     def open_channel_untrusted(self, channel: int, package: memoryview) -> None:
         """Check that whoever sent `package` knows this session, before a connection becomes its `channel`.
 

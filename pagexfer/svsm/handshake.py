@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from ..wire.handshake import Freshness
 
 # As many strangers may have begun a handshake at once.
-MAX_ATTEMPTS: Final = 16
+MAX_ATTEMPTS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,13 +237,18 @@ class DestinationAttempt:
 
 
 class Attempts(dict[int, DestinationAttempt]):
-    """Open handshakes of peers that proved nothing yet, by number. One more than MAX_ATTEMPTS pushes out the oldest."""
+    """Open handshakes of peers that proved nothing yet, by number: at most MAX_ATTEMPTS.
+
+    One more is refused: a genuine source's would be as likely pushed out as a stranger's. So whoever has the connections
+    says when one is over.
+    """
 
     def keep(self, number: int, attempt: DestinationAttempt) -> None:
-        """Another one is open, in place of the one with its number."""
-        self._drop(number)
+        """Another one is open, in place of the one with its number. Raises LocalProtocolError where there are too many."""
+        self.drop(number)
         if len(self) >= MAX_ATTEMPTS:
-            self._drop(next(iter(self)))
+            attempt.wipe()
+            raise LocalProtocolError(f"{MAX_ATTEMPTS} handshakes are open: drop one")
         self[number] = attempt
 
     def take(self, number: int) -> DestinationAttempt:
@@ -256,9 +261,10 @@ class Attempts(dict[int, DestinationAttempt]):
     def drop_all(self) -> None:
         """Forget all of them."""
         for number in list(self):
-            self._drop(number)
+            self.drop(number)
 
-    def _drop(self, number: int) -> None:
+    def drop(self, number: int) -> None:
+        """Forget the one with this number, if it is open."""
         attempt = self.pop(number, None)
         if attempt is not None:
             attempt.wipe()

@@ -121,9 +121,9 @@ class GuestMemory:
     def find_holes(self) -> None:
         """Ask again where memory is, if there is somebody to ask and was a hole at the last look.
 
-        A page that is written after this is none the less a hole here: whoever looks for changed pages has to have looked
-        before, or must look again. RAM without a hole is not asked for again, as the answer takes the kernel milliseconds
-        for each GiB: a hole that comes into being there is read, which is right, and has memory again.
+        A page that is written after this is none the less a hole here, so the SVSM looks again in each epoch (`pending`).
+        RAM without a hole is not asked for again, as the answer takes the kernel milliseconds for each GiB: a hole that
+        comes into being there is read, which is right, and has memory again.
         """
         if self._data is not None and (self._holes is None or self._holes.any()):
             holes = DirtyBitmap.full(self.pages)

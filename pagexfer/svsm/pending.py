@@ -69,6 +69,7 @@ class PendingPages:
         """Begin to track. Raises GuestError where this machine cannot."""
         if self._tracker is not None:
             self._tracker.start()
+        self._memory.find_holes()
         if self._comparing is not None:
             self._sweep.skip()  # all pages are pending: there is nothing to compare
 
@@ -83,6 +84,8 @@ class PendingPages:
 
     def collect_part(self) -> Looked:
         """The next step of taking in what was written since the last epoch began."""
+        if self._comparing is not None and not self._sweep.is_open:
+            self._memory.find_holes()  # which are compared as zero without being read
         return self._sweep.step(self.pages)
 
     def close(self, lost: DirtyBitmap, *, parked: bool) -> None:
@@ -91,6 +94,7 @@ class PendingPages:
         # While it is open nobody is parked, so it began after the park as well.
         self._compared |= parked
         self._take_reports(lost)
+        self._look_behind_reports()
 
     def collect_reports(self, lost: DirtyBitmap) -> None:
         """What came in since the epoch began, without reading RAM: a comparing tracker has done that after the park."""
@@ -98,6 +102,7 @@ class PendingPages:
             with all_if_it_fails(self.pages, 0, self._memory.pages):
                 self.pages.union(self._tracker.collect())
         self._take_reports(lost)
+        self._look_behind_reports()
 
     def record(self, package: Package) -> None:
         """A package is about to be sealed. Where it does not leave after all, its pages are pending again."""
@@ -125,6 +130,14 @@ class PendingPages:
         self._found.set_gfns(found)
         self._audited_pages = stop
         return Audited(stop - start, len(found), more=not self._audit_done())
+
+    def _look_behind_reports(self) -> None:
+        """A page that is reported as written has memory behind it by now, and must not be taken for the hole that it was.
+
+        After the reports: what is written later is reported for the next epoch.
+        """
+        if self._comparing is None:
+            self._memory.find_holes()
 
     def _audit_done(self) -> bool:
         return self._audited_pages == self._memory.pages

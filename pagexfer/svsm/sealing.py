@@ -101,6 +101,10 @@ class _Stream:
 class Sealer(_Stream):
     """Seals bundles of one stream in order."""
 
+    def require_room(self, payload_bytes: int) -> None:
+        """Raises KeyExhausted or KeyPoisoned, as `seal` would for so many bytes."""
+        self._checked_cipher(payload_bytes)
+
     def seal(
         self, kind: BundleKind, epoch: int, entries: bytes, payload: bytes | memoryview, out: memoryview
     ) -> int:

@@ -370,7 +370,8 @@ class SourceSvsm:
         """Seal the start token: the point of no return, and durably so before the token exists (R7).
 
         Raises NotReady before the destination's READY, and for good where a page changed after the manifest (R6) or a vCPU
-        runs again (R5); JournalError, with the session still PARKED, where STARTED cannot be written down.
+        runs again (R5); with the session still PARKED, KeyExhausted where no token can be sealed any more, and JournalError
+        where STARTED cannot be written down.
         """
         self._machine.require(Event.START)
         self._require_parked()
@@ -380,10 +381,12 @@ class SourceSvsm:
         if self._pending.pages.any():
             raise NotReady("a page changed after the manifest: abort")
         assert self._session is not None
-        self._machine.advance(Event.START)
         body = next_body(self._records, self._session.proofs, self._manifest)
         signature = self._session.ledger_key.sign(Role.SOURCE, body)
-        return self._seal(BundleKind.START_TOKEN, FINAL_EPOCH, pack_start(self._manifest, signature), out)
+        token = pack_start(self._manifest, signature)
+        self._sealer(0).require_room(len(token))
+        self._machine.advance(Event.START)
+        return self._seal(BundleKind.START_TOKEN, FINAL_EPOCH, token, out)
 
     def accept_untrusted(self, package: memoryview) -> BundleKind:
         """Open the destination's READY, RUNNING or abort token. A forged one ends the session (R8)."""

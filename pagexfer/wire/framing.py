@@ -114,6 +114,8 @@ def parse_connection_hello_untrusted(data: bytes) -> ConnectionHello:
         raise MalformedData(f"peer speaks protocol version {version}, this side {PROTOCOL_VERSION}")
     if reserved1 or reserved2 or channel >= MAX_CHANNELS or purpose not in Purpose.__members__.values():
         raise MalformedData("hello frame with a field out of range")
+    if purpose == Purpose.CONTROL and (channel or any(session)):
+        raise MalformedData("hello frame of a control connection that names a channel or a session")
     return ConnectionHello(Purpose(purpose), channel, session)
 
 

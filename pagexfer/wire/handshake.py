@@ -119,6 +119,15 @@ _ESTABLISHED: Final = struct.Struct("<16s48s")
 assert _ESTABLISHED.size == SESSION_ID_BYTES + CONFIRMATION_BYTES == 64
 
 
+# Ed25519 keys of small order, as 32 octets without the sign (RFC 8032, 5.1): y of the points of order 1, 2, 4 and 8, and
+# what is the same modulo p. Under such a key there are signatures that hold for every message.
+_P: Final = 2**255 - 19
+_Y_OF_ORDER_8: Final = 0x05FC536D880238B13933C6D305ACDFD5F098EFF289F4C345B027B2C28F95E826
+_SMALL_ORDER: Final = frozenset(
+    y.to_bytes(32, "little") for y in (0, 1, _Y_OF_ORDER_8, _P - _Y_OF_ORDER_8, _P - 1, _P, _P + 1)
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Hello:
     """What one side says of itself before anything is proved.
@@ -202,6 +211,8 @@ def parse_hello_untrusted(data: bytes) -> Hello:
         raise MalformedData("hello with session counter 0, the first one is 1")
     if reserved != bytes(4) or flags & ~_COMPRESSED:
         raise MalformedData("hello with reserved bits set")
+    if bytes([*ledger_key[:-1], ledger_key[-1] & 0x7F]) in _SMALL_ORDER:
+        raise MalformedData("hello with a ledger key of small order")
     kem = data[_HELLO.size :]
     if len(kem) != _KEM_BYTES.get(role):
         raise MalformedData(f"hello of {len(data)} bytes does not fit its role {role}")

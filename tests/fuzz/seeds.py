@@ -62,6 +62,7 @@ def seeds_of(target: Target) -> list[bytes]:
             for name in ("frames", "refused_frames")
             for vector in load("frames")[name]
         ],
+        "vcpu-payload": [bytes(5), bytes(4) + bytes(range(256))],
         "channel-records": [b"", bytes(range(60)), bytes(range(120))],
         "monitor-message": [
             pack_message({"kind": "call", "parameters": as_fields(MigrationParameters())}),

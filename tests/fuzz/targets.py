@@ -28,6 +28,7 @@ from pagexfer.guests.qemu.messages import parse_message_untrusted
 from pagexfer.guests.simulated.registers import parse_registers_untrusted
 from pagexfer.svsm.compression import Decompressor
 from pagexfer.svsm.device_state import Carried
+from pagexfer.svsm.hand_over import pack_vcpu, parse_vcpu_untrusted
 from pagexfer.svsm.ledger import read_terms_untrusted
 from pagexfer.wire.bundle import (
     DATA,
@@ -166,6 +167,10 @@ def _manifest(data: bytes) -> None:
     assert parse_manifest_untrusted(data).pack() == data
 
 
+def _vcpu_payload(data: bytes) -> None:
+    assert pack_vcpu(*parse_vcpu_untrusted(data)) == data
+
+
 def _device_part(data: bytes) -> None:
     part = parse_device_part_untrusted(data)
     assert part.pack_header() == data[:PART_HEADER_BYTES]
@@ -302,6 +307,7 @@ TARGETS: Final = (
     Target("compressed-pages", (Decompressor.content_untrusted, Decompressor.decompress_untrusted), _frame),
     Target("epoch-totals", (parse_epoch_totals_untrusted,), _epoch_totals),
     Target("manifest", (parse_manifest_untrusted,), _manifest),
+    Target("vcpu-payload", (parse_vcpu_untrusted,), _vcpu_payload),
     Target("device-part", (parse_device_part_untrusted, Carried.after_untrusted), _device_part),
     Target("channel-records", (parse_records_untrusted,), _records),
     Target(

@@ -134,7 +134,7 @@ def handshake() -> Json:
                 freshness=3,
                 session_counter=1,
                 policy_digest=bytes(48),
-                ledger_key=bytes(32),
+                ledger_key=bytes([2, *bytes(31)]),  # 0 and 1 are of small order
                 x25519=bytes(32),
                 kem=bytes(1184),
             ),

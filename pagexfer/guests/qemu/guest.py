@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    import numpy as np
-    from numpy.typing import NDArray
-
 
 # They change what QEMU's stream goes over, or what it waits for.
 _UNFIT_CAPABILITIES: Final = (
@@ -109,7 +106,10 @@ class QemuGuest:
         memory = GuestMemory.over(map_backends(backends), lambda: data_gfns(backends), writer(backends))
         if not incoming:
             memory.launch()  # a stock guest has no RMP: every page counts as private
-        tracker = _HoleTracker(memory)
+        workers = len(os.sched_getaffinity(0))
+        tracker = ContentTracker(
+            memory.words, fresh_digest(), data=lambda: memory.data_ranges, workers=workers
+        )
         if incoming:
             machine.flag_up = machine.holds = True
             machine.wanted = False
@@ -119,29 +119,6 @@ class QemuGuest:
         gate = QemuGate(machine, models)
         hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, models, backends), backends)
         return cls(memory, tracker, gate, hypervisor, machine)
-
-
-class _HoleTracker(ContentTracker):
-    """Changed pages by content, of RAM whose holes are looked for once for each scan and for what is sent after it.
-
-    A page that is written later is sent as the hole that it was, and is told as zero, so the next scan finds it.
-    """
-
-    def __init__(self, memory: GuestMemory) -> None:
-        workers = len(os.sched_getaffinity(0))
-        super().__init__(memory.words, fresh_digest(), data=lambda: memory.data_ranges, workers=workers)
-        self._memory = memory
-
-    def start(self) -> None:
-        """As a content tracker does."""
-        super().start()
-        self._memory.find_holes()
-
-    def collect_part(self, start: int, stop: int) -> NDArray[np.int64]:
-        """As a content tracker does."""
-        if start == 0:
-            self._memory.find_holes()
-        return super().collect_part(start, stop)
 
 
 async def _follow(qmp: QmpClient, machine: QemuMachine) -> None:
