@@ -87,13 +87,13 @@ def audit_rates(memory: GuestMemory, repeats: int) -> Iterator[Rate]:
                 lambda digests=digests, pending=pending: digests.changed(0, memory.pages, pending)  # type: ignore[misc]
             )
     spreads = alternate({f"{name}/{threads}": case for (name, threads), case in cases.items()}, repeats)
+    gb = memory.ram_bytes / 1e9
     for name, threads in cases:
         spread = spreads[f"{name}/{threads}"]
-        rate = memory.ram_bytes / 1e9
         yield Rate(
             name,
             threads,
-            Spread(rate / spread.median, rate / spread.maximum, rate / spread.minimum),
+            spread.each(lambda seconds: gb / seconds),
             spreads["copy/1"].median / spread.median / threads,
             spreads[f"copy/{threads}"].median / spread.median,
         )
