@@ -38,12 +38,12 @@ class Spread:
     def of(cls, values: Sequence[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values), len(values), tuple(values))
 
-    def each(self, function: Callable[[float], float]) -> Spread:
-        """The spread of what `function` makes of each value: of seconds a rate, say."""
-        return Spread.of([function(value) for value in self.values])
-
     def scaled(self, factor: float) -> Spread:
-        return self.each(lambda value: value * factor)
+        return Spread.of([value * factor for value in self.values])
+
+    def rate(self, amount: float) -> Spread:
+        """Of seconds: how much of `amount` is done in one. The longest time is the lowest rate."""
+        return Spread.of([amount / value for value in self.values])
 
     def cells(self, digits: int) -> tuple[str, str, str]:
         """Median, lowest and highest for a table. A single value has a median, and says nothing of a spread."""

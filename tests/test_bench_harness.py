@@ -429,7 +429,7 @@ def test_a_spread_has_all_values_and_of_one_value_none_is_shown() -> None:
     three = Spread.of([3.0, 1.0, 2.0])
     assert (three.n, three.values, three.cells(1)) == (3, (3.0, 1.0, 2.0), ("2.0", "1.0", "3.0"))
     assert three.scaled(2).values == (6.0, 2.0, 4.0)
-    rates = Spread.of([1.0, 4.0]).each(lambda seconds: 8 / seconds)
+    rates = Spread.of([1.0, 4.0]).rate(8)
     assert (rates.median, rates.minimum, rates.maximum) == (5.0, 2.0, 8.0)
     assert Spread.of([1.5]).cells(2) == ("1.50", "-", "-")
 
