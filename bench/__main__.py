@@ -3,10 +3,10 @@
     python -m bench                     names them
     python -m bench NAME --help         what a bench measures, and its options
     python -m bench all [--quick] [--repeats N] [--only NAME,NAME] [--json FILE] [--plots FOLDER]
-    python -m bench report FILE ...     the tables of docs/performance.md, from the results of `all`
+    python -m bench report FILE ...     the tables of docs/performance.md, from what --json wrote
 
 Exit codes: 0 measured; 1 a bench failed or was interrupted (SIGINT, SIGTERM, SIGHUP), or a file could not be written; 2 bad
-usage; 3 this machine cannot run the bench. Each but 0 comes with one line; a traceback is a defect.
+usage; 3 this machine cannot run the bench. One line says which and why; a traceback is a defect.
 """
 
 from __future__ import annotations

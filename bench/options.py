@@ -77,7 +77,7 @@ def command(name: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def add_shared(made: argparse.ArgumentParser, *, quick: str, repeats: str) -> None:
-    """The options of all that measures; `quick` and `repeats` say what they are without theirs."""
+    """The options that single benches and `all` share; `quick` and `repeats` are part of their help."""
     made.add_argument("--json", type=new_file, metavar="FILE", help="write all figures to FILE as well")
     made.add_argument("--quick", action="store_true", help=f"small cases, {quick}")
     made.add_argument(

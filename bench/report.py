@@ -68,16 +68,12 @@ def load(path: Path) -> Run:
     bench = result.get("bench") if isinstance(result, dict) else None
     if bench != "all" and bench not in BENCHES:
         raise BadInput(f"{path} is not the result of python -m bench all, nor of a bench")
-    environment, benches = (
-        result.get("environment"),
-        result.get("benches") if bench == "all" else {bench: result},
-    )
+    benches = result.get("benches") if bench == "all" else {bench: result}
+    environment = result.get("environment")
     if not isinstance(environment, dict) or not isinstance(benches, dict):
         raise BadInput(f"{path} has no benches or no environment")
     if "command" not in environment:
-        raise BadInput(
-            f"{path} does not say which command wrote it: it is of another revision of the benches"
-        )
+        raise BadInput(f"{path} does not say which command wrote it: another revision of the benches did")
     return Run(environment, benches)
 
 
@@ -104,18 +100,11 @@ def fill(page: str, texts: Mapping[str, str]) -> str:
 
 
 def _environments(runs: Sequence[Run], found: Mapping[str, Run]) -> str:
-    """A column for each run; where there are several, its head says which benches it has measured."""
+    """A column for each run; where there are several, its head says which benches on the page are of it."""
     heads = [", ".join(name for name in run.benches if found[name] is run) for run in runs]
-    rows = [
-        (
-            key,
-            *(
-                f"`{run.environment[key]}`" if key == "command" else run.environment.get(key, "-")
-                for run in runs
-            ),
-        )
-        for key in dict.fromkeys(key for run in runs for key in run.environment)
-    ]
+    columns = [{**run.environment, "command": f"`{run.environment['command']}`"} for run in runs]
+    keys = dict.fromkeys(key for column in columns for key in column)
+    rows = [(key, *(column.get(key, "-") for column in columns)) for key in keys]
     return Table.of("Measured with", ("", *(heads if len(runs) > 1 else [""])), rows).markdown()
 
 

@@ -46,11 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     options = made.parse_args(argv)
     if options.plots is not None:
         need_matplotlib(made)
-    about = {
-        "environment": provenance(made, argv),
-        "bench": "all",
-        "quick": options.quick,
-    }
+    about = {"environment": provenance(made, argv), "bench": "all", "quick": options.quick}
     shared = ["--seed", str(options.seed), *(["--quick"] if options.quick else [])]
     shared += ["--repeats", str(options.repeats)] if options.repeats is not None else []
     results: dict[str, dict[str, object]] = {}
@@ -59,11 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for name in options.only:
                 began = monotonic()
-                plot = (
-                    ["--plot", str(options.plots / f"{name}.png")]
-                    if options.plots and name in PLOTTED
-                    else []
-                )
+                drawn = options.plots is not None and name in PLOTTED
+                plot = ["--plot", str(options.plots / f"{name}.png")] if drawn else []
                 results[name] = run_one(name, [*shared, *plot], Path(folder) / "result.json")
                 progress(f"{name}: {monotonic() - began:.0f} s")
                 if options.json is not None and _keep(options.json, {**about, "benches": results}):
@@ -103,7 +96,7 @@ def run_one(name: str, arguments: list[str], result: Path) -> dict[str, object]:
     code, last = run_alone([sys.executable, "-m", "bench", name, "--json", str(result), *arguments])
     if code == 3:
         return {"skipped": last.removeprefix(f"{name}: skipped: ")}
-    how = f"{signal.Signals(-code).name if code < 0 else f'exit code {code}'}: {last}"
+    how = f"{f'exit code {code}' if code > 0 else f'ended by signal {-code}'}: {last}"
     if not result.exists():
         return {"failed": how}
     measured: dict[str, object] = json.loads(result.read_text())
