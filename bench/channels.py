@@ -207,8 +207,7 @@ def read_rate(ram_bytes: int, repeats: int) -> Spread:
     """GB/s of a plain read, a sum, by one core."""
     words = np.ones(ram_bytes // 8, dtype=np.uint64)
     seconds = alternate({"read": Case(lambda: np.add.reduce(words))}, repeats)["read"]
-    rate = ram_bytes / 1e9
-    return Spread(rate / seconds.median, rate / seconds.maximum, rate / seconds.minimum)
+    return seconds.rate(ram_bytes / 1e9)
 
 
 def draw(by_channels: dict[str, Figure], path: Path) -> None:

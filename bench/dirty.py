@@ -183,10 +183,7 @@ def bitmap_table(rows: list[Figure]) -> Table:
                 f"{row.guest_gib} GiB",
                 f"{row.density:.3%}",
                 row.operation,
-                *(
-                    f"{part * 1e6:.1f}"
-                    for part in (row.seconds.median, row.seconds.minimum, row.seconds.maximum)
-                ),
+                *row.seconds.scaled(1e6).cells(1),
                 f"{row.times_copy:.2f}",
             )
             for row in rows

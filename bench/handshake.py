@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [
         (
             name,
-            *(f"{part:.2f}" for part in (spread.median, spread.minimum, spread.maximum)),
+            *spread.cells(2),
             f"{spread.median / spreads[LIMIT].median:.2f}",
         )
         for name, spread in spreads.items()

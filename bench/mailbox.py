@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
                         count,
                         f"{local.median:.2f}",
                         f"{isolated.median:.2f}",
-                        *(f"{value:.2f}" for value in (ratio.median, ratio.minimum, ratio.maximum)),
+                        *ratio.cells(2),
                     )
                     for count, (local, isolated, ratio) in moved.items()
                 ],

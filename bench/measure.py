@@ -7,8 +7,8 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 import cryptography
 import numpy as np
 import trio
+from cryptography.hazmat.backends.openssl import backend
+
+from .files import write_whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,18 +26,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Median, lowest and highest of the repeats of one case; seconds unless said otherwise."""
+    """The `n` repeats of one case, in their order, and their median, lowest and highest; seconds unless said otherwise."""
 
     median: float
     minimum: float
     maximum: float
+    n: int
+    values: tuple[float, ...]
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values))
+        return cls(statistics.median(values), min(values), max(values), len(values), tuple(values))
 
     def scaled(self, factor: float) -> Spread:
-        return Spread(self.median * factor, self.minimum * factor, self.maximum * factor)
+        return Spread.of([value * factor for value in self.values])
+
+    def rate(self, amount: float) -> Spread:
+        """Of seconds: how much of `amount` is done in one. The longest time is the lowest rate."""
+        return Spread.of([amount / value for value in self.values])
+
+    def cells(self, digits: int) -> tuple[str, str, str]:
+        """Median, lowest and highest for a table. A single value has a median, and says nothing of a spread."""
+        lowest, highest = (
+            ("-", "-") if self.n == 1 else (f"{self.minimum:.{digits}f}", f"{self.maximum:.{digits}f}")
+        )
+        return f"{self.median:.{digits}f}", lowest, highest
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,34 +82,47 @@ def alternate(cases: Mapping[str, Case], repeats: int) -> dict[str, Spread]:
 
 
 def environment() -> dict[str, str | int]:
-    """What a figure depends on besides the code: stands at the head of every result file."""
+    """What a figure depends on besides the code: stands at the head of every result file.
+
+    To be read before anything is measured: a checkout may change meanwhile, and measuring is a load itself.
+    """
     return {
-        "revision": _revision(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "revision": revision(Path(__file__).parents[1]),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "cryptography": cryptography.__version__,
+        "openssl": backend.openssl_version_text(),
         "trio": trio.__version__,
         "kernel": platform.release(),
         "cpu": _cpu_model(),
         "cpus": os.cpu_count() or 0,
+        "usable cpus": len(os.sched_getaffinity(0)),
+        "ram": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB",
+        "load before": " ".join(f"{load:.2f}" for load in os.getloadavg()),
     }
 
 
 def write_json(path: Path, result: Mapping[str, object]) -> None:
-    """Write one bench's result with its environment. Ends the process with code 1 and one line where that fails."""
-    try:
-        path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
-    except OSError as error:
-        sys.exit(f"cannot write {path}: {error.strerror}")
+    """Write a result file. Raises OSError where that fails, and leaves an older one as it was."""
+    write_whole(path, f"{json.dumps(result, indent=2)}\n".encode())
 
 
-def _revision() -> str:
-    command = ["git", "rev-parse", "--verify", "--quiet", "HEAD"]
+def revision(checkout: Path) -> str:
+    """The commit that is measured, with +dirty where the code of pagexfer or of the benches is not that of the commit."""
+    commit = _git(checkout, "rev-parse", "--verify", "--quiet", "HEAD")
+    changed = _git(checkout, "status", "--porcelain", "--", "pagexfer", "bench")
+    return (commit or "unknown") + ("+dirty" if changed else "")
+
+
+def _git(checkout: Path, *arguments: str) -> str:
+    # Without the lock: others may be at work in this checkout.
+    command = ["git", "--no-optional-locks", *arguments]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, check=False)
     except FileNotFoundError:  # no git here
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        return ""
+    return done.stdout.strip()
 
 
 def _cpu_model() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import signal
+import sys
 import time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from .namespace import enter
+from .options import BenchFailed, why
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,7 +62,7 @@ class Watch:
         """See what each child has spent so far."""
         for child in children() - self._spared:
             with suppress(OSError):  # gone meanwhile: what was seen last stands
-                self._children[child] = time.clock_gettime(_cpu_clock(child)), _peak_mib(child)
+                self._children[child] = time.clock_gettime(cpu_clock(child)), _peak_mib(child)
 
     def side(self, guest_bytes: int) -> Side:
         """Seconds, CPU seconds, and the largest resident memory beyond guest RAM that the processes ever had."""
@@ -83,15 +85,21 @@ def children() -> frozenset[int]:
     )
 
 
-def _cpu_clock(process_id: int) -> int:
+def cpu_clock(process_id: int) -> int:
     """The clock of all CPU time of a process: MAKE_PROCESS_CPUCLOCK with CPUCLOCK_SCHED, linux/posix-timers.h."""
     return ~process_id << 3 | 2
 
 
 def _peak_mib(process_id: int) -> float:
-    status = Path(f"/proc/{process_id}/status").read_text()
-    found = [line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:")]
-    return int(found[0]) / 1024 if found else 0.0  # a process at its end has no memory
+    """The largest memory that a process ever had, less what it shares with its parent: a mailbox, which counts there.
+
+    Of shared memory there is no highest value, only how much there is now: a mailbox once touched stays.
+    """
+    lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
+    kib = {
+        line.split()[0]: int(line.split()[1]) for line in lines if line.startswith(("VmHWM:", "RssShmem:"))
+    }
+    return (kib.get("VmHWM:", 0) - kib.get("RssShmem:", 0)) / 1024  # a process at its end has no memory
 
 
 def _page_faults() -> int:
@@ -115,7 +123,7 @@ class Route:
 DIRECT: Final = Route()
 
 
-class SideFailed(Exception):
+class SideFailed(BenchFailed):
     """A process of a pair ended without a result; its own output says why."""
 
 
@@ -162,14 +170,22 @@ def _receive(
     host: str,
     namespace: str,
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it as well, and ends its children
-    enter(namespace)
-    pipe.send(receive(job, host, pipe.send))
+    _side(pipe, namespace, lambda: receive(job, host, pipe.send))
 
 
 def _send(
     pipe: Connection, send: Callable[[Job, str, int], object], job: Job, host: str, port: int, namespace: str
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    enter(namespace)
-    pipe.send(send(job, host, port))
+    _side(pipe, namespace, lambda: send(job, host, port))
+
+
+def _side(pipe: Connection, namespace: str, work: Callable[[], object]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it as well, and ends its children
+    try:
+        enter(namespace)
+        pipe.send(work())
+    except Exception as error:
+        end = why(error)
+        if end is None:
+            raise
+        sys.exit(end[1])  # which multiprocessing prints

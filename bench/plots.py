@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+from io import BytesIO
 from typing import TYPE_CHECKING
 
 import matplotlib as mpl
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from .files import write_whole
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,11 +37,10 @@ def new_figure(columns: int) -> tuple[Figure, list[Axes]]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Give every axes with labelled lines its legend, and write a PNG. Ends the process with code 1 where that fails."""
+    """Give every axes with labelled lines its legend, and write a PNG. Raises OSError where that fails."""
     for axes in figure.axes:
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
-    try:
-        figure.savefig(path, dpi=110, format="png")
-    except OSError as error:
-        sys.exit(f"cannot write {path}: {error.strerror}")
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=110, format="png")
+    write_whole(path, drawn.getvalue())

@@ -21,7 +21,7 @@ from pagexfer.errors import GuestError
 from pagexfer.guests.qemu.qmp import QmpClient
 from pagexfer.testing.linux_guest import find_busybox, find_kernel, pack_initramfs
 
-from .options import CannotRun
+from .options import BenchFailed, CannotRun
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -48,7 +48,7 @@ _WATCHED_S: Final = 0.5
 _SCHEDULER_CLOCK: Final = 2
 
 
-class QemuFailed(Exception):
+class QemuFailed(BenchFailed):
     """A QEMU ended, does not start, or did not do what it was told to."""
 
 

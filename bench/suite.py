@@ -1,85 +1,141 @@
 """Every bench in turn, each in a process of its own, into one result file: python -m bench all
 
-    python -m bench all [--quick] [--repeats N] [--json FILE] [--plots FOLDER]
+    python -m bench all [--quick] [--repeats N] [--only NAME,NAME] [--json FILE] [--plots FOLDER]
 
 What this machine cannot run is skipped with its reason, which the result file keeps. A bench that fails does not keep the
-others from running; the exit code is then 1.
+others from running; the exit code is then 1. The result file is written after each bench: whatever ends a run, what was
+measured until then is in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+from contextlib import suppress
 from pathlib import Path
 from time import monotonic
+from typing import IO, TYPE_CHECKING, Final
 
+from .files import replaceable
 from .measure import write_json
 from .names import BENCHES, PLOTTED
-from .options import need_matplotlib, new_file, positive, progress
+from .options import add_shared, command, need_matplotlib, new_folder, progress, provenance
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+# To end what it began, for a bench that was interrupted; and for the last of what was said to arrive.
+PATIENCE_S: Final = 20.0
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m bench all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    made = command("all", __doc__)
+    add_shared(made, quick="few repeats: under five minutes", repeats="each bench's")
+    made.add_argument(
+        "--only", type=_names, default=list(BENCHES), metavar="NAME,NAME", help="these benches (default: all)"
     )
-    parser.add_argument(
-        "--json", type=new_file, metavar="FILE", help="write the figures of all benches to FILE"
+    made.add_argument(
+        "--plots", type=new_folder, metavar="FOLDER", help="draw NAME.png for each bench that draws"
     )
-    parser.add_argument(
-        "--plots", type=Path, metavar="FOLDER", help="draw NAME.png for each bench that draws"
-    )
-    parser.add_argument("--quick", action="store_true", help="small cases, few repeats: under five minutes")
-    parser.add_argument("--repeats", type=positive, metavar="N", help="of each case (default: each bench's)")
-    parser.add_argument("--seed", type=int, default=1, help="of all that is random (default: %(default)s)")
-    options = parser.parse_args(argv)
+    options = made.parse_args(argv)
     if options.plots is not None:
-        need_matplotlib(parser)
-        try:
-            options.plots.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            parser.error(f"cannot make {options.plots}: {error.strerror}")
+        need_matplotlib(made)
+    about = {"environment": provenance(made, argv), "bench": "all", "quick": options.quick}
     shared = ["--seed", str(options.seed), *(["--quick"] if options.quick else [])]
     shared += ["--repeats", str(options.repeats)] if options.repeats is not None else []
-    results = run_all(list(BENCHES), shared, options.plots)
+    results: dict[str, dict[str, object]] = {}
+    written = ""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name in options.only:
+                began = monotonic()
+                drawn = options.plots is not None and name in PLOTTED
+                plot = ["--plot", str(options.plots / f"{name}.png")] if drawn else []
+                results[name] = run_one(name, [*shared, *plot], Path(folder) / "result.json")
+                progress(f"{name}: {monotonic() - began:.0f} s")
+                if options.json is not None and _keep(options.json, {**about, "benches": results}):
+                    written = f"; {options.json} has {', '.join(results)}"
+    except KeyboardInterrupt:
+        sys.exit(f"all: interrupted after {len(results)} of {len(options.only)} benches{written}")
     if options.json is not None:
-        write_json(options.json, {"bench": "all", "quick": options.quick, "benches": results})
-    failed = [name for name, result in results.items() if "failed" in result]
+        write_json(options.json, {**about, "benches": results})
+    failed = [name for name, result in results.items() if "failed" in result or "incomplete" in result]
     if failed:
         sys.exit(f"all: failed: {', '.join(failed)}")
 
 
-def run_all(names: list[str], shared: list[str], plots: Path | None) -> dict[str, dict[str, object]]:
-    """Each bench's result, or why there is none."""
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in names:
-            began = monotonic()
-            arguments = [
-                *shared,
-                *(["--plot", str(plots / f"{name}.png")] if plots and name in PLOTTED else []),
-            ]
-            results[name] = run_one(name, arguments, Path(folder) / "result.json")
-            progress(f"{name}: {monotonic() - began:.0f} s")
-    return results
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in BENCHES:
+            raise argparse.ArgumentTypeError(f"no bench {name!r}: there are {', '.join(BENCHES)}")
+    return [name for name in BENCHES if name in names]
+
+
+def _keep(path: Path, result: Mapping[str, object]) -> bool:
+    """Write what there is so far; a disk that is full may have room again before the end."""
+    if not replaceable(path):  # a pipe or a device: it takes one result, the last
+        return False
+    try:
+        write_json(path, result)
+    except OSError as error:
+        progress(f"all: cannot write {path} yet: {error.strerror}")
+        return False
+    return True
 
 
 def run_one(name: str, arguments: list[str], result: Path) -> dict[str, object]:
-    """One bench in a fresh process, which leaves neither memory nor threads to the next."""
+    """One bench in a fresh process, which leaves neither memory, threads nor processes to the next."""
     result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "bench", name, "--json", str(result), *arguments]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        last = ""
-        for line in process.stderr:
-            sys.stderr.write(line)
-            last = line.strip() or last
-    if process.returncode == 3:
+    code, last = run_alone([sys.executable, "-m", "bench", name, "--json", str(result), *arguments])
+    if code == 3:
         return {"skipped": last.removeprefix(f"{name}: skipped: ")}
-    if process.returncode or not result.exists():
-        return {"failed": f"exit code {process.returncode}: {last}"}
+    how = f"{f'exit code {code}' if code > 0 else f'ended by signal {-code}'}: {last}"
+    if not result.exists():
+        return {"failed": how}
     measured: dict[str, object] = json.loads(result.read_text())
     del measured["environment"]  # the same for all, and in the result file once
-    return measured
+    return measured | ({"incomplete": how} if code else {})
+
+
+def run_alone(command: list[str]) -> tuple[int, str]:
+    """The exit code of a command and the last line that it said on standard error, all of which is passed on.
+
+    When its own process has ended, those that it has left are killed: where it was killed itself, nobody else does, and
+    they would go on beside the next bench.
+    """
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    )
+    assert process.stderr is not None
+    last: list[str] = []
+    # Not read to its end here: whatever has the pipe may live longer than the process.
+    reading = threading.Thread(target=_pass_on, args=(process.stderr, last), daemon=True)
+    reading.start()
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.terminate()  # an interrupt to a bench, which then ends what it began
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE_S)
+        raise
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reading.join(PATIENCE_S)
+    return process.returncode, "".join(last)
+
+
+def _pass_on(lines: IO[str], last: list[str]) -> None:
+    with lines:
+        for line in lines:
+            with suppress(OSError):  # nobody reads it any more, which is no reason to stop
+                sys.stderr.write(line)
+            last[:] = [line.strip()] if line.strip() else last

@@ -79,10 +79,7 @@ def tracker_table(ram_bytes: int, repeats: int, seed: int) -> tuple[list[dict[st
                 row.tracker,
                 f"{row.density:.1%}",
                 row.pages,
-                *(
-                    f"{part * 1e3:.2f}"
-                    for part in (row.seconds.median, row.seconds.minimum, row.seconds.maximum)
-                ),
+                *row.seconds.scaled(1e3).cells(2),
                 f"{row.times_read:.3f}",
                 f"{row.write_seconds.median / row.pages * 1e9:.0f}"
                 if row.write_seconds and row.pages

@@ -28,7 +28,6 @@ from bench import (
     suite,
 )
 from bench.__main__ import main
-from bench.measure import write_json
 from bench.names import BENCHES
 from bench.namespace import shaped_link
 from bench.options import CannotRun, new_file
@@ -83,12 +82,6 @@ def test_a_file_that_is_looked_at_before_stays_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "old").write_text("old")
     assert new_file(str(tmp_path / "old")).read_text() == "old"
     assert not new_file(str(tmp_path / "new")).exists()
-
-
-def test_a_result_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as end:
-        write_json(tmp_path, {})
-    assert end.value.code == f"cannot write {tmp_path}: Is a directory"
 
 
 @pytest.mark.parametrize(
@@ -456,8 +449,7 @@ def test_all_then_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     written = page.read_text()
     assert "| psk |" in written
     assert "Not measured: not among the results." in written
-    assert "![links](page/links.png)" in written
-    assert "![scale]" not in written
+    assert "![" not in written
     report.main([str(result), "--page", str(page)])
     assert page.read_text() == written
 
@@ -468,8 +460,13 @@ def test_all_then_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("no JSON", "", "is no JSON"),
         ("[]", "", "not the result of python -m bench all"),
         ('{"bench": "all"}', "", "no benches"),
-        ('{"bench": "all", "environment": {}, "benches": {"links": {}}}', "", "links has no tables"),
-        ('{"bench": "all", "environment": {}, "benches": {}}', "", "no place of its own for environment"),
+        ('{"bench": "all", "environment": {}, "benches": {}}', "", "does not say which command wrote it"),
+        ('{"bench": "links", "environment": {"command": ""}}', "", "links has no tables"),
+        (
+            '{"bench": "all", "environment": {"command": ""}, "benches": {}}',
+            "",
+            "no place of its own for env",
+        ),
     ],
 )
 def test_what_is_no_result_or_no_page_is_one_line(
