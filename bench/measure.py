@@ -11,14 +11,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import cryptography
 import numpy as np
 import trio
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,10 @@ class Spread:
 
     def scaled(self, factor: float) -> Spread:
         return Spread(self.median * factor, self.minimum * factor, self.maximum * factor)
+
+    def rate(self, amount: float) -> Spread:
+        """Of seconds: how much of `amount` is done in one. The longest time is the lowest rate."""
+        return Spread(amount / self.median, amount / self.maximum, amount / self.minimum)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +60,19 @@ class Case:
         return (perf_counter() - start) / self.calls
 
 
+def rotated(names: Iterable[Name], round_: int) -> list[Name]:
+    """The order of one round: each begins with another, as whoever comes first may find the machine as nobody else does."""
+    listed = list(names)
+    first = round_ % len(listed) if listed else 0
+    return listed[first:] + listed[:first]
+
+
 def alternate(cases: Mapping[str, Case], repeats: int) -> dict[str, Spread]:
     """Seconds per call of each case over `repeats` rounds; a first round warms up and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(repeats + 1):
-        for name, case in cases.items():
-            taken = case.seconds()
+        for name in rotated(cases, round_):
+            taken = cases[name].seconds()
             if round_:
                 seconds[name].append(taken)
     return {name: Spread.of(values) for name, values in seconds.items()}
