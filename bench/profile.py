@@ -162,7 +162,7 @@ class _Course:
 def receive(move: Move, host: str, on_listening: Callable[[int], None]) -> Profile:
     """The destination, in a process of its own."""
     course = _Course()
-    side = sealed.receive(move, host, on_listening, course.first_page)
+    side, _ = sealed.receive(move, host, on_listening, course.first_page)
     assert side is not None  # an idle guest converges
     return course.profile(side)
 
