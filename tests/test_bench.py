@@ -351,7 +351,7 @@ def test_links_more_channels_converge_where_one_does_not(tmp_path: Path) -> None
         "--rates",
         "400",
         "--downtime-limit",
-        "150",
+        "150ms",
         "--repeats",
         "1",
     ]
