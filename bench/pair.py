@@ -60,7 +60,7 @@ class Watch:
         """See what each child has spent so far."""
         for child in children() - self._spared:
             with suppress(OSError):  # gone meanwhile: what was seen last stands
-                self._children[child] = time.clock_gettime(_cpu_clock(child)), _peak_mib(child)
+                self._children[child] = time.clock_gettime(cpu_clock(child)), _peak_mib(child)
 
     def side(self, guest_bytes: int) -> Side:
         """Seconds, CPU seconds, and the largest resident memory beyond guest RAM that the processes ever had."""
@@ -83,7 +83,7 @@ def children() -> frozenset[int]:
     )
 
 
-def _cpu_clock(process_id: int) -> int:
+def cpu_clock(process_id: int) -> int:
     """The clock of all CPU time of a process: MAKE_PROCESS_CPUCLOCK with CPUCLOCK_SCHED, linux/posix-timers.h."""
     return ~process_id << 3 | 2
 

@@ -264,7 +264,7 @@ def test_compression_has_levels_up_to_9(capsys: pytest.CaptureFixture[str]) -> N
 
 @needs_qemu
 def test_a_way_that_leaves_ram_behind_is_no_migration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qemu, "WAYS", {"multifd TLS": lambda *_: Taken(1.0, 0.1, 1.0, 1.0, 1.0)})
+    monkeypatch.setattr(qemu, "WAYS", {"multifd TLS": lambda *_: Taken(1.0, 0.1, 1.0, 1.0)})
     with pytest.raises(QemuFailed, match="RAM of both sides differs"):
         qemu.measure("incompressible", 4 << 20, [1], 1, 1)
 

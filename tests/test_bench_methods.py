@@ -6,24 +6,29 @@ import contextlib
 import itertools
 import socket
 import subprocess
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from bench import channels, limits, links, scale
+from bench import channels, compression, limits, links, qemu, qemu_machine, scale
 from bench.__main__ import main
 from bench.measure import Case, Spread, alternate, rotated
 from bench.namespace import shaped_link
 from bench.options import CannotRun
 from bench.pair import Route, Side
+from bench.qemu_machine import QemuFailed, resumption
+from bench.qemu_moves import Taken
 from bench.relay import paced_relay
 from bench.sealed import Move, Moved
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from bench.tcp import Plain
 
 MOVED = Moved(Side(1.0, 1.0, 1.0), True, 1.0, 0.05, 3, 1, 10_000_000, 100.0)
@@ -242,3 +247,96 @@ def test_what_a_killed_process_left_does_not_stop_the_next_one(monkeypatch: pyte
             pytest.skip(str(reason))
         with shaped_link(1_000_000, 1_000_000) as (again, _):
             assert again == sender
+
+
+TAKEN = Taken(1.0, 0.1, 1.0, 1.0)
+
+
+class Qemu(qemu_machine.Machine):
+    """None is there: whoever stands for a way takes no time."""
+
+
+@contextmanager
+def no_machine(*arguments: object, **keywords: object) -> Iterator[Qemu]:
+    yield Qemu(0, Path())
+
+
+@contextmanager
+def no_source(*arguments: object) -> Iterator[tuple[Path, qemu_machine.Shape, Qemu]]:
+    yield Path(), qemu_machine.Shape(1 << 20, (), Path()), Qemu(0, Path())
+
+
+def test_ways_from_one_qemu_to_another_take_turns_to_be_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def way(name: str) -> Callable[..., Taken]:
+        def move(*_: object) -> Taken:
+            ran.append(name)
+            return TAKEN
+
+        return move
+
+    monkeypatch.setattr(qemu, "source_machine", no_source)
+    monkeypatch.setattr(qemu, "destination_machine", no_machine)
+    monkeypatch.setattr(qemu, "compare_ram", lambda *_: None)
+    monkeypatch.setattr(qemu, "PREALLOCATED", (True,))
+    monkeypatch.setattr(qemu, "WAYS", {name: way(name) for name in ("multifd TLS", "pagexfer")})
+    qemu.measure("incompressible", 1 << 20, [1], 2, 1)
+    assert ran == ["multifd TLS", "pagexfer", "pagexfer", "multifd TLS"]
+
+
+def test_compression_has_the_same_threads_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+
+    def by_pagexfer(*_: object, **keywords: object) -> Taken:
+        asked.append(keywords)
+        return TAKEN
+
+    monkeypatch.setattr(compression, "source_machine", no_source)
+    monkeypatch.setattr(compression, "destination_machine", no_machine)
+    monkeypatch.setattr(compression, "compare_ram", lambda *_: None)
+    monkeypatch.setattr(compression, "by_multifd", lambda *_, **__: TAKEN)
+    monkeypatch.setattr(compression, "by_pagexfer", by_pagexfer)
+    compression.measure("zero", [100], 1 << 20, 3, 2, 1)
+    assert {str(way["compression_level"]) for way in asked} == {"None", "3"}
+    assert {way["channel_threads"] for way in asked} == {True}
+
+
+def test_what_was_not_measured_stands_below_the_last_table() -> None:
+    one = Spread.of([1.0])
+    figure = qemu.Figure("incompressible", True, 1, "pagexfer", one, one, one, (one, one), one, one, one)
+    other = replace(figure, prealloc=False)
+    made = qemu.tables([figure, other], 1 << 20, {"booted": "no kernel"})
+    assert [table.note for table in made[1:]] == ["Not measured: booted: no kernel."]
+    assert "no kernel" not in made[0].note
+
+
+def test_qemu_has_no_more_channels_than_multifd(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "256 channels" in bad_usage(["qemu", "--channels", "1,256"], capsys)
+
+
+@pytest.mark.parametrize("bench", ["qemu", "compression"])
+def test_without_memory_for_two_qemus_neither_bench_runs(
+    bench: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("zstandard", reason="compression needs the zstd extra")
+    for module in (qemu, compression):
+        monkeypatch.setattr(module, "need_qemu", lambda: None)
+    monkeypatch.setattr(qemu_machine, "available_memory", lambda: 1 << 20)
+    assert main([bench]) == 3
+    assert capsys.readouterr().err.startswith(f"{bench}: skipped: there is no memory for two machines")
+
+
+def test_when_a_guest_went_on_is_its_qemu_s_word(tmp_path: Path) -> None:
+    machine = qemu_machine.Machine(0, tmp_path)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(machine.events))
+        server.listen()
+        with resumption(machine) as resumed_at:
+            qmp, _ = server.accept()
+            with qmp:
+                qmp.sendall(b'{"QMP": {}}\n{"return": {}}\n{"event": "STOP"}\n')
+                qmp.sendall(b'{"timestamp": {"seconds": 7, "microseconds": 500000}, "event": "RESUME"}\n')
+                assert resumed_at() == 7.5
+            with pytest.raises(QemuFailed, match="did not say that its guest went on"):
+                resumed_at()
