@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from bench import channels, compression, limits, links, qemu, qemu_machine, scale
+from bench import channels, compression, limits, links, profile, qemu, qemu_machine, scale
 from bench.__main__ import main
 from bench.measure import Case, Spread, alternate, rotated
 from bench.namespace import shaped_link
@@ -23,8 +23,10 @@ from bench.options import CannotRun
 from bench.pair import Route, Side
 from bench.qemu_machine import QemuFailed, resumption
 from bench.qemu_moves import Taken
+from bench.profile import Profile
 from bench.relay import paced_relay
 from bench.sealed import Move, Moved
+from bench.stopwatch import Timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -340,3 +342,33 @@ def test_when_a_guest_went_on_is_its_qemu_s_word(tmp_path: Path) -> None:
                 assert resumed_at() == 7.5
             with pytest.raises(QemuFailed, match="did not say that its guest went on"):
                 resumed_at()
+
+
+def test_a_kind_of_work_is_held_against_itself_alone_in_the_same_round() -> None:
+    side = Side(1.0, 2.0, 1.0)
+    profiles = [Profile(side, {profile.SEAL: Timed(1, seconds)}, {}, 0.0) for seconds in (1.0, 3.0)]
+    idle = Profile(side, {}, {}, 0.0)
+    limits = [{profile.SEAL: 1.0, profile.ALL: 4.0}, {profile.SEAL: 2.0, profile.ALL: 2.0}]
+    figure = profile._figure(1 << 30, [(MOVED, source, idle) for source in profiles], limits)
+    assert figure.times_alone == {
+        profile.SEAL: Spread.of([1.0 / 1.0, 3.0 / 2.0]),
+        profile.ALL: Spread.of([4.0 / 4.0, 4.0 / 2.0]),
+    }
+
+
+def test_the_parts_alone_take_turns_with_the_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+
+    def alone(cases: object, usual: Move) -> dict[str, float]:
+        ran.append("alone")
+        return {profile.ALL: 1.0}
+
+    def pair(receive: object, send: object, move: Move) -> tuple[tuple[Moved, Profile], Profile]:
+        ran.append(f"{move.free}")
+        nothing = Profile(MOVED.side, {}, {}, 0.0)
+        return (MOVED, nothing), nothing
+
+    monkeypatch.setattr(profile, "_alone", alone)
+    monkeypatch.setattr(profile, "run_pair", pair)
+    profile.measure({f"{free}": Move(1 << 20, 1, free=free) for free in (0.0, 0.5)}, 3)
+    assert ran == ["alone", "0.0", "0.5", "0.0", "0.5", "alone", "0.5", "alone", "0.0"]
