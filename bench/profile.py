@@ -4,9 +4,9 @@ An idle guest moves between two processes over loopback, with the engine in the 
 calls that a bundle needs are timed: send and receive of the socket, seal and open, gather, the look at the pages (which are
 zero?) with their entries, writing to RAM, and the wait for the kernel, which costs CPU when it sleeps and wakes. The look
 and the write are calls of the SVSM's Python, timed as a whole: what it does there around the kernel's and numpy's work is
-in their rows. What is left of the side's CPU seconds is "Python": trio where it carries channels, the engine, the rest of the
-SVSM. Taking the time costs about a microsecond a call, which is measured and subtracted. Page faults are in the call that
-meets them; "provide RAM" is what the destination did before the first page came, so that writing meets none.
+in their rows. What is left of the side's CPU seconds is "Python": trio where it carries channels, the engine, the rest of
+the SVSM. Taking the time costs about a microsecond a call, which is measured and subtracted. Page faults are in the call
+that meets them; "provide RAM" is what the destination did before the first page came, so that writing meets none.
 
 "alone" is what the part costs by itself in the same round: AES-GCM with 1 MiB records, a copy, and plain TCP over as many
 connections. "x alone" is the median of the ratios to that, for all of RAM. Every round does the parts alone and each move,

@@ -296,7 +296,7 @@ def test_convergence_meets_each_policy_and_says_how_well_it_foresaw(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = tmp_path / "result.json"
-    small = ["--guest", "simulated", "--ram", "16MiB", "--rates", "1MiB", "--repeats", "1"]
+    small = ["--guest", "simulated", "--ram", "16MiB", "--rates", "1", "--repeats", "1"]
     assert main(["convergence", *small, "--json", str(result)]) == 0
     assert "1 of 1" in capsys.readouterr().out
     written = json.loads(result.read_text())

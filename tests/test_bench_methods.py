@@ -15,18 +15,34 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from bench import channels, compression, limits, links, profile, qemu, qemu_machine, scale
+import pagexfer
+from bench import (
+    audit,
+    channels,
+    compression,
+    convergence,
+    limits,
+    links,
+    mailbox,
+    profile,
+    qemu,
+    qemu_machine,
+    scale,
+    trackers,
+)
 from bench.__main__ import main
 from bench.measure import Case, Spread, alternate, rotated
 from bench.namespace import shaped_link
 from bench.options import CannotRun
 from bench.pair import Route, Side
+from bench.profile import Profile
 from bench.qemu_machine import QemuFailed, resumption
 from bench.qemu_moves import Taken
-from bench.profile import Profile
 from bench.relay import paced_relay
 from bench.sealed import Move, Moved
 from bench.stopwatch import Timed
+from pagexfer.guests import kvm
+from pagexfer.svsm.memory import GuestMemory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -57,7 +73,8 @@ def test_alternating_cases_take_turns_to_be_first() -> None:
 
 
 def test_the_longest_time_is_the_lowest_rate() -> None:
-    assert Spread(2.0, 1.0, 4.0).rate(8.0) == Spread(4.0, 2.0, 8.0)
+    rate = Spread.of([4.0, 1.0, 2.0]).rate(8.0)
+    assert (rate.median, rate.minimum, rate.maximum) == (4.0, 2.0, 8.0)
 
 
 def test_opening_opens_all_of_ram(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,3 +389,119 @@ def test_the_parts_alone_take_turns_with_the_moves(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(profile, "run_pair", pair)
     profile.measure({f"{free}": Move(1 << 20, 1, free=free) for free in (0.0, 0.5)}, 3)
     assert ran == ["alone", "0.0", "0.5", "0.0", "0.5", "alone", "0.5", "alone", "0.0"]
+
+
+def test_a_move_with_an_audit_takes_turns_with_one_without_and_with_what_both_need(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ran: list[str] = []
+
+    class OneMove:
+        def __init__(self, memory: object, seed: int, *, audit: bool) -> None:
+            self._name = "digest-audit" if audit else "host-reported"
+
+        def run(self) -> dict[str, float]:
+            ran.append(self._name)
+            return {"pages": 3.0, "manifest": 1.0}
+
+    monkeypatch.setattr(audit, "_Move", OneMove)
+    monkeypatch.setattr(audit, "_needed", lambda *_: [Case(lambda: ran.append("alone"))])
+    memory = GuestMemory.allocate(1 << 20)
+    shares, _ = audit.move_shares(memory, 3, 1)
+    memory.close()
+    assert ran[1:] == [
+        *("alone", "host-reported", "digest-audit"),
+        *("host-reported", "digest-audit", "alone"),
+        *("digest-audit", "alone", "host-reported"),
+    ]
+    assert [(share.step, share.part) for share in shares["digest-audit"]] == [
+        ("pages", 0.75),
+        ("manifest", 0.25),
+    ]
+
+
+def test_a_step_is_held_against_what_a_move_needs_in_the_same_round() -> None:
+    (share,) = audit._shares([{"pages": 2.0}, {"pages": 9.0}], [1.0, 3.0])
+    assert share.times_alone == Spread.of([2.0, 3.0])
+
+
+def test_without_memory_for_the_tables_audit_does_not_begin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(audit, "available_memory", lambda: 1 << 30)
+    assert main(["audit", "--table", "200"]) == 3
+    assert "no memory for the tables of a guest of 200 GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["channels", "--bundles", "16,513"], "from 1 to 512"),
+        (["channels", "--bundle", "513"], "from 1 to 512"),
+        (["channels", "--channel-threads", "some"], "some"),
+        (["dirty", "--guests", "1.5GiB"], "not whole GiB"),
+        (["dirty", "--guests", "512MiB"], "not whole GiB"),
+        (["mailbox", "--slots", "1,127"], "127 are more than 126"),
+        (["mailbox", "--ram", "3MiB", "--slots", "4"], "too few"),
+        (["convergence", "--link", "0"], "0"),
+        (["convergence", "--downtime-limit", "100"], "unit"),
+        (["links", "--downtime-limit", "100"], "unit"),
+        (["scale", "--memory", "4000TiB"], "there are only"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_is(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in bad_usage(argv, capsys)
+
+
+@pytest.mark.parametrize(
+    ("bench", "option", "default"),
+    [
+        ("channels", "--channels", "1 to 64, quick 1,4,64"),
+        ("channels", "--bundles", "16 to 512, quick 16,256"),
+        ("limits", "--streams", "1 to 64, quick 1,4"),
+        ("mailbox", "--slots", "1,2,4,8, quick 1,4"),
+        ("audit", "--table", "1024, quick 64"),
+        ("dirty", "--guests", "16GiB,256GiB,1TiB,4TiB, quick 16GiB,1TiB"),
+        ("links", "--downtime-limit", "300ms, quick 100ms"),
+        ("convergence", "--downtime-limit", "100ms"),
+        ("convergence", "--link", "64"),
+        ("convergence", "--rates", "16,32,48,64,96, quick 16,48,96"),
+        ("convergence", "--guest", "auto"),
+    ],
+)
+def test_help_has_the_defaults_of_both_kinds_of_run(
+    bench: str, option: str, default: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([bench, "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"default: {default}" in said.partition("options:")[2].partition(option)[2]
+
+
+def test_a_seed_decides_what_is_in_ram(tmp_path: Path) -> None:
+    def ram(seed: int) -> bytes:
+        with (tmp_path / f"{seed}").open("w+b") as file:
+            mailbox.fill(file.fileno(), (1 << 20) + 4096, seed)
+            return file.read()
+
+    assert ram(1) == ram(1) != ram(2)
+    assert len(ram(1)) == (1 << 20) + 4096
+    guests = [audit._guest(1 << 20, seed).words.tobytes() for seed in (1, 1, 2)]
+    assert guests[0] == guests[1] != guests[2]
+
+
+def test_a_seed_reaches_the_guests_of_convergence() -> None:
+    ram = []
+    for seed in (1, 1, 2):
+        job = convergence.Job("simulated", 1 << 20, 0, "plain", pagexfer.MigrationParameters(), seed)
+        with convergence._boot(job) as guest:
+            ram.append(guest.memory.words.tobytes())
+    assert ram[0] == ram[1] != ram[2]
+
+
+def test_a_tracker_that_is_not_there_has_its_reason_below_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvm, "unavailable_reason", lambda: "no /dev/kvm")
+    _, table = trackers.tracker_table(1 << 20, 1, 1)
+    assert "Not measured: KVM's log: no /dev/kvm." in table.note
