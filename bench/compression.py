@@ -10,9 +10,9 @@ Every round migrates the same halted guest between stock QEMUs in each way in tu
 all of zstd at the same level, all with a thread for each channel and with the destination's RAM preallocated.
 
 Contents: text (words of a fixed vocabulary, the common ones often), half (every other page of it random), incompressible
-(random), zero. Total time is from the order until the guest runs at the destination, by the word of the QEMU there; "x
-plain" and "x multifd zstd" are medians of the ratios to pagexfer without compression and to multifd with it, in the same
-round: above 1 is faster. What was sent is counted at the relay. CPU seconds are user and system time of the QEMUs, and with
+(random), zero. Total time is from the order until the guest runs at the destination, by the word of the QEMU there; "of
+plain" and "of multifd zstd" are the rate against pagexfer's without compression and multifd's with it, medians of the
+ratios of the same round: above 1 is faster. What was sent is counted at the relay. CPU seconds are user and system time of the QEMUs, and with
 pagexfer of its two processes as well, per GiB of RAM.
 """
 
@@ -181,8 +181,8 @@ def table(link_mb: int, figures: list[Figure], ram_bytes: int, level: int) -> Ta
         "min",
         "max",
         "sent / RAM",
-        "x plain",
-        "x multifd zstd",
+        "of plain",
+        "of multifd zstd",
         "CPU s/GiB",
         "both",
     )

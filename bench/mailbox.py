@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         [
             Table.of(
                 "A ring and its answer between two processes",
-                ("", "p50 us", "p99 us", "p50 of eventfds"),
+                ("", "p50 us", "p99 us", "p50 x eventfds"),
                 [
                     (
                         name,

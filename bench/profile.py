@@ -31,7 +31,7 @@ from pagexfer.svsm.export import Packager
 from pagexfer.svsm.memory import GuestMemory
 
 from . import sealed
-from .channels import CONTENTS
+from .channels import CONTENTS, QUICK_CONTENTS
 from .limits import parts
 from .measure import Spread, rotated
 from .options import channel_number, finish, parse, parser, progress, ram
@@ -293,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     ram_bytes = options.ram or (GIB // 2 if options.quick else GIB)
     moves = {
         name: Move(ram_bytes, options.channels, free=free, seed=options.seed)
-        for name, free in CONTENTS.items()
+        for name, free in (QUICK_CONTENTS if options.quick else CONTENTS).items()
     }
     figures, limits = measure(moves, options.repeats)
     finish(

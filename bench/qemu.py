@@ -9,8 +9,8 @@ all of them with the destination's RAM preallocated, and all of them without.
 
 Total time is from the order until the guest runs at the destination, by the word of the QEMU there. CPU seconds are user
 and system time of the QEMUs, and with pagexfer of its two processes as well, per GiB of RAM. Downtime is as the source
-reports it: QEMU's own ends when the source is done, pagexfer's with the destination's word that the guest runs. "x TLS" is
-the median of the ratios to multifd TLS in the same round.
+reports it: QEMU's own ends when the source is done, pagexfer's with the destination's word that the guest runs. "of
+TLS" and "x TLS" are medians of the ratios to multifd TLS in the same round, of the rate and of the CPU seconds.
 
 The guest stands still: either it is halted, with RAM that cannot be compressed, or it is a Linux that booted and sleeps,
 whose RAM is mostly zero.
@@ -145,7 +145,7 @@ def table(figures: list[Figure], title: str) -> Table:
         "min",
         "max",
         "GB/s",
-        "x TLS",
+        "of TLS",
         "CPU s/GiB",
         "both",
         "x TLS",
