@@ -12,8 +12,8 @@ all of zstd at the same level, all with a thread for each channel and with the d
 Contents: text (words of a fixed vocabulary, the common ones often), half (every other page of it random), incompressible
 (random), zero. Total time is from the order until the guest runs at the destination, by the word of the QEMU there; "of
 plain" and "of multifd zstd" are the rate against pagexfer's without compression and multifd's with it, medians of the
-ratios of the same round: above 1 is faster. What was sent is counted at the relay. CPU seconds are user and system time of the QEMUs, and with
-pagexfer of its two processes as well, per GiB of RAM.
+ratios of the same round: above 1 is faster. What was sent is counted at the relay. CPU seconds are user and system time of
+the QEMUs, and with pagexfer of its two processes as well, per GiB of RAM.
 """
 
 from __future__ import annotations
