@@ -346,9 +346,7 @@ def _rate_table(ram_bytes: int, rates: list[Rate]) -> Table:
             (
                 rate.operation,
                 rate.threads,
-                f"{rate.gb_per_s.median:.2f}",
-                f"{rate.gb_per_s.minimum:.2f}",
-                f"{rate.gb_per_s.maximum:.2f}",
+                *rate.gb_per_s.cells(2),
                 f"{rate.of_a_copy_per_thread:.2f}",
                 f"{rate.of_copies:.2f}",
             )
@@ -364,7 +362,7 @@ def _share_table(mode: str, steps: list[Share], alone: Spread) -> Table:
         [
             (
                 share.step,
-                *_three(share.seconds.scaled(1e3)),
+                *share.seconds.scaled(1e3).cells(2),
                 f"{share.part:.2%}",
                 f"{share.times_alone.median:.3f}",
             )
@@ -379,14 +377,10 @@ def _table(title: str, unit: str, spreads: dict[str, Spread], limit: str) -> Tab
         title,
         ("", f"median {unit}", "min", "max", f"x {limit}"),
         [
-            (name, *_three(spread), f"{spread.median / spreads[limit].median:.2f}")
+            (name, *spread.cells(2), f"{spread.median / spreads[limit].median:.2f}")
             for name, spread in spreads.items()
         ],
     )
-
-
-def _three(spread: Spread) -> tuple[str, str, str]:
-    return f"{spread.median:.2f}", f"{spread.minimum:.2f}", f"{spread.maximum:.2f}"
 
 
 if __name__ == "__main__":

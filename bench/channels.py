@@ -84,7 +84,7 @@ BUNDLES_NOTE: Final = (
 class Ran:
     """How one kind of engine did. Rates are GB of RAM per second; pairs are source and destination.
 
-    `of_read` is against a plain read right before. `rounds_cpu_s_per_gib` has both sides together in each round.
+    `of_read` is against a plain read right before.
     """
 
     carrier: str
@@ -93,13 +93,9 @@ class Ran:
     of_tcp: Spread
     of_read: Spread
     cpu_s_per_gib: tuple[Spread, Spread]
-    rounds_cpu_s_per_gib: tuple[float, ...]
+    cpu_of_both: Spread
     downtime_ms: Spread
     extra_mib: tuple[Spread, Spread]
-
-    @property
-    def cpu_of_both(self) -> Spread:
-        return Spread.of(self.rounds_cpu_s_per_gib)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +152,8 @@ def side_by_side(moves: Mapping[str, Move], round_: int) -> tuple[Pair, dict[str
     """Plain TCP, and in turn with it migrations over as many channels. For guests that are idle, which all converge."""
     usual = next(iter(moves.values()))
     done: dict[str, Done] = {}
-    for name in rotated(["", *moves], round_):
-        if not name:
+    for name in rotated([None, *moves], round_):
+        if name is None:
             plain = run_plain(Plain(usual.ram_bytes, usual.channels))
             continue
         moved, destination = run_move(moves[name])
@@ -206,7 +202,7 @@ def _ran(move: Move, rounds: list[tuple[float, Pair, Done]]) -> Ran:
         Spread.of([sender.seconds / moved.moving_s for _, (sender, _), (moved, _) in rounds]),
         Spread.of([gb / moved.moving_s / read for read, _, (moved, _) in rounds]),
         _both_sides([(source.cpu_seconds / gib, target.cpu_seconds / gib) for source, target in sides]),
-        tuple((source.cpu_seconds + target.cpu_seconds) / gib for source, target in sides),
+        Spread.of([(source.cpu_seconds + target.cpu_seconds) / gib for source, target in sides]),
         Spread.of([moved.downtime_s * 1000 for moved in done]),
         _both_sides([(source.peak_extra_mib, target.peak_extra_mib) for source, target in sides]),
     )
@@ -228,12 +224,11 @@ def table(title: str, first: str, figures: dict[str, Figure], note: str = "") ->
 
 
 def _cells(ran: Ran) -> tuple[str, ...]:
-    of_tcp = ran.of_tcp
     return (
         ran.carrier,
         f"{ran.bundle_pages}",
         f"{ran.gb_per_s.median:.2f}",
-        *(f"{part:.2f}" for part in (of_tcp.median, of_tcp.minimum, of_tcp.maximum)),
+        *ran.of_tcp.cells(2),
         _both(ran.cpu_s_per_gib, 2),
         f"{ran.cpu_of_both.median:.2f}",
         f"{ran.downtime_ms.median:.1f}",
@@ -266,7 +261,7 @@ def channels_note(figures: dict[str, Figure]) -> str:
 
 
 def _more_cpu(engine: str, few: Figure, many: Figure) -> str:
-    rounds = [figure.engines[engine].rounds_cpu_s_per_gib for figure in (few, many)]
+    rounds = [figure.engines[engine].cpu_of_both.values for figure in (few, many)]
     more = Spread.of([high / low - 1 for low, high in zip(*rounds, strict=True)])
     return f"{engine} {more.median:+.0%} ({more.minimum:+.0%} to {more.maximum:+.0%})"
 

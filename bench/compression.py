@@ -189,9 +189,7 @@ def table(link_mb: int, figures: list[Figure], ram_bytes: int, level: int) -> Ta
     rows = [
         (
             f"{figure.content}, {figure.way}",
-            f"{figure.seconds.median:.2f}",
-            f"{figure.seconds.minimum:.2f}",
-            f"{figure.seconds.maximum:.2f}",
+            *figure.seconds.cells(2),
             f"{figure.sent_of_ram.median:.3f}",
             f"{figure.rate_of_plain.median:.2f}",
             f"{figure.rate_of_multifd_zstd.median:.2f}",

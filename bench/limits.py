@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
 def _rates(gb_per_s: Spread) -> tuple[str, ...]:
     """GB/s with its range, and seconds per GiB."""
     return (
-        *(f"{rate:.2f}" for rate in (gb_per_s.median, gb_per_s.minimum, gb_per_s.maximum)),
+        *gb_per_s.cells(2),
         f"{GIB / 1e9 / gb_per_s.median:.3f}",
     )
 

@@ -25,22 +25,31 @@ Name = TypeVar("Name")
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Median, lowest and highest of the repeats of one case; seconds unless said otherwise."""
+    """The `n` repeats of one case, in their order, and their median, lowest and highest; seconds unless said otherwise."""
 
     median: float
     minimum: float
     maximum: float
+    n: int
+    values: tuple[float, ...]
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values))
+        return cls(statistics.median(values), min(values), max(values), len(values), tuple(values))
 
     def scaled(self, factor: float) -> Spread:
-        return Spread(self.median * factor, self.minimum * factor, self.maximum * factor)
+        return Spread.of([value * factor for value in self.values])
 
     def rate(self, amount: float) -> Spread:
         """Of seconds: how much of `amount` is done in one. The longest time is the lowest rate."""
-        return Spread(amount / self.median, amount / self.maximum, amount / self.minimum)
+        return Spread.of([amount / value for value in self.values])
+
+    def cells(self, digits: int) -> tuple[str, str, str]:
+        """Median, lowest and highest for a table. A single value has a median, and says nothing of a spread."""
+        lowest, highest = (
+            ("-", "-") if self.n == 1 else (f"{self.minimum:.{digits}f}", f"{self.maximum:.{digits}f}")
+        )
+        return f"{self.median:.{digits}f}", lowest, highest
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,9 +155,7 @@ def table(figures: list[Figure], title: str) -> Table:
     rows = [
         (
             _named(figure.way, figure.channels),
-            f"{figure.seconds.median:.2f}",
-            f"{figure.seconds.minimum:.2f}",
-            f"{figure.seconds.maximum:.2f}",
+            *figure.seconds.cells(2),
             f"{figure.gb_per_s.median:.2f}",
             f"{figure.rate_of_tls.median:.2f}",
             " + ".join(f"{spread.median:.2f}" for spread in figure.cpu_s_per_gib),

@@ -168,9 +168,7 @@ def sizes_table(figures: list[Figure], lines: Lines, channels: int, left_out: li
     rows = [
         (
             _named(f.ram_bytes),
-            f"{f.seconds.median:.2f}",
-            f"{f.seconds.minimum:.2f}",
-            f"{f.seconds.maximum:.2f}",
+            *f.seconds.cells(2),
             f"{lines.seconds.off_by(f.gib, f.seconds.median):+.0%}",
             f"{f.ram_bytes / 1e9 / f.seconds.median:.2f}",
             f"{f.of_tcp.median:.2f}",

@@ -152,14 +152,14 @@ def test_plain_tcp_and_each_engine_take_turns_to_be_first(monkeypatch: pytest.Mo
 def test_many_channels_are_held_against_few_of_the_same_round_for_each_engine() -> None:
     def figure(local: tuple[float, ...], isolated: tuple[float, ...]) -> channels.Figure:
         one = Spread.of([1.0])
-        ran = channels.Ran("loop", 480, one, one, one, (one, one), (), one, (one, one))
+        ran = channels.Ran("loop", 480, one, one, one, (one, one), one, one, (one, one))
         engines = {"local": local, "isolated": isolated}
         return channels.Figure(
             one,
             one,
             (one, one),
             one,
-            {name: replace(ran, rounds_cpu_s_per_gib=cpu) for name, cpu in engines.items()},
+            {name: replace(ran, cpu_of_both=Spread.of(cpu)) for name, cpu in engines.items()},
         )
 
     few, many = figure((1.0, 2.0), (1.0, 1.0)), figure((1.1, 2.6), (2.0, 2.0))
