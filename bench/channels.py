@@ -155,10 +155,10 @@ def side_by_side(moves: Mapping[str, Move], round_: int) -> tuple[Pair, dict[str
     for name in rotated([None, *moves], round_):
         if name is None:
             plain = run_plain(Plain(usual.ram_bytes, usual.channels))
-            continue
-        moved, destination = run_move(moves[name])
-        assert destination is not None
-        done[name] = moved, destination
+        else:
+            moved, destination = run_move(moves[name])
+            assert destination is not None
+            done[name] = moved, destination
     return plain, done
 
 
