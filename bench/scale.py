@@ -211,7 +211,11 @@ def projection_table(lines: Lines, figures: list[Figure], repeats: int) -> Table
         ("cores a side for that", busiest, f"{cores}"),
         ("downtime ms", lines.downtime_ms, f"{lines.downtime_ms.at(PROJECTED_GIB):.0f}"),
     )
-    rows = [(name, _if_it_follows(line, value), f"{line.off:+.0%}") for name, line, value in named]
+    rows = [
+        # Through two sizes every line goes, which says nothing for it.
+        (name, _if_it_follows(line, value), f"{line.off:+.0%}" if len(figures) > 2 else "-")
+        for name, line, value in named
+    ]
     rounds = "1 round" if repeats == 1 else f"{repeats} rounds"
     measured = (
         f"From {len(figures)} sizes up to {_named(figures[-1].ram_bytes)}, {rounds}: "

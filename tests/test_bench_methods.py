@@ -171,12 +171,12 @@ def test_many_channels_are_held_against_few_of_the_same_round_for_each_engine() 
 def test_from_a_line_that_misses_a_size_nothing_is_projected() -> None:
     good, bad = scale.Line(0.1, 0.6, 0.02), scale.Line(10.0, 0.3, 0.4)
     spread = Spread.of([1.0])
-    figures = [scale.Figure(size << 30, spread, spread, spread, spread, spread, 1.0) for size in (1, 2)]
+    figures = [scale.Figure(size << 30, spread, spread, spread, spread, spread, 1.0) for size in (1, 2, 4)]
     rows = scale.projection_table(scale.Lines(good, good, good, bad), figures, 1).rows
     assert {row[0]: row[1:] for row in rows}["downtime ms"] == ("no line", "+40%")
     assert rows[0] == ("seconds, as measured here", "614", "+2%")
     assert (
-        "From 2 sizes up to 2 GiB, 1 round"
+        "From 3 sizes up to 4 GiB, 1 round"
         in scale.projection_table(scale.Lines(good, good, good, bad), figures, 1).note
     )
 
