@@ -4,10 +4,10 @@
 
 First, hashing RAM against what was sent, in turn with a plain copy (np.copyto) of the same RAM, both with one thread and
 with one for each core. "of a copy" is bytes per second against the copy with one thread, for each thread, "of copies"
-against the copy with as many threads. Then the digests that export takes, per bundle of 256 pages, against its staging
-copy. Last, a whole move in memory, without a network: what tokens and manifest of both sides take of it, against sealing,
-opening and copying all of RAM alone ("x alone"); and the manifest of a larger guest, as tables alone, against a read of
-those tables.
+against the copy with as many threads. Then the digests that export takes, per bundle of as many pages as is usual, against
+its staging copy. Then a whole move in memory, without a network: what tokens and manifest of both sides take of it. Every
+round moves without a digest audit and with one, and seals, opens and copies all of RAM alone; "x alone" is the median of
+the ratios to that in the same round. Last, the manifest of a larger guest, as tables alone, against a read of those tables.
 """
 
 from __future__ import annotations
@@ -30,12 +30,14 @@ from pagexfer.svsm.memory import GuestMemory
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.testing import BytesGate
 from pagexfer.wire.bundle import DATA, MAX_BUNDLE_BYTES, BundleKind
-from pagexfer.wire.constants import WORDS_PER_PAGE
+from pagexfer.wire.constants import PAGE_SIZE, WORDS_PER_PAGE
 
 from .limits import parts
-from .measure import Case, Spread, alternate
-from .options import finish, parse, parser, positive, ram
+from .measure import Case, Spread, alternate, rotated
+from .options import CannotRun, finish, parse, parser, positive, progress, ram
+from .scale import available_memory
 from .table import Table
+from .units import GIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,7 +46,14 @@ if TYPE_CHECKING:
 
 PENDING: Final = 0.05
 LAST_PAGES: Final = 2000
-PAGES_PER_GIB: Final = 1 << 18
+TABLE_GIB: Final = 1024
+QUICK_TABLE_GIB: Final = 64
+PAGES_PER_GIB: Final = GIB // PAGE_SIZE
+# A table has eight bytes for the carrier of a page and four for its state, and is read beside one of the same size.
+TABLE_BYTES_PER_PAGE: Final = 2 * (8 + 4)
+# Whether a move ends with a digest audit.
+MODES: Final = {"host-reported": False, "digest-audit": True}
+ALONE: Final = "alone"
 STAGING: Final = "staging copy"
 READ: Final = "a read of both tables"
 
@@ -62,17 +71,18 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """One step of a move: seconds of both sides, and its part of all seconds."""
+    """One step of a move: seconds of both sides, its part of all, and against all RAM sealed, opened and copied once."""
 
     step: str
     seconds: Spread
     part: float
+    times_alone: Spread
 
 
-def audit_rates(memory: GuestMemory, repeats: int) -> Iterator[Rate]:
+def audit_rates(memory: GuestMemory, repeats: int, seed: int) -> Iterator[Rate]:
     """Hash all of RAM with one thread and with all, with nothing and with some pages pending."""
     nothing, some = DirtyBitmap(memory.pages), DirtyBitmap(memory.pages)
-    some.set_gfns(np.random.default_rng(2).integers(0, memory.pages, round(memory.pages * PENDING)))
+    some.set_gfns(np.random.default_rng(seed).integers(0, memory.pages, round(memory.pages * PENDING)))
     cores = len(os.sched_getaffinity(0))
     target = np.ones_like(memory.words)
     cases: dict[tuple[str, int], Case] = {}
@@ -116,24 +126,53 @@ def export_digests(memory: GuestMemory, repeats: int) -> dict[str, Spread]:
     return alternate(cases, repeats)
 
 
-def move_shares(memory: GuestMemory, repeats: int, *, audit: bool) -> list[Share]:
-    """A whole move from SVSM to SVSM in this thread, with `LAST_PAGES` scattered pages in the last epoch."""
-    seconds: dict[str, list[float]] = {}
-    for _ in range(repeats):
-        taken = _Move(memory, audit=audit).run()
-        for step, value in taken.items():
-            seconds.setdefault(step, []).append(value)
-    total = sum(Spread.of(values).median for values in seconds.values())
+def move_shares(memory: GuestMemory, repeats: int, seed: int) -> tuple[dict[str, list[Share]], Spread]:
+    """A whole move from SVSM to SVSM in this thread in each mode, and what it cannot do without, in turn.
+
+    A move has `LAST_PAGES` scattered pages in its last epoch. The second result is what all of RAM sealed, opened and
+    copied once takes.
+    """
+    needed = _needed(memory.ram_bytes, seed)
+    for case in needed:
+        case.seconds()  # warms up
+    rounds: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
+    alone: list[float] = []
+    for number in range(repeats):
+        for mode in rotated([ALONE, *MODES], number):
+            progress(f"audit: round {number + 1} of {repeats}, {mode}")
+            if mode == ALONE:
+                alone.append(sum(case.seconds() for case in needed))
+            else:
+                rounds[mode].append(_Move(memory, seed, audit=MODES[mode]).run())
+    return {mode: _shares(taken, alone) for mode, taken in rounds.items()}, Spread.of(alone)
+
+
+def _needed(ram_bytes: int, seed: int) -> list[Case]:
+    """What a move in memory cannot do without: all of RAM sealed, opened and copied once."""
+    cases = parts(ram_bytes, seed)
+    return [cases[name] for name in ("seal, one core", "open, one core", "copy")]
+
+
+def _shares(rounds: list[dict[str, float]], alone: list[float]) -> list[Share]:
+    seconds = {step: Spread.of([taken[step] for taken in rounds]) for step in rounds[0]}
+    total = sum(spread.median for spread in seconds.values())
     return [
-        Share(step, Spread.of(values), Spread.of(values).median / total) for step, values in seconds.items()
+        Share(
+            step,
+            spread,
+            spread.median / total,
+            Spread.of([taken[step] / other for taken, other in zip(rounds, alone, strict=True)]),
+        )
+        for step, spread in seconds.items()
     ]
 
 
 class _Move:
     """One move; every step's seconds are both sides' together."""
 
-    def __init__(self, memory: GuestMemory, *, audit: bool) -> None:
+    def __init__(self, memory: GuestMemory, seed: int, *, audit: bool) -> None:
         self._memory = memory
+        self._seed = seed
         self._target = GuestMemory.allocate(memory.ram_bytes)
         self._target.prefault(0, memory.ram_bytes)
         gate = BytesGate([b"state"], running=True)
@@ -156,7 +195,7 @@ class _Move:
         if self._source.freshness.label == "digest-audit":
             self._timed("audit", self._audit)
         last = np.zeros(-(-self._memory.pages // 64), dtype=np.uint64)
-        gfns = np.random.default_rng(3).integers(0, self._memory.pages, LAST_PAGES)
+        gfns = np.random.default_rng(self._seed).integers(0, self._memory.pages, LAST_PAGES)
         np.bitwise_or.at(last, gfns // 64, np.uint64(1) << (gfns % 64).astype(np.uint64))
         self._source.hint(0, last.tobytes())
         self._source.begin_epoch()
@@ -189,14 +228,7 @@ class _Move:
         self._seconds[step] = self._seconds.get(step, 0.0) + perf_counter() - began
 
 
-def alone_seconds(ram_bytes: int, repeats: int, seed: int) -> float:
-    """What a move in memory cannot do without: all of RAM sealed, opened and copied once."""
-    wanted = ("seal, one core", "open, one core", "copy")
-    cases = {name: case for name, case in parts(ram_bytes, seed).items() if name in wanted}
-    return sum(spread.median for spread in alternate(cases, repeats).values())
-
-
-def manifest_seconds(gib: int, repeats: int) -> dict[str, Spread]:
+def manifest_seconds(gib: int, repeats: int, seed: int) -> dict[str, Spread]:
     """Seconds that the digests of one side take for a guest of `gib`, by what the last epoch brought."""
     pages = gib * PAGES_PER_GIB
     table = ContentTable(np.full(pages, 0xF2, dtype=np.uint32))
@@ -205,7 +237,7 @@ def manifest_seconds(gib: int, repeats: int) -> dict[str, Spread]:
     began = perf_counter()
     table.refresh()
     after_all = perf_counter() - began
-    rng = np.random.default_rng(4)
+    rng = np.random.default_rng(seed)
     scattered = np.unique(rng.integers(0, pages, 20000))
     starts = np.unique(rng.integers(0, pages // 64, 20000 // 64)) * 64
     in_runs = (starts[:, None] + np.arange(64)).reshape(-1)
@@ -245,10 +277,10 @@ def _copy(target: NDArray[np.uint64], source: NDArray[np.uint64], threads: int) 
         list(pool.map(lambda part: np.copyto(*part), parts))
 
 
-def _guest(ram_bytes: int) -> GuestMemory:
+def _guest(ram_bytes: int, seed: int) -> GuestMemory:
     memory = GuestMemory.allocate(ram_bytes)
     memory.launch()
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     for first in range(0, memory.pages, 1 << 12):
         part = memory.words[first : first + (1 << 12)]
         part[:] = rng.integers(1, 2**63, part.shape, dtype=np.uint64)
@@ -259,25 +291,26 @@ def main(argv: list[str] | None = None) -> None:
     made = parser("audit", __doc__, repeats=7)
     made.add_argument("--ram", type=ram, help="of the guest (default: 1GiB, quick 256MiB)")
     made.add_argument(
-        "--table", type=positive, metavar="GIB", help="size of the larger guest (default: 1024)"
+        "--table",
+        type=positive,
+        metavar="GIB",
+        help=f"size of the larger guest (default: {TABLE_GIB}, quick {QUICK_TABLE_GIB})",
     )
     options = parse(made, argv)
-    ram_bytes = options.ram or (1 << 28 if options.quick else 1 << 30)
-    memory = _guest(ram_bytes)
-    rates = list(audit_rates(memory, options.repeats))
+    ram_bytes = options.ram or (GIB // 4 if options.quick else GIB)
+    larger = options.table or (QUICK_TABLE_GIB if options.quick else TABLE_GIB)
+    if larger * PAGES_PER_GIB * TABLE_BYTES_PER_PAGE > available_memory():
+        raise CannotRun(f"there is no memory for the tables of a guest of {larger} GiB")
+    memory = _guest(ram_bytes, options.seed)
+    rates = list(audit_rates(memory, options.repeats, options.seed))
     per_bundle = export_digests(memory, options.repeats)
-    shares = {
-        mode: move_shares(memory, options.repeats, audit=mode == "digest-audit")
-        for mode in ("host-reported", "digest-audit")
-    }
-    alone = alone_seconds(ram_bytes, options.repeats, options.seed)
-    larger = options.table or (64 if options.quick else 1024)
-    manifests = {gib: manifest_seconds(gib, options.repeats) for gib in sorted({1, larger})}
+    shares, alone = move_shares(memory, options.repeats, options.seed)
+    manifests = {gib: manifest_seconds(gib, options.repeats, options.seed) for gib in sorted({1, larger})}
     figures = {
         "ram_bytes": ram_bytes,
         "rates": [asdict(rate) for rate in rates],
         "per_bundle": {name: asdict(spread) for name, spread in per_bundle.items()},
-        "alone_seconds": alone,
+        "alone_seconds": asdict(alone),
         "move": {mode: [asdict(share) for share in steps] for mode, steps in shares.items()},
         "manifest": {
             gib: {name: asdict(spread) for name, spread in cases.items()} for gib, cases in manifests.items()
@@ -322,7 +355,7 @@ def _rate_table(ram_bytes: int, rates: list[Rate]) -> Table:
     )
 
 
-def _share_table(mode: str, steps: list[Share], alone: float) -> Table:
+def _share_table(mode: str, steps: list[Share], alone: Spread) -> Table:
     return Table.of(
         f"A move in memory, {mode}",
         ("", "median ms", "min", "max", "share", "x alone"),
@@ -331,11 +364,11 @@ def _share_table(mode: str, steps: list[Share], alone: float) -> Table:
                 share.step,
                 *share.seconds.scaled(1e3).cells(2),
                 f"{share.part:.2%}",
-                f"{share.seconds.median / alone:.3f}",
+                f"{share.times_alone.median:.3f}",
             )
             for share in steps
         ],
-        f"All of RAM sealed, opened and copied once takes {alone * 1e3:.1f} ms in this run.",
+        f"All of RAM sealed, opened and copied once takes {alone.median * 1e3:.1f} ms in this run.",
     )
 
 

@@ -6,23 +6,20 @@ Every round migrates the same halted guest between stock QEMUs in each way in tu
   multifd zstd      the same with multifd-compression=zstd
   multifd zstd TLS  the same with tls-creds-psk and AES-128-GCM
   pagexfer          sealed
-  pagexfer zstd     sealed, and compressed before; with a thread for each channel, as multifd has
-both at the same level of zstd, all with the destination's RAM preallocated.
+  pagexfer zstd     sealed, and compressed before
+all of zstd at the same level, all with a thread for each channel and with the destination's RAM preallocated.
 
 Contents: text (words of a fixed vocabulary, the common ones often), half (every other page of it random), incompressible
-(random), zero. Total time is from the order until the guest runs at the destination; "x plain" and "x multifd zstd" are
-medians of the ratios to pagexfer without compression and to multifd with it, in the same round: above 1 is faster. What was
-sent is counted at the relay. CPU seconds are user and system time of the QEMUs, and with pagexfer of its two processes as
-well, per GiB of RAM.
+(random), zero. Total time is from the order until the guest runs at the destination, by the word of the QEMU there; "of
+plain" and "of multifd zstd" are the rate against pagexfer's without compression and multifd's with it, medians of the
+ratios of the same round: above 1 is faster. What was sent is counted at the relay. CPU seconds are user and system time of
+the QEMUs, and with pagexfer of its two processes as well, per GiB of RAM.
 """
 
 from __future__ import annotations
 
-import filecmp
-import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -31,21 +28,28 @@ from pagexfer.errors import UsageError
 from pagexfer.svsm.compression import DEFAULT_LEVEL, MAX_LEVEL, need_zstd
 from pagexfer.wire.constants import PAGE_SIZE
 
-from .measure import Spread
+from .measure import Spread, rotated
 from .options import CannotRun, finish, numbers, parse, parser, positive, progress, ram
 from .pair import Route
-from .qemu_machine import QemuFailed, Shape, halted_options, make_keys, need_qemu, qemu_version, start
+from .qemu_machine import (
+    compare_ram,
+    destination_machine,
+    halted_options,
+    need_qemu,
+    qemu_version,
+    source_machine,
+)
 from .qemu_moves import by_multifd, by_pagexfer
 from .relay import paced_relay
 from .table import Table
+from .units import GIB, MB, MIB
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from .qemu_machine import Machine
     from .qemu_moves import Taken
 
-MB: Final = 1_000_000
-MIB: Final = 1 << 20
-GIB: Final = 1 << 30
 FLOWS: Final = 4
 LINKS_MB: Final = (100, 400)
 QUICK_LINKS_MB: Final = (100,)
@@ -115,27 +119,17 @@ def measure(
     content: str, links_mb: list[int], ram_bytes: int, level: int, repeats: int, seed: int
 ) -> list[Figure]:
     """All ways over all links in turn, `repeats` times."""
-    cases = [(link, content, way) for link in links_mb for way in WAYS]
-    taken: dict[_Case, list[_Moved]] = {case: [] for case in cases}
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
-        folder = Path(name)
-        shape = Shape(ram_bytes, halted_options(folder), make_keys(folder / "keys"))
-        own = folder / "source"
-        own.mkdir()
-        fill(own / "ram", ram_bytes, content, seed)
-        with start(own, shape) as source:
-            for number in range(repeats):
-                for link, _, way in cases:
+    taken: dict[_Case, list[_Moved]] = {(link, content, way): [] for link in links_mb for way in WAYS}
+    fill_ram = partial(fill, ram_bytes=ram_bytes, content=content, seed=seed)
+    with source_machine(ram_bytes, halted_options, fill_ram) as (folder, shape, source):
+        for number in range(repeats):
+            for link in links_mb:
+                for way in rotated(WAYS, number):
                     progress(f"compression: {content}, round {number + 1} of {repeats}, {link} MB/s, {way}")
-                    with (
-                        tempfile.TemporaryDirectory(dir=folder) as there,
-                        start(Path(there), shape, incoming=True, prealloc=True) as destination,
-                    ):
+                    with destination_machine(folder, shape) as destination:
                         taken[link, content, way].append(_move(way, link, level, source, destination))
-                        if not filecmp.cmp(source.ram, destination.ram, shallow=False):
-                            raise QemuFailed(f"{way}: RAM of both sides differs")
-    return [_figure(case, ram_bytes, taken) for case in cases]
+                        compare_ram(source, destination, way)
+    return [_figure(case, ram_bytes, taken) for case in taken]
 
 
 def _move(way: str, link_mb: int, level: int, source: Machine, destination: Machine) -> _Moved:
@@ -148,7 +142,7 @@ def _move(way: str, link_mb: int, level: int, source: Machine, destination: Mach
             destination,
             FLOWS,
             compression_level=wanted,
-            channel_threads=wanted is not None,
+            channel_threads=True,  # as multifd has, with compression and without
             route=Route(lead=relay),
         )
     else:
@@ -167,14 +161,10 @@ def _figure(case: _Case, ram_bytes: int, moved: dict[_Case, list[_Moved]]) -> Fi
         link,
         content,
         way,
-        Spread.of([one.until_running_s for one in found]),
+        Spread.of([one.seconds for one in found]),
         Spread.of([one.sent_bytes / ram_bytes for one in moved[case]]),
-        Spread.of(
-            [base.until_running_s / one.until_running_s for one, base in zip(found, plain, strict=True)]
-        ),
-        Spread.of(
-            [base.until_running_s / one.until_running_s for one, base in zip(found, other, strict=True)]
-        ),
+        Spread.of([base.seconds / one.seconds for one, base in zip(found, plain, strict=True)]),
+        Spread.of([base.seconds / one.seconds for one, base in zip(found, other, strict=True)]),
         (
             Spread.of([one.source_cpu_s / gib for one in found]),
             Spread.of([one.destination_cpu_s / gib for one in found]),
@@ -191,17 +181,15 @@ def table(link_mb: int, figures: list[Figure], ram_bytes: int, level: int) -> Ta
         "min",
         "max",
         "sent / RAM",
-        "x plain",
-        "x multifd zstd",
+        "of plain",
+        "of multifd zstd",
         "CPU s/GiB",
         "both",
     )
     rows = [
         (
             f"{figure.content}, {figure.way}",
-            f"{figure.seconds.median:.2f}",
-            f"{figure.seconds.minimum:.2f}",
-            f"{figure.seconds.maximum:.2f}",
+            *figure.seconds.cells(2),
             f"{figure.sent_of_ram.median:.3f}",
             f"{figure.rate_of_plain.median:.2f}",
             f"{figure.rate_of_multifd_zstd.median:.2f}",

@@ -1,14 +1,14 @@
 """Guests that write more than the link carries: python -m bench convergence [--guest auto] [--json FILE] [--plot FILE.png]
 
 Which policy makes them converge, at what price, and how well the downtime is foreseen. The link is a bandwidth limit, so
-that the policies differ on any machine. Each write rate meets each policy in turn: plain pre-copy, throttled vCPUs, and
-a downtime limit that is raised. Source and destination are two processes. A row has medians of the moves that
-completed; where none did, of those that ended. "link used" is what was sent a second against the link, black-out and all.
+that the policies differ on any machine. Each write rate meets each policy in turn, and each round begins with another of
+them: plain pre-copy, throttled vCPUs, and a downtime limit that is raised. Source and destination are two processes. A row
+has medians of the moves that completed; where none did, of those that ended. "link used" is what was sent a second against
+the link, black-out and all.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
@@ -16,24 +16,31 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 import pagexfer
-from pagexfer.cli.values import Seconds
-from pagexfer.guests.checked import boot_guest, empty_guest, resolve_kind, start
+from pagexfer.guests.checked import empty_guest, resolve_kind, start
+from pagexfer.guests.kvm import KvmGuest
+from pagexfer.guests.simulated import SimulatedGuest
 
-from .options import finish, parse, parser, progress, ram, size, sizes
+from .measure import rotated
+from .options import finish, numbers, parse, parser, positive, progress, ram, seconds
 from .pair import run_pair
+from .sealed import PSK
 from .table import Table
+from .units import MB, MIB
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from pagexfer.guests.checked import CheckedGuest, GuestKind
 
-_PSK: Final = bytes(range(32))
 _CHANNELS: Final = 4
 _RAMP: Final = 20  # the ramp's maximum, in downtime limits
 _TIMEOUT_S: Final = 60.0
-_MIB: Final = 1 << 20
+_LINK_MB: Final = 64
+_RATES_MB: Final = (16, 32, 48, 64, 96)
+_QUICK_RATES_MB: Final = (16, 48, 96)
+_DOWNTIME_LIMIT_S: Final = 0.1
 # The part of the actual downtime that the expected one may be off.
 _GOOD_ERROR: Final = 0.25
 _POLICIES: Final = ("plain", "throttle", "ramp")
@@ -44,7 +51,7 @@ class Run:
     """One migration; `reason` says why it did not complete, and is empty where it did. Times in milliseconds."""
 
     policy: str
-    rate_bytes: int
+    rate_mb_per_s: int
     reason: str
     epochs: int
     seconds: float
@@ -69,9 +76,10 @@ class Job:
 
     kind: GuestKind
     ram_bytes: int
-    rate_bytes: int
+    rate_mb_per_s: int
     policy: str
     parameters: pagexfer.MigrationParameters
+    seed: int
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,19 +87,20 @@ def main(argv: list[str] | None = None) -> None:
     kind = resolve_kind(options.guest)
     runs: list[Run] = []
     for rate in options.rates:
-        progress(f"convergence: {rate / _MIB:g} MiB/s written")
-        for _ in range(options.repeats):
-            for policy in _POLICIES:
-                parameters = _parameters(policy, options.link, options.downtime_limit)
-                run, _ = run_pair(_receive, _send, Job(kind, options.ram, rate, policy, parameters))
+        progress(f"convergence: {rate} MB/s written")
+        for round_ in range(options.repeats):
+            for policy in rotated(_POLICIES, round_):
+                parameters = _parameters(policy, options.link * MB, options.downtime_limit)
+                job = Job(kind, options.ram, rate, policy, parameters, options.seed)
+                run, _ = run_pair(_receive, _send, job)
                 runs.append(run)
     foreseen = prediction(runs)
     limit_ms = 1000 * options.downtime_limit
     table = Table.of(
-        f"A {kind} guest of {options.ram >> 20} MiB over a link of {options.link >> 20} MiB/s, downtime limit "
+        f"A {kind} guest of {options.ram >> 20} MiB over a link of {options.link} MB/s, downtime limit "
         f"{limit_ms:.0f} ms (ramp: up to {_RAMP * limit_ms:.0f} ms)",
         (
-            "MiB/s written",
+            "MB/s written",
             "policy",
             "converged",
             "epochs",
@@ -109,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     figures = {
         "guest": kind,
         "ram_bytes": options.ram,
-        "link_bytes_per_s": options.link,
+        "link_mb_per_s": options.link,
         "downtime_limit_s": options.downtime_limit,
         "runs": [asdict(run) for run in runs],
         "prediction": foreseen,
@@ -119,16 +128,33 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     made = parser("convergence", __doc__, repeats=3, quick_repeats=1, plots=True)
-    made.add_argument("--ram", type=ram, help="default: 64 MiB, quick: 32")
-    made.add_argument("--link", type=size, default=64 * _MIB, help="bytes a second of all channels")
-    made.add_argument("--rates", type=sizes, help="what the guest writes a second, with commas between")
-    made.add_argument("--downtime-limit", type=_seconds, default=0.1)
-    made.add_argument("--guest", choices=("auto", "kvm", "simulated"), default="auto")
+    made.add_argument("--ram", type=ram, help="of the guest (default: 64MiB, quick 32MiB)")
+    made.add_argument(
+        "--link",
+        type=positive,
+        metavar="MB",
+        default=_LINK_MB,
+        help="MB/s of all channels together (default: %(default)s)",
+    )
+    made.add_argument(
+        "--rates",
+        type=numbers,
+        metavar="MB,MB",
+        help="MB/s that the guest writes (default: 16,32,48,64,96, quick 16,48,96)",
+    )
+    made.add_argument(
+        "--downtime-limit",
+        type=seconds,
+        metavar="TIME",
+        default=_DOWNTIME_LIMIT_S,
+        help=f"default: {_DOWNTIME_LIMIT_S * 1000:.0f}ms",
+    )
+    made.add_argument(
+        "--guest", choices=("auto", "kvm", "simulated"), default="auto", help="default: %(default)s"
+    )
     options = parse(made, argv)
-    options.ram = options.ram or (32 if options.quick else 64) * _MIB
-    options.rates = options.rates or [
-        rate * _MIB for rate in ((16, 48, 96) if options.quick else (16, 32, 48, 64, 96))
-    ]
+    options.ram = options.ram or (32 if options.quick else 64) * MIB
+    options.rates = options.rates or list(_QUICK_RATES_MB if options.quick else _RATES_MB)
     return options
 
 
@@ -154,11 +180,11 @@ def prediction(runs: Iterable[Run]) -> dict[str, float]:
 
 
 def _send(job: Job, host: str, port: int) -> Run:
-    with boot_guest(job.kind, job.ram_bytes, 1, job.rate_bytes) as guest:
+    with _boot(job) as guest:
         info, reason = trio.run(_migrate, guest, host, port, job.parameters)
     return Run(
         job.policy,
-        job.rate_bytes,
+        job.rate_mb_per_s,
         reason,
         info.ram.dirty_sync_count,
         (info.total_time - info.setup_time) / 1000,
@@ -167,6 +193,11 @@ def _send(job: Job, host: str, port: int) -> Run:
         info.throttle.slowdown if info.throttle is not None else 0.0,
         info.ram.transferred,
     )
+
+
+def _boot(job: Job) -> CheckedGuest:
+    guest_type = KvmGuest if job.kind == "kvm" else SimulatedGuest
+    return guest_type.boot(job.ram_bytes, 1, write_rate_bytes=job.rate_mb_per_s * MB, seed=job.seed)
 
 
 async def _migrate(
@@ -179,7 +210,7 @@ async def _migrate(
             guest,
             host,
             port,
-            pagexfer.PskAttestor(_PSK),
+            pagexfer.PskAttestor(PSK),
             channels=_CHANNELS,
             steering=pagexfer.Steering(parameters),
             on_progress=infos.append,
@@ -192,9 +223,7 @@ async def _migrate(
 def _receive(job: Job, host: str, on_listening: Callable[[int], None]) -> None:
     async def serve(guest: CheckedGuest) -> None:
         try:
-            await pagexfer.receive_guest(
-                guest, host, 0, pagexfer.PskAttestor(_PSK), on_listening=on_listening
-            )
+            await pagexfer.receive_guest(guest, host, 0, pagexfer.PskAttestor(PSK), on_listening=on_listening)
         except pagexfer.TransferAborted:
             return  # the source says why
 
@@ -202,8 +231,8 @@ def _receive(job: Job, host: str, on_listening: Callable[[int], None]) -> None:
         trio.run(serve, guest)
 
 
-def _row(rate: int, policy: str, link_bytes: int, runs: list[Run]) -> tuple[str, ...]:
-    same = [run for run in runs if (run.policy, run.rate_bytes) == (policy, rate)]
+def _row(rate_mb: int, policy: str, link_mb: int, runs: list[Run]) -> tuple[str, ...]:
+    same = [run for run in runs if (run.policy, run.rate_mb_per_s) == (policy, rate_mb)]
     done = [run for run in same if run.completed]
 
     def median(name: str) -> float:
@@ -211,7 +240,7 @@ def _row(rate: int, policy: str, link_bytes: int, runs: list[Run]) -> tuple[str,
         return statistics.median(values)
 
     return (
-        f"{rate / _MIB:g}",
+        f"{rate_mb}",
         policy,
         f"{len(done)} of {len(same)}",
         f"{median('epochs'):.0f}",
@@ -219,37 +248,28 @@ def _row(rate: int, policy: str, link_bytes: int, runs: list[Run]) -> tuple[str,
         f"{median('downtime_ms'):.0f}" if done else "-",
         f"{median('expected_ms'):.0f}" if done else "-",
         f"{median('slowdown_percent'):.0f}",
-        f"{statistics.median(run.sent_bytes / run.seconds / link_bytes for run in done or same):.2f}",
+        f"{statistics.median(run.sent_bytes / run.seconds / MB / link_mb for run in done or same):.2f}",
     )
 
 
-def _plot(runs: list[Run], link_bytes: int, path: Path) -> None:
+def _plot(runs: list[Run], link_mb: int, path: Path) -> None:
     from .plots import new_figure, save
 
     figure, axes = new_figure(2)
     for policy in _POLICIES:
         done = [run for run in runs if run.policy == policy and run.completed]
-        rates = sorted({run.rate_bytes for run in done})
+        rates = sorted({run.rate_mb_per_s for run in done})
         for axis, name in zip(axes, ("seconds", "downtime_ms"), strict=True):
             medians = [
-                statistics.median(getattr(run, name) for run in done if run.rate_bytes == rate)
+                statistics.median(getattr(run, name) for run in done if run.rate_mb_per_s == rate)
                 for rate in rates
             ]
-            axis.plot([rate / _MIB for rate in rates], medians, "o-", label=policy)
+            axis.plot(rates, medians, "o-", label=policy)
     for axis, label in zip(axes, ("seconds to completion", "downtime, ms"), strict=True):
-        axis.axvline(link_bytes / _MIB, linestyle=":", color="grey")
-        axis.set_xlabel("MiB/s written by the guest (dotted: the link)")
+        axis.axvline(link_mb, linestyle=":", color="grey")
+        axis.set_xlabel("MB/s written by the guest (dotted: the link)")
         axis.set_ylabel(label)
     save(figure, path)
-
-
-def _seconds(text: str) -> float:
-    import click
-
-    try:
-        return Seconds().convert(text, None, None)
-    except click.UsageError as error:
-        raise argparse.ArgumentTypeError(error.message) from None
 
 
 if __name__ == "__main__":

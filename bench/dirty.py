@@ -15,6 +15,7 @@ The trackers' part is in bench.trackers.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -23,23 +24,25 @@ import numpy as np
 from pagexfer.dirty import DirtyBitmap, as_run
 from pagexfer.dirty.bitmap import WORD_BITS
 from pagexfer.engine.plan import plan_chunks
+from pagexfer.svsm.export import BUNDLE_PAGES
+from pagexfer.wire.constants import PAGE_SIZE
 
 from .measure import Case, Spread, alternate
-from .options import finish, parse, parser, progress, ram, size, sizes
+from .options import finish, parse, parser, progress, ram, sizes
 from .table import Table
 from .trackers import tracker_table
+from .units import GIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from numpy.typing import NDArray
 
-GUESTS: Final = "16GiB,256GiB,1TiB,4TiB"
-QUICK_GUESTS: Final = "16GiB,1TiB"
+GUESTS_GIB: Final = (16, 256, 1024, 4096)
+QUICK_GUESTS_GIB: Final = (16, 1024)
 DENSITIES: Final = (0.00001, 0.001, 0.1, 1.0)
-PAGES_PER_GIB: Final = 1 << 18
+PAGES_PER_GIB: Final = GIB // PAGE_SIZE
 CHUNK_PAGES: Final = 4096
-BUNDLE_PAGES: Final = 256
 FIRST_CALLS: Final = 1000
 CHANNELS: Final = 4
 # As many regions as a slot's buffer of 2 MiB has room for.
@@ -152,10 +155,9 @@ def _marked(pages: int, density: float, rng: np.random.Generator) -> DirtyBitmap
     return bitmap
 
 
-def figures(guests_bytes: list[int], repeats: int, seed: int) -> Iterator[Figure]:
+def figures(guests_gib: list[int], repeats: int, seed: int) -> Iterator[Figure]:
     """Measure every operation on every guest."""
-    for guest_bytes in guests_bytes:
-        guest_gib = max(1, guest_bytes >> 30)
+    for guest_gib in guests_gib:
         for density in DENSITIES:
             progress(f"bitmap of {guest_gib} GiB, {density:.3%} marked")
             for operation, (case, copied) in Subject(guest_gib, density, seed).operations().items():
@@ -192,13 +194,27 @@ def bitmap_table(rows: list[Figure]) -> Table:
     )
 
 
+def _guests_gib(text: str) -> list[int]:
+    found = sizes(text)
+    if any(guest_bytes < GIB or guest_bytes % GIB for guest_bytes in found):
+        raise argparse.ArgumentTypeError(f"{text!r} is not whole GiB")
+    return [guest_bytes // GIB for guest_bytes in found]
+
+
 def main(argv: list[str] | None = None) -> None:
     made = parser("dirty", __doc__, repeats=5)
-    made.add_argument("--guests", type=sizes, metavar="SIZES", help=f"of the bitmaps (default: {GUESTS})")
-    made.add_argument("--ram", type=ram, metavar="SIZE", help="that the trackers look at (default: 1GiB)")
+    made.add_argument(
+        "--guests",
+        type=_guests_gib,
+        metavar="SIZES",
+        help="of the bitmaps (default: 16GiB,256GiB,1TiB,4TiB, quick 16GiB,1TiB)",
+    )
+    made.add_argument(
+        "--ram", type=ram, metavar="SIZE", help="that the trackers look at (default: 1GiB, quick 128MiB)"
+    )
     options = parse(made, argv)
-    guests = options.guests or sizes(QUICK_GUESTS if options.quick else GUESTS)
-    ram_bytes = options.ram or size("128MiB" if options.quick else "1GiB")
+    guests = options.guests or list(QUICK_GUESTS_GIB if options.quick else GUESTS_GIB)
+    ram_bytes = options.ram or (128 * MIB if options.quick else GIB)
     rows = list(figures(guests, options.repeats, options.seed))
     trackers, table = tracker_table(ram_bytes, options.repeats, options.seed)
     bitmaps = [{**asdict(row), "times_copy": row.times_copy} for row in rows]

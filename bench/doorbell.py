@@ -11,9 +11,12 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _START_TIMEOUT_S: Final = 30.0
 
@@ -25,6 +28,11 @@ class RoundTrips:
     calls: int
     p50_us: float
     p99_us: float
+
+    @classmethod
+    def of(cls, seconds: NDArray[np.float64]) -> RoundTrips:
+        half, most = np.percentile(seconds * 1e6, [50, 99])
+        return cls(len(seconds), float(half), float(most))
 
 
 def ping_pong(calls: int) -> RoundTrips:
@@ -53,8 +61,7 @@ def _measure(bell: int, answer: int, calls: int) -> RoundTrips:
         os.eventfd_write(bell, 1)
         os.eventfd_read(answer)
         taken[call] = perf_counter() - began
-    half, most = np.percentile(taken * 1e6, [50, 99])
-    return RoundTrips(calls, float(half), float(most))
+    return RoundTrips.of(taken)
 
 
 def _answer(bell: int, answer: int) -> None:

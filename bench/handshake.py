@@ -4,7 +4,8 @@ All four messages between two SVSMs in one thread, so a figure is the work of bo
 waits two round trips besides. `psk` and `emulated` run in turn with their limit, the
 key agreement alone: X25519 and ML-KEM-768 of both sides. "over psk" is what attestation adds, of which the target
 is under 50 ms. `attestor` is made once a process, before the first handshake: one more report, verified by its own side.
-Emulated reports are signed by this processor in software; how long a real firmware takes is not in here.
+Emulated reports are signed by this processor in software; how long a real firmware takes is not in here. All that is
+random are keys and nonces, which are the system's: --seed changes nothing.
 """
 
 from __future__ import annotations

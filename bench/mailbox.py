@@ -1,6 +1,6 @@
 """What a mailbox costs between two processes: python -m bench mailbox [--json FILE] [--plot FILE.png] [--quick]
 
-Five questions, each in alternating repeats:
+Five questions, each in repeats that alternate and begin with another of what is compared in every round:
 
 - A doorbell round trip, beside two bare eventfds between two processes in the same run (`bench.mailbox_rings`).
 - What is sealed for one ring: handshakes per GiB and GB/s with 2 KiB (the halves of a page in the prototype's first
@@ -19,16 +19,18 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
 import trio
 
 from pagexfer.wire.slot import Command
 
 from .mailbox_rings import EVENTFDS, round_trips
 from .mailbox_svsm import svsm
-from .measure import Spread
+from .measure import Spread, rotated
 from .options import finish, numbers, parse, parser, progress, ram
 from .sealed import Move, run_move
 from .table import Table
+from .units import GIB, MIB
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,11 +38,13 @@ if TYPE_CHECKING:
 
     from pagexfer.engine.slots import Slot
 
-GIB: Final = 1 << 30
 RINGS: Final = 10_000
 UNITS: Final = {"2 KiB": 1 << 11, "4 KiB": 1 << 12, "64 pages": 1 << 18, "256 pages": 1 << 20}
+LARGEST: Final = "256 pages"
 SLOTS: Final = (1, 2, 4, 8)
 QUICK_SLOTS: Final = (1, 4)
+# A slot has two doorbells, and one message carries no more than 253 descriptors (SCM_MAX_FD), of which one is the memory.
+MOST_SLOTS: Final = 126
 # Small units are sealed until so many rings: they would take long, and their rate does not change.
 MAX_RINGS: Final = 20_000
 IDLE_SLOTS: Final = 16
@@ -64,10 +68,11 @@ def sealing(
     rates: dict[tuple[str, int], list[tuple[float, float]]] = {(u, n): [] for u in units for n in counts}
     for number in range(repeats):
         progress(f"mailbox: sealing, round {number + 1} of {repeats}")
-        for count in counts:
+        for count in rotated(counts, number):
             with svsm(ram_fd, count) as slots:
-                for name, unit in units.items():
-                    rates[name, count].append(trio.run(_seal_all, slots, [slots[0]], ram_bytes, unit))
+                for name in rotated(units, number):
+                    rate = trio.run(_seal_all, slots, [slots[0]], ram_bytes, units[name])
+                    rates[name, count].append(rate)
     return {
         name: {count: _sealed(unit, rates[name, count]) for count in counts} for name, unit in units.items()
     }
@@ -77,12 +82,12 @@ def handlers(
     ram_fd: int, ram_bytes: int, counts: Sequence[int], repeats: int
 ) -> dict[str, dict[int, Sealed]]:
     """Threads of one SVSM against SVSMs of one slot each."""
-    unit = UNITS["256 pages"]
+    unit = UNITS[LARGEST]
     found: dict[str, dict[int, list[tuple[float, float]]]] = {"threads": {}, "processes": {}}
     for number in range(repeats):
         progress(f"mailbox: handlers, round {number + 1} of {repeats}")
-        for count in counts:
-            for kind, parts in (("threads", [count]), ("processes", [1] * count)):
+        for count in rotated(counts, number):
+            for kind, parts in rotated([("threads", [count]), ("processes", [1] * count)], number):
                 with ExitStack() as stack:
                     groups = [stack.enter_context(svsm(ram_fd, part)) for part in parts]
                     slots = [slot for group in groups for slot in group]
@@ -153,21 +158,28 @@ def migrations(
     """GB/s of local and of isolated migrations, and the ratios of neighbours."""
     rates: dict[int, list[tuple[float, float]]] = {count: [] for count in channels}
     for number in range(repeats):
-        for count in channels:
+        for count in rotated(channels, number):
             progress(f"mailbox: migrations, round {number + 1} of {repeats}, {count} channels")
-            local, isolated = (
-                ram_bytes / 1e9 / run_move(Move(ram_bytes, count, seed=seed, isolated=isolated))[0].moving_s
-                for isolated in (False, True)
-            )
-            rates[count].append((local, isolated))
+            found: dict[bool, float] = {}
+            for isolated in rotated((False, True), number):
+                moved, _ = run_move(Move(ram_bytes, count, seed=seed, isolated=isolated))
+                found[isolated] = ram_bytes / 1e9 / moved.moving_s
+            rates[count].append((found[False], found[True]))
     return {
         count: (
-            Spread.of([local for local, _ in found]),
-            Spread.of([isolated for _, isolated in found]),
-            Spread.of([isolated / local for local, isolated in found]),
+            Spread.of([local for local, _ in rounds]),
+            Spread.of([isolated for _, isolated in rounds]),
+            Spread.of([isolated / local for local, isolated in rounds]),
         )
-        for count, found in rates.items()
+        for count, rounds in rates.items()
     }
+
+
+def fill(ram_fd: int, ram_bytes: int, seed: int) -> None:
+    """What is sealed: nothing in it is like anything else."""
+    random = np.random.default_rng(seed)
+    for start in range(0, ram_bytes, MIB):
+        os.pwrite(ram_fd, random.bytes(min(MIB, ram_bytes - start)), start)
 
 
 def draw(by_unit: dict[str, dict[int, Sealed]], path: Path) -> None:
@@ -214,16 +226,25 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument(
         "--ram", type=ram, help="sealed through slots, and moved (default: 512MiB, quick 128MiB)"
     )
-    made.add_argument("--slots", type=numbers, metavar="N,N", help="numbers of slots (default: 1 to 8)")
+    made.add_argument(
+        "--slots",
+        type=numbers,
+        metavar="N,N",
+        help=f"numbers of slots, up to {MOST_SLOTS} (default: 1,2,4,8, quick 1,4)",
+    )
     options = parse(made, argv)
     ram_bytes = options.ram or (GIB // 8 if options.quick else GIB // 2)
     counts = options.slots or (QUICK_SLOTS if options.quick else SLOTS)
+    if max(counts) > MOST_SLOTS:
+        made.error(f"--slots: {max(counts)} are more than {MOST_SLOTS}, for which there are doorbells")
+    if ram_bytes < max(counts) * UNITS[LARGEST]:
+        made.error(
+            f"--ram: {max(counts)} slots seal {LARGEST} each, for which {ram_bytes >> 20} MiB are too few"
+        )
     share = 5 if options.quick else 1
     ram_fd = os.memfd_create("ram")
     try:
-        os.ftruncate(ram_fd, ram_bytes)
-        for start in range(0, ram_bytes, 1 << 20):
-            os.pwrite(ram_fd, os.urandom(1 << 20), start)
+        fill(ram_fd, ram_bytes, options.seed)
         rung = round_trips(ram_fd, RINGS // share, options.repeats)
         by_unit = sealing(ram_fd, ram_bytes, UNITS, counts, options.repeats)
         by_kind = handlers(ram_fd, ram_bytes, counts, options.repeats)
@@ -247,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         [
             Table.of(
                 "A ring and its answer between two processes",
-                ("", "p50 us", "p99 us", "p50 of eventfds"),
+                ("", "p50 us", "p99 us", "p50 x eventfds"),
                 [
                     (
                         name,

@@ -20,6 +20,7 @@ from pagexfer.wire.slot import NO_BUFFER, Command
 
 from .doorbell import RoundTrips, ping_pong
 from .mailbox_svsm import echo, local_slot, svsm
+from .measure import rotated
 from .options import progress
 
 if TYPE_CHECKING:
@@ -37,15 +38,19 @@ DIRECT: Final = "direct call"
 
 def round_trips(ram_fd: int, calls: int, repeats: int) -> dict[str, RoundTrips]:
     """Medians over alternating repeats, bare eventfds first."""
-    found: dict[str, list[RoundTrips]] = {EVENTFDS: [], DOORBELLS: [], COMMAND: [], DIRECT: []}
     local = local_slot()
     with svsm(ram_fd, 1) as (slot,), echo() as (memory, doorbells):
+        ways: dict[str, Callable[[], RoundTrips]] = {
+            EVENTFDS: lambda: ping_pong(calls),
+            DOORBELLS: lambda: trio.run(_measure, _ringing(memory, doorbells), calls),
+            COMMAND: lambda: trio.run(_measure, _commanding(slot), calls),
+            DIRECT: lambda: trio.run(_measure, _commanding(local), calls),
+        }
+        found: dict[str, list[RoundTrips]] = {name: [] for name in ways}
         for number in range(repeats):
             progress(f"mailbox: round trips, round {number + 1} of {repeats}")
-            found[EVENTFDS].append(ping_pong(calls))
-            found[DOORBELLS].append(trio.run(_measure, _ringing(memory, doorbells), calls))
-            found[COMMAND].append(trio.run(_measure, _commanding(slot), calls))
-            found[DIRECT].append(trio.run(_measure, _commanding(local), calls))
+            for name in rotated(ways, number):
+                found[name].append(ways[name]())
     return {name: _median(trips) for name, trips in found.items()}
 
 
@@ -68,8 +73,7 @@ async def _measure(ring: Callable[[], Awaitable[object]], calls: int) -> RoundTr
         began = time.perf_counter()
         await ring()
         taken[call] = time.perf_counter() - began
-    half, most = np.percentile(taken * 1e6, [50, 99])
-    return RoundTrips(calls, float(half), float(most))
+    return RoundTrips.of(taken)
 
 
 def _median(found: Sequence[RoundTrips]) -> RoundTrips:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import cryptography
 import numpy as np
@@ -21,7 +21,9 @@ from cryptography.hazmat.backends.openssl import backend
 from .files import write_whole
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +72,19 @@ class Case:
         return (perf_counter() - start) / self.calls
 
 
+def rotated(names: Iterable[Name], round_: int) -> list[Name]:
+    """The order of one round: each begins with another, as whoever comes first may find the machine as nobody else does."""
+    listed = list(names)
+    first = round_ % len(listed) if listed else 0
+    return listed[first:] + listed[:first]
+
+
 def alternate(cases: Mapping[str, Case], repeats: int) -> dict[str, Spread]:
     """Seconds per call of each case over `repeats` rounds; a first round warms up and does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(repeats + 1):
-        for name, case in cases.items():
-            taken = case.seconds()
+        for name in rotated(cases, round_):
+            taken = cases[name].seconds()
             if round_:
                 seconds[name].append(taken)
     return {name: Spread.of(values) for name, values in seconds.items()}

@@ -215,6 +215,18 @@ def size(text: str) -> int:
     return size_bytes
 
 
+def seconds(text: str) -> float:
+    """A time above zero with its unit, in seconds, as the pagexfer command takes it."""
+    import click
+
+    from pagexfer.cli.values import Seconds
+
+    try:
+        return Seconds().convert(text, None, None)
+    except click.UsageError as error:
+        raise argparse.ArgumentTypeError(error.message) from None
+
+
 def ram(text: str) -> int:
     """The RAM of a guest: whole pages, and so many that its workload has room."""
     ram_bytes = size(text)

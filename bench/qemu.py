@@ -7,9 +7,10 @@ Every round migrates the same guest between stock QEMUs in each way in turn, ove
   ... threads     the same with a thread for each channel (--channel-threads), as multifd has
 all of them with the destination's RAM preallocated, and all of them without.
 
-Total time is from the order to its end. CPU seconds are user and system time of the QEMUs, and with pagexfer of its two
-processes as well, per GiB of RAM. Downtime is as the source reports it: QEMU's own ends when the source is done, pagexfer's
-with the destination's word that the guest runs. "x TLS" is the median of the ratios to multifd TLS in the same round.
+Total time is from the order until the guest runs at the destination, by the word of the QEMU there. CPU seconds are user
+and system time of the QEMUs, and with pagexfer of its two processes as well, per GiB of RAM. Downtime is as the source
+reports it: QEMU's own ends when the source is done, pagexfer's with the destination's word that the guest runs. "of
+TLS" and "x TLS" are medians of the ratios to multifd TLS in the same round, of the rate and of the CPU seconds.
 
 The guest stands still: either it is halted, with RAM that cannot be compressed, or it is a Linux that booted and sleeps,
 whose RAM is mostly zero.
@@ -18,42 +19,38 @@ whose RAM is mostly zero.
 from __future__ import annotations
 
 import argparse
-import filecmp
-import shutil
-import tempfile
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from pagexfer.errors import GuestError
 
-from .measure import Spread
-from .options import CannotRun, channel_numbers, finish, parse, parser, progress, size
+from .measure import Spread, rotated
+from .options import CannotRun, finish, numbers, parse, parser, progress, size
 from .qemu_machine import (
     PRIORITY,
-    QemuFailed,
-    Shape,
+    compare_ram,
+    destination_machine,
     fill,
     halted_options,
     linux_options,
-    make_keys,
     need_qemu,
     qemu_version,
-    start,
+    source_machine,
     wait_booted,
 )
 from .qemu_moves import WAYS, Taken
-from .scale import available_memory
 from .table import Table
+from .units import GIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
-    from .qemu_machine import Machine
+    from .qemu_machine import Machine, Shape
 
-GIB: Final = 1 << 30
 CHANNELS: Final = (1, 2, 4, 8)
 QUICK_CHANNELS: Final = (1, 4)
 INCOMPRESSIBLE, BOOTED = "incompressible", "booted"
@@ -63,8 +60,8 @@ PREALLOCATED: Final = (True, False)
 TLS: Final = "multifd TLS"
 TARGET_RATE: Final = 2.0
 TARGET_CPU: Final = 0.6
-# Both machines' RAM, and what their processes take.
-MEMORY_PER_RAM: Final = 2.2
+# Of multifd: QEMU keeps the number in a byte.
+MOST_CHANNELS: Final = 255
 
 _Case = tuple[bool, int, str]
 
@@ -88,43 +85,30 @@ class Figure:
 
 def measure(content: str, ram_bytes: int, channels: list[int], repeats: int, seed: int) -> list[Figure]:
     """All ways in turn, `repeats` times. Raises GuestError where this machine has not what `content` needs."""
-    cases = list(product(PREALLOCATED, channels, WAYS))
-    taken: dict[_Case, list[Taken]] = {case: [] for case in cases}
+    taken: dict[_Case, list[Taken]] = {case: [] for case in product(PREALLOCATED, channels, WAYS)}
     with _source(content, ram_bytes, seed) as (folder, shape, source):
         for number in range(repeats):
-            for prealloc, count, way in cases:
-                progress(f"qemu: {content}, round {number + 1} of {repeats}, {_named(way, count)}")
-                with (
-                    tempfile.TemporaryDirectory(dir=folder) as there,
-                    start(Path(there), shape, incoming=True, prealloc=prealloc) as destination,
-                ):
-                    taken[prealloc, count, way].append(WAYS[way](source, destination, count))
-                    if content == INCOMPRESSIBLE and not filecmp.cmp(
-                        source.ram, destination.ram, shallow=False
-                    ):
-                        raise QemuFailed(f"{way}: RAM of both sides differs")
-    return [_figure(content, ram_bytes, case, taken) for case in cases]
+            for prealloc, count in product(PREALLOCATED, channels):
+                for way in rotated(WAYS, number):
+                    progress(f"qemu: {content}, round {number + 1} of {repeats}, {_named(way, count)}")
+                    with destination_machine(folder, shape, prealloc=prealloc) as destination:
+                        taken[prealloc, count, way].append(WAYS[way](source, destination, count))
+                        if content == INCOMPRESSIBLE:
+                            compare_ram(source, destination, way)
+    return [_figure(content, ram_bytes, case, taken) for case in taken]
 
 
 @contextmanager
 def _source(content: str, ram_bytes: int, seed: int) -> Iterator[tuple[Path, Shape, Machine]]:
-    """The machine that all migrations begin with, and a folder in memory for the others."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
-        folder = Path(name)
-        free = min(available_memory(), shutil.disk_usage(folder).free)
-        if ram_bytes * MEMORY_PER_RAM > free:
-            raise CannotRun(f"there is no memory for two machines of {ram_bytes >> 20} MiB")
-        options = halted_options(folder) if content == INCOMPRESSIBLE else linux_options(folder)
-        shape = Shape(ram_bytes, options, make_keys(folder / "keys"))
-        own = folder / "source"
-        own.mkdir()
-        if content == INCOMPRESSIBLE:
-            fill(own / "ram", ram_bytes, seed)
-        with start(own, shape) as source:
-            if content == BOOTED:
-                wait_booted(source)
-            yield folder, shape, source
+    if content == INCOMPRESSIBLE:
+        with source_machine(
+            ram_bytes, halted_options, partial(fill, ram_bytes=ram_bytes, seed=seed)
+        ) as found:
+            yield found
+        return
+    with source_machine(ram_bytes, linux_options) as found:
+        wait_booted(found[2])
+        yield found
 
 
 def _figure(content: str, ram_bytes: int, case: _Case, taken: dict[_Case, list[Taken]]) -> Figure:
@@ -161,7 +145,7 @@ def table(figures: list[Figure], title: str) -> Table:
         "min",
         "max",
         "GB/s",
-        "x TLS",
+        "of TLS",
         "CPU s/GiB",
         "both",
         "x TLS",
@@ -171,9 +155,7 @@ def table(figures: list[Figure], title: str) -> Table:
     rows = [
         (
             _named(figure.way, figure.channels),
-            f"{figure.seconds.median:.2f}",
-            f"{figure.seconds.minimum:.2f}",
-            f"{figure.seconds.maximum:.2f}",
+            *figure.seconds.cells(2),
             f"{figure.gb_per_s.median:.2f}",
             f"{figure.rate_of_tls.median:.2f}",
             " + ".join(f"{spread.median:.2f}" for spread in figure.cpu_s_per_gib),
@@ -200,14 +182,16 @@ def _note(figures: list[Figure]) -> str:
     )
 
 
-def tables(figures: list[Figure], ram_bytes: int) -> list[Table]:
-    """One table for each content with preallocation, and one without."""
+def tables(figures: list[Figure], ram_bytes: int, skipped: dict[str, str]) -> list[Table]:
+    """One table for each content with preallocation, and one without; the last says what was not measured."""
     made = []
     for content, prealloc in product(CONTENTS, PREALLOCATED):
         some = [figure for figure in figures if (figure.content, figure.prealloc) == (content, prealloc)]
         how = "destination preallocated" if prealloc else "destination not preallocated"
         if some:
             made.append(table(some, f"{ram_bytes >> 20} MiB, {content}, {how}"))
+    left_out = [f"Not measured: {content}: {reason}." for content, reason in skipped.items()]
+    made[-1] = replace(made[-1], note=" ".join([made[-1].note, *left_out]).strip())
     return made
 
 
@@ -234,6 +218,15 @@ def _contents(text: str) -> list[str]:
         if name not in CONTENTS:
             raise argparse.ArgumentTypeError(f"{name!r} is not one of {', '.join(CONTENTS)}")
     return names
+
+
+def _channels(text: str) -> list[int]:
+    found = numbers(text)
+    if max(found) > MOST_CHANNELS:
+        raise argparse.ArgumentTypeError(
+            f"{max(found)} channels are more than the {MOST_CHANNELS} of multifd"
+        )
+    return found
 
 
 def _ram(text: str) -> int:
@@ -266,7 +259,7 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--ram", type=_ram, help="of the guest (default: 2GiB, quick 512MiB)")
     made.add_argument(
         "--channels",
-        type=channel_numbers,
+        type=_channels,
         metavar="N,N",
         help="numbers of channels (default: 1,2,4,8, quick 1,4)",
     )
@@ -285,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
             "contents_skipped": skipped,
             "figures": [asdict(figure) for figure in figures],
         },
-        tables(figures, ram_bytes),
+        tables(figures, ram_bytes, skipped),
         lambda path: draw(figures, path),
     )
 

@@ -1,4 +1,4 @@
-"""Stock QEMUs that stand still, for bench.qemu: what is in their RAM, how they start, their monitor and their CPU time.
+"""Stock QEMUs that stand still, for bench.qemu and bench.compression: how they start, their monitors and their CPU time.
 
 A machine is emulated (TCG), with all RAM in one shared file. One that is halted has a ROM in place of its BIOS that halts
 at once, so that nobody but the bench ever writes its RAM.
@@ -6,12 +6,17 @@ at once, so that nobody but the bench ever writes its RAM.
 
 from __future__ import annotations
 
+import filecmp
+import json
 import os
 import shutil
+import socket
 import subprocess
+import tempfile
 import time
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -22,10 +27,11 @@ from pagexfer.guests.qemu.qmp import QmpClient
 from pagexfer.testing.linux_guest import find_busybox, find_kernel, pack_initramfs
 
 from .options import BenchFailed, CannotRun
+from .pair import cpu_clock
+from .scale import MEMORY_PER_RAM, available_memory
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
+    from collections.abc import AsyncIterator, Callable, Iterator
 
 QEMU: Final = "qemu-system-x86_64"
 # QEMU's own choice for a pre-shared key would be ChaCha20, which takes twice as long on processors with AES instructions.
@@ -44,8 +50,6 @@ _BOOT_TIMEOUT_S: Final = 120.0
 _START_TIMEOUT_S: Final = 30.0
 _POLL_S: Final = 0.01
 _WATCHED_S: Final = 0.5
-# CPUCLOCK_SCHED in include/linux/posix-timers_types.h (Linux).
-_SCHEDULER_CLOCK: Final = 2
 
 
 class QemuFailed(BenchFailed):
@@ -64,6 +68,11 @@ class Machine:
         return self.folder / "qmp"
 
     @property
+    def events(self) -> Path:
+        """A monitor of its own for whoever listens while the other one is in use: each takes one client at a time."""
+        return self.folder / "events"
+
+    @property
     def ram(self) -> Path:
         return self.folder / "ram"
 
@@ -73,7 +82,7 @@ class Machine:
 
     def cpu_seconds(self) -> float:
         """What the process has spent in all its threads, also those that ended (clock_getcpuclockid)."""
-        return time.clock_gettime(~self.process_id << 3 | _SCHEDULER_CLOCK)
+        return time.clock_gettime(cpu_clock(self.process_id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +137,45 @@ def fill(ram: Path, ram_bytes: int, seed: int) -> None:
 
 
 @contextmanager
+def source_machine(
+    ram_bytes: int, options: Callable[[Path], tuple[str, ...]], fill_ram: Callable[[Path], None] | None = None
+) -> Iterator[tuple[Path, Shape, Machine]]:
+    """The machine that all migrations begin with, its shape, and a folder in memory for the others.
+
+    Its RAM is provided, as is what it will have read: else the first migration alone would meet the page faults of that.
+    Raises CannotRun where there is no memory for two of them.
+    """
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name:
+        folder = Path(name)
+        if ram_bytes * MEMORY_PER_RAM > min(available_memory(), shutil.disk_usage(folder).free):
+            raise CannotRun(f"there is no memory for two machines of {ram_bytes >> 20} MiB")
+        shape = Shape(ram_bytes, options(folder), make_keys(folder / "keys"))
+        own = folder / "source"
+        own.mkdir()
+        if fill_ram is not None:
+            fill_ram(own / "ram")
+        with start(own, shape, prealloc=True) as source:
+            yield folder, shape, source
+
+
+@contextmanager
+def destination_machine(folder: Path, shape: Shape, *, prealloc: bool = True) -> Iterator[Machine]:
+    """A machine that waits for one migration."""
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as there,
+        start(Path(there), shape, incoming=True, prealloc=prealloc) as machine,
+    ):
+        yield machine
+
+
+def compare_ram(source: Machine, destination: Machine, way: str) -> None:
+    """Raises QemuFailed where a way left RAM behind; only for a guest that stands still."""
+    if not filecmp.cmp(source.ram, destination.ram, shallow=False):
+        raise QemuFailed(f"{way}: RAM of both sides differs")
+
+
+@contextmanager
 def start(folder: Path, shape: Shape, *, incoming: bool = False, prealloc: bool = False) -> Iterator[Machine]:
     """A QEMU that answers, and so has its RAM provided where it is to be `prealloc`; `folder`/ram may be there already."""
     role = "server" if incoming else f"client,username={_USER}"
@@ -138,7 +186,13 @@ def start(folder: Path, shape: Shape, *, incoming: bool = False, prealloc: bool 
         *("-object", machine_ram + (",prealloc=on" if prealloc else "")),
         "-object",
         f"tls-creds-psk,id={CREDENTIALS},dir={shape.keys},priority={PRIORITY},endpoint={role}",
-        *("-qmp", f"unix:{folder / 'qmp'},server=on,wait=off", "-serial", f"file:{folder / 'serial'}"),
+        *(
+            "-qmp",
+            f"unix:{folder / 'qmp'},server=on,wait=off",
+            "-qmp",
+            f"unix:{folder / 'events'},server=on,wait=off",
+        ),
+        *("-serial", f"file:{folder / 'serial'}"),
         *shape.options,
         *(["-incoming", "defer"] if incoming else []),
     ]
@@ -184,6 +238,26 @@ async def monitor(machine: Machine) -> AsyncIterator[QmpClient]:
             nursery.cancel_scope.cancel()
     finally:
         qmp.close()
+
+
+@contextmanager
+def resumption(machine: Machine) -> Iterator[Callable[[], float]]:
+    """What waits until the machine's vCPUs go on, and says when that was by its own word, as `time.time()` counts."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(_START_TIMEOUT_S)
+        connection.connect(str(machine.events))
+        connection.sendall(b'{"execute": "qmp_capabilities"}\n')
+
+        def resumed_at() -> float:
+            with suppress(OSError):  # it ended, or has been silent for too long
+                for line in connection.makefile("rb"):
+                    said = json.loads(line)
+                    if said.get("event") == "RESUME":
+                        at = said["timestamp"]
+                        return float(at["seconds"]) + float(at["microseconds"]) / 1e6
+            raise QemuFailed("a QEMU did not say that its guest went on")
+
+        yield resumed_at
 
 
 def _answers(machine: Machine) -> bool:

@@ -5,6 +5,7 @@ After every one the source goes on as well, so that the next one has it as it wa
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -16,7 +17,8 @@ from pagexfer.guests.qemu import QemuGuest
 from pagexfer.guests.qemu.values import record, records, text, whole
 
 from .pair import DIRECT, Route, Watch, run_pair
-from .qemu_machine import CREDENTIALS, QemuFailed, monitor
+from .qemu_machine import CREDENTIALS, QemuFailed, monitor, resumption
+from .sealed import PSK
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +27,6 @@ if TYPE_CHECKING:
 
     from .qemu_machine import Machine
 
-_PSK: Final = bytes(range(32))
 _UNLIMITED: Final = 1 << 40
 _POLL_S: Final = 0.02
 _TIMEOUT_S: Final = 300.0
@@ -37,16 +38,15 @@ _COMPARING_LIMIT_S: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """One migration: from the order to its end, the guest's downtime as the source has it, CPU seconds of each side.
+    """One migration: from the order until the guest runs at the destination, by that QEMU's word, whatever the way was.
 
-    QEMU's source ends once its last byte is on the way. `until_running_s` is until the guest runs at the destination.
+    Downtime is as the source has it, CPU seconds are each side's.
     """
 
     seconds: float
     downtime_s: float
     source_cpu_s: float
     destination_cpu_s: float
-    until_running_s: float
 
     @property
     def cpu_s(self) -> float:
@@ -83,7 +83,8 @@ def by_multifd(
     }
     if zstd_level is not None:
         settings["multifd-zstd-level"] = zstd_level
-    return trio.run(_multifd, source, destination, settings, route)
+    with resumption(destination) as resumed_at:
+        return trio.run(_multifd, source, destination, settings, route, resumed_at)
 
 
 def by_pagexfer(
@@ -99,11 +100,16 @@ def by_pagexfer(
     machines = (source, destination)
     began = [machine.cpu_seconds() for machine in machines]
     job = Job(source, destination, channels, compression_level, channel_threads)
-    sent, received_cpu_s = run_pair(_receive, _send, job, route)
+    with resumption(destination) as resumed_at:
+        (ordered_at, sent), received_cpu_s = run_pair(_receive, _send, job, route)
+        seconds = resumed_at() - ordered_at
     spent = [machine.cpu_seconds() - before for machine, before in zip(machines, began, strict=True)]
     trio.run(_go_on, source)
     return replace(
-        sent, source_cpu_s=spent[0] + sent.source_cpu_s, destination_cpu_s=spent[1] + received_cpu_s
+        sent,
+        seconds=seconds,
+        source_cpu_s=spent[0] + sent.source_cpu_s,
+        destination_cpu_s=spent[1] + received_cpu_s,
     )
 
 
@@ -115,7 +121,13 @@ WAYS: Final[dict[str, Callable[[Machine, Machine, int], Taken]]] = {
 }
 
 
-async def _multifd(source: Machine, destination: Machine, settings: dict[str, object], route: Route) -> Taken:
+async def _multifd(
+    source: Machine,
+    destination: Machine,
+    settings: dict[str, object],
+    route: Route,
+    resumed_at: Callable[[], float],
+) -> Taken:
     machines = (source, destination)
     async with monitor(source) as here, monitor(destination) as there:
         for qmp in (here, there):
@@ -124,23 +136,20 @@ async def _multifd(source: Machine, destination: Machine, settings: dict[str, ob
         await there.execute("migrate-incoming", {"uri": "tcp:127.0.0.1:0"})
         listening = records(record(await there.execute("query-migrate")).get("socket-address"))
         with route.lead(int(text(listening[0].get("port")))) as port, trio.fail_after(_TIMEOUT_S):
-            ordered = trio.current_time()
+            ordered_at = time.time()
             await here.execute("migrate", {"uri": f"tcp:127.0.0.1:{port}"})
             info = await _completed(here)
-            while record(await there.execute("query-status")).get("status") != "running":  # noqa: ASYNC110 - polled, as the rest
-                await trio.sleep(_POLL_S)
-            until_running_s = trio.current_time() - ordered
+            seconds = await trio.to_thread.run_sync(resumed_at) - ordered_at
         here_cpu_s, there_cpu_s = (
             machine.cpu_seconds() - before for machine, before in zip(machines, began, strict=True)
         )
         await _set(here, multifd=False, settings={"tls-creds": ""})
         await here.execute("cont")
     return Taken(
-        whole(info.get("total-time")) / 1000,
+        seconds,
         whole(info.get("downtime")) / 1000,
         here_cpu_s,
         there_cpu_s,
-        until_running_s,
     )
 
 
@@ -177,7 +186,7 @@ def _receive(job: Job, host: str, on_listening: Callable[[int], None]) -> float:
                 guest,
                 host,
                 0,
-                pagexfer.PskAttestor(_PSK),
+                pagexfer.PskAttestor(PSK),
                 accept_compression=job.compression_level is not None,
                 channel_threads=job.channel_threads,
                 on_listening=on_listening,
@@ -187,28 +196,23 @@ def _receive(job: Job, host: str, on_listening: Callable[[int], None]) -> float:
     return trio.run(main)
 
 
-def _send(job: Job, host: str, port: int) -> Taken:
-    """The source, in a process of its own; knows its own CPU seconds only."""
+def _send(job: Job, host: str, port: int) -> tuple[float, Taken]:
+    """The source, in a process of its own: when it got the order (`time.time()`), and what it knows, of CPU its own."""
 
-    async def main() -> Taken:
+    async def main() -> tuple[float, Taken]:
         watch = Watch()
         async with QemuGuest.attach(job.source.monitor) as guest:
+            ordered_at = time.time()
             report = await pagexfer.send_guest(
                 guest,
                 host,
                 port,
-                pagexfer.PskAttestor(_PSK),
+                pagexfer.PskAttestor(PSK),
                 channels=job.channels,
                 compression_level=job.compression_level,
                 channel_threads=job.channel_threads,
                 downtime_limit_s=_COMPARING_LIMIT_S,
             )
-        return Taken(
-            report.info.total_time / 1000,
-            (report.info.downtime or 0.0) / 1000,
-            watch.side(0).cpu_seconds,
-            0.0,
-            report.info.total_time / 1000,
-        )
+        return ordered_at, Taken(0.0, (report.info.downtime or 0.0) / 1000, watch.side(0).cpu_seconds, 0.0)
 
     return trio.run(main)

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _SO_MAX_PACING_RATE: Final = 47  # asm-generic/socket.h; Python's socket has no name for it
+_BACKLOG: Final = 128
 # What a pipe holds unless it is told otherwise.
 _STEP_BYTES: Final = 1 << 16
-# Few enough that what waits here is small against an epoch, enough for one flow over loopback.
-_QUEUE_BYTES: Final = 1 << 20
+# What a socket here may hold; the kernel doubles it for its own bookkeeping. Left alone, the receiving one takes megabytes
+# in advance, a tenth of a second of a slow flow. So both together hold some 0.4 MB, which is enough for a flow over
+# loopback. What waits in the source's own socket is the source's affair.
+_QUEUE_BYTES: Final = 1 << 18
 
 
 @contextmanager
@@ -31,11 +34,15 @@ def paced_relay(
 ) -> Iterator[int]:
     """A relay to `port` of this machine; yields its own port. All connections end with the context.
 
-    `on_carried` gets, in a thread of the relay, the number of bytes that each step takes towards that port.
+    `on_carried` gets, in a thread of the relay, the number of bytes of each step towards that port, once they are on it.
     """
     sockets: list[socket.socket] = []
     threads: list[threading.Thread] = []
-    with socket.create_server((LOOPBACK, 0), backlog=128) as listener:
+    with socket.socket() as listener:
+        # Before it listens: the connections that come have the limit from it.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _QUEUE_BYTES)
+        listener.bind((LOOPBACK, 0))
+        listener.listen(_BACKLOG)
         accepting = threading.Thread(
             target=_accept, args=(listener, port, flow_bytes_per_s, on_carried, sockets, threads), daemon=True
         )
@@ -69,7 +76,8 @@ def _accept(
             return
         far = socket.create_connection((LOOPBACK, port))
         far.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, flow_bytes_per_s)
-        far.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _QUEUE_BYTES)
+        for buffer in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            far.setsockopt(socket.SOL_SOCKET, buffer, _QUEUE_BYTES)
         for sock in (near, far):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sockets += (near, far)
@@ -86,10 +94,11 @@ def _forward(source: socket.socket, target: socket.socket, tell: Callable[[int],
     """Carry bytes one way until that way ends; where it breaks, both connections do."""
     reader, writer = os.pipe()
     try:
-        while moved := os.splice(source.fileno(), writer, _STEP_BYTES):
-            tell(moved)
-            while moved:
-                moved -= os.splice(reader, target.fileno(), moved)
+        while waiting := os.splice(source.fileno(), writer, _STEP_BYTES):
+            while waiting:
+                moved = os.splice(reader, target.fileno(), waiting)
+                tell(moved)
+                waiting -= moved
         target.shutdown(socket.SHUT_WR)
     except OSError:
         for sock in (source, target):

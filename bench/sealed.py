@@ -6,7 +6,7 @@ of its processes but vCPUs: where the engine is isolated, its process as well.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pagexfer.svsm.gate import VcpuGate
     from pagexfer.svsm.memory import GuestMemory
 
-_PSK: Final = bytes(range(32))
+PSK: Final = bytes(range(32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class Move:
 class Moved:
     """What the source says at the end. A migration that does not converge is given up after `moving_s`.
 
-    `dirty_pages_per_s` are the different pages that the guest wrote, in the last epoch.
+    `dirty_pages_per_s` are the different pages that the guest wrote, in the last epoch. Of what was sent, `arrived_bytes`
+    are what the destination had at the end: the rest was in buffers on the way.
     """
 
     side: Side
@@ -57,6 +58,7 @@ class Moved:
     bundles: int
     sent_bytes: int
     dirty_pages_per_s: float
+    arrived_bytes: int = 0
 
 
 class _Announced:
@@ -88,7 +90,8 @@ class _AnnouncedTracker:
 
 def run_move(move: Move, route: Route = DIRECT) -> tuple[Moved, Side | None]:
     """Migrate between two fresh processes; the destination has nothing to say of a migration that was given up."""
-    return run_pair(receive, send, move, route)
+    moved, (side, arrived_bytes) = run_pair(receive, send, move, route)
+    return replace(moved, arrived_bytes=arrived_bytes), side
 
 
 def receive(
@@ -96,11 +99,17 @@ def receive(
     host: str,
     on_listening: Callable[[int], None],
     on_first_page: Callable[[], None] = lambda: None,
-) -> Side | None:
-    """The destination, in a process of its own. Its RAM is provided before the source comes, which does not count."""
+) -> tuple[Side | None, int]:
+    """The destination, in a process of its own, and the bytes that came.
+
+    Its RAM is provided before the source comes, which does not count.
+    """
     watch: list[Watch] = []
+    arrived_bytes = 0
 
     def watch_from_setup(info: pagexfer.MigrationInfo) -> None:
+        nonlocal arrived_bytes
+        arrived_bytes = info.ram.transferred
         if watch:
             watch[0].look()
         elif info.status is not pagexfer.Status.SETUP:
@@ -108,7 +117,7 @@ def receive(
             on_first_page()
 
     async def main(guest: SimulatedGuest) -> Side | None:
-        attestor = pagexfer.PskAttestor(_PSK)
+        attestor = pagexfer.PskAttestor(PSK)
         try:
             await pagexfer.receive_guest(
                 guest,
@@ -126,7 +135,7 @@ def receive(
 
     with SimulatedGuest.empty(move.ram_bytes, 1) as guest:
         spared = children()
-        return trio.run(main, guest)
+        return trio.run(main, guest), arrived_bytes
 
 
 def send(move: Move, host: str, port: int, on_first_page: Callable[[], None] = lambda: None) -> Moved:
@@ -155,7 +164,7 @@ def send(move: Move, host: str, port: int, on_first_page: Callable[[], None] = l
                 _Announced(guest, first_page),
                 host,
                 port,
-                pagexfer.PskAttestor(_PSK),
+                pagexfer.PskAttestor(PSK),
                 channels=move.channels,
                 downtime_limit_s=move.downtime_limit_s,
                 bundle_pages=move.bundle_pages,

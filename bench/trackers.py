@@ -1,8 +1,9 @@
 """Dirty trackers side by side on RAM of one size: what `collect` takes, and what the writer takes. A part of bench.dirty.
 
-In each round every tracker in turn has the same part of its RAM written and is asked; "x read" holds its time against a
-plain read of the same RAM (a sum) in the same rounds. KVM's log needs a vCPU that writes, so the part written there is
-nearly that of the others, and the writer's time is not known. A tracker that this machine does not have has no rows.
+In each round every tracker in turn has the same part of its RAM written and is asked; "x read" is the median of the ratios
+to a plain read of the same RAM (a sum) at the begin of the same round. KVM's log needs a vCPU that writes, so the part
+written there is nearly that of the others, and the writer's time is not known. A tracker that this machine does not have
+has no rows, but its reason below them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from pagexfer.guests import kvm
 from pagexfer.guests.kvm import KvmGuest
 from pagexfer.guests.pattern import read_status
 from pagexfer.svsm.page_digest import fresh_digest
+from pagexfer.wire.constants import WORDS_PER_PAGE
 
-from .measure import Spread
+from .measure import Spread, rotated
 from .options import progress
 from .table import Table
 
@@ -36,9 +38,9 @@ if TYPE_CHECKING:
 
     from pagexfer.dirty import DirtyTracker
 
-WORDS_PER_PAGE: Final = 512
 DENSITIES: Final = (0.0, 0.001, 0.1, 0.7)
 FULL_SPEED: Final = 1 << 40
+KVM_LOG: Final = "KVM's log"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +69,12 @@ def tracker_table(ram_bytes: int, repeats: int, seed: int) -> tuple[list[dict[st
     """Measure every tracker that this machine has."""
     progress(f"trackers over {ram_bytes >> 20} MiB")
     with ExitStack() as stack:
-        subjects = _in_process(ram_bytes, seed, stack)
-        if kvm.unavailable_reason() is None:
+        subjects, missing = _in_process(ram_bytes, seed, stack)
+        no_kvm = kvm.unavailable_reason()
+        if no_kvm is None:
             subjects.append(_of_vcpu(ram_bytes, stack))
+        else:
+            missing[KVM_LOG] = no_kvm
         rows = _measure(subjects, ram_bytes // mmap.PAGESIZE, repeats)
     table = Table.of(
         f"Trackers over {ram_bytes >> 20} MiB",
@@ -87,7 +92,12 @@ def tracker_table(ram_bytes: int, repeats: int, seed: int) -> tuple[list[dict[st
             )
             for row in rows
         ],
-        "The writer stores one word in each page, and its mark where it has to; a fault for it is in its time.",
+        " ".join(
+            [
+                "The writer stores one word in each page, and its mark where it has to; a fault for it is in its time.",
+                *(f"Not measured: {name}: {reason}." for name, reason in missing.items()),
+            ]
+        ),
     )
     return [asdict(row) for row in rows], table
 
@@ -102,7 +112,7 @@ def _measure(subjects: list[Subject], pages: int, repeats: int) -> list[Collecte
     for round_ in range(repeats + 1):
         reads.append(_seconds(lambda: np.add.reduce(ram.reshape(-1))))
         for density in DENSITIES:
-            for subject in subjects:
+            for subject in rotated(subjects, round_):
                 case = subject.name, density
                 number = round(pages * density)
                 writing = _seconds(lambda: subject.write(number)) if number else 0.0  # noqa: B023 (called at once)
@@ -113,7 +123,6 @@ def _measure(subjects: list[Subject], pages: int, repeats: int) -> list[Collecte
                     writes.setdefault(case, []).append(writing)
                     collects.setdefault(case, []).append(collecting)
                     found[case] = bitmap.count()
-    read = Spread.of(reads[1:]).median
     return [
         Collected(
             subject.name,
@@ -121,15 +130,17 @@ def _measure(subjects: list[Subject], pages: int, repeats: int) -> list[Collecte
             found[subject.name, density],
             Spread.of(collects[subject.name, density]),
             Spread.of(writes[subject.name, density]) if subject.timed else None,
-            Spread.of(collects[subject.name, density]).median / read,
+            Spread.of(
+                [took / read for took, read in zip(collects[subject.name, density], reads[1:], strict=True)]
+            ).median,
         )
         for subject in subjects
         for density in DENSITIES
     ]
 
 
-def _in_process(ram_bytes: int, seed: int, stack: ExitStack) -> list[Subject]:
-    """Trackers over RAM of this process, each with a RAM of its own."""
+def _in_process(ram_bytes: int, seed: int, stack: ExitStack) -> tuple[list[Subject], dict[str, str]]:
+    """Trackers over RAM of this process, each with a RAM of its own, and why others are missing."""
     pages = ram_bytes // mmap.PAGESIZE
     order = np.random.default_rng(seed).permutation(pages)
     marks = np.zeros(pages, dtype=np.uint8)
@@ -147,16 +158,18 @@ def _in_process(ram_bytes: int, seed: int, stack: ExitStack) -> list[Subject]:
         Subject("content", ContentTracker(content, fresh_digest()), lambda number: write(content, number)),
         Subject("pagemap", PagemapTracker(pagemap), lambda number: write(pagemap, number)),
     ]
-    started = []
+    started: list[Subject] = []
+    missing: dict[str, str] = {}
     for subject in subjects:
         try:
             subject.tracker.start()
         except GuestError as error:
             progress(f"{subject.name}: skipped: {error}")
+            missing[subject.name] = str(error)
             continue
         stack.callback(subject.tracker.stop)
         started.append(subject)
-    return started
+    return started, missing
 
 
 def _of_vcpu(ram_bytes: int, stack: ExitStack) -> Subject:
@@ -176,7 +189,7 @@ def _of_vcpu(ram_bytes: int, stack: ExitStack) -> Subject:
     log = guest.hypervisor.dirty_log
     log.start()
     stack.callback(log.stop)
-    return Subject("KVM's log", log, write, timed=False)
+    return Subject(KVM_LOG, log, write, timed=False)
 
 
 def _ram(pages: int) -> NDArray[np.uint64]:
