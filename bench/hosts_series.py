@@ -208,7 +208,7 @@ def _said(pipe: Connection) -> object:
     try:
         return pipe.recv()
     except EOFError:
-        raise SideFailed("a process of this side ended without a result") from None
+        raise SideFailed("a process ended without a result") from None
 
 
 def _why(text: str, control: socket.socket) -> str:
