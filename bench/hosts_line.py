@@ -41,12 +41,14 @@ MAX_LINE_BYTES: Final = 4096
 MAX_TEXT: Final = 300
 # How long the other side may take for a line that it has at hand.
 PROMPT_S: Final = 10.0
-# A host that is gone without a word shows after some 30 s, however long a run takes.
+# A host that is gone without a word shows after some 30 s, however long a run takes: where nothing is said, and where what
+# was said is not acknowledged.
 _KEEP_ALIVE: Final = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10),
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 30_000),
 )
 # Where struct tcp_info of linux/tcp.h has the shortest round trip, in microseconds.
 _MIN_RTT: Final = slice(148, 152)
@@ -239,9 +241,9 @@ def _read(control: socket.socket, timeout_s: float) -> bytes:
         control.settimeout(max(deadline - monotonic(), 0.001))
         try:
             byte = control.recv(1)
-        except TimeoutError:
-            raise SideFailed(f"the other side says nothing for {timeout_s:g} s") from None
         except OSError as error:
+            if isinstance(error, TimeoutError) and error.errno is None:  # else the kernel's own
+                raise SideFailed(f"the other side says nothing for {timeout_s:g} s") from None
             raise SideFailed(_broken(error)) from None
         if not byte:
             raise SideFailed(

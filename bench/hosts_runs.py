@@ -12,6 +12,7 @@ import signal
 import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -45,6 +46,12 @@ def side_process(side: Callable[..., object], *arguments: object) -> Iterator[Co
     """A process that runs one of the functions below; what it says comes out of the pipe. It ends with the block."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])
+    # From its first moment on, what is started here ignores a terminal's Ctrl-C: it is for the process that waits.
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, usual)
     ours, theirs = context.Pipe()
     process = context.Process(target=_run_side, args=(theirs, side, *arguments))
     process.start()
@@ -200,7 +207,6 @@ class _Announcing:
 
 
 def _run_side(pipe: Connection, side: Callable[..., object], *arguments: object) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it as well, and ends its processes
     threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     try:
         result = side(pipe.send, *arguments)
