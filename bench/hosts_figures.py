@@ -143,7 +143,7 @@ def advice(found: list[Figure]) -> str:
     """How many channels are enough."""
     rates = {f.channels: f.gb_per_s.median for f in found if f.gb_per_s is not None}
     if not rates:
-        return "No move converged: fewer writes, more RAM moved at a time, or a longer downtime limit would."
+        return "No move converged: the guest writes faster than any number of these channels carries."
     best = max(rates, key=lambda channels: rates[channels])
     enough = min(channels for channels, rate in rates.items() if rate >= _AS_GOOD * rates[best])
     return (
@@ -158,7 +158,7 @@ def _channels(number: int) -> str:
 
 def _plain_cells(rate: Spread, cpu: tuple[Spread, Spread], again: Spread) -> tuple[str, ...]:
     return (
-        f"{rate.median:.2f}",
+        _rate(rate),
         "1.00",
         "",
         "",
@@ -175,7 +175,7 @@ def _sealed_cells(figure: Figure) -> tuple[str, ...]:
     rate, ratio, downtime = figure.gb_per_s, figure.of_tcp, figure.downtime_ms
     ratios = ("-",) * 3 if ratio is None else (ratio.median, ratio.minimum, ratio.maximum)
     return (
-        "-" if rate is None else f"{rate.median:.2f}",
+        "-" if rate is None else _rate(rate),
         *(part if isinstance(part, str) else f"{part:.2f}" for part in ratios),
         *_cpu_cells(figure.cpu_s_per_gib),
         "-" if downtime is None else f"{downtime.median:.1f}",
@@ -184,6 +184,10 @@ def _sealed_cells(figure: Figure) -> tuple[str, ...]:
         f"{figure.sent_again.median:.0f}",
         f"{figure.converged} of {figure.runs}",
     )
+
+
+def _rate(rate: Spread) -> str:
+    return f"{rate.median:#.3g}"  # networks differ by a thousand
 
 
 def _cpu_cells(cpu: tuple[Spread, Spread]) -> tuple[str, str]:

@@ -92,7 +92,7 @@ def _serve_run(
     try:
         if run.ram_bytes > ram_limit_bytes:
             raise SideFailed(too_much(run.ram_bytes, ram_limit_bytes))
-        with _receiving(run, host, data_port, control.getpeername()[0], psk_file) as pipe:
+        with _receiving(run, host, data_port, _peer(control), psk_file) as pipe:
             send_line(control, Listening(_await(int, pipe, control, PREPARE_S)))
             send_line(control, _await(Done, pipe, control, RUN_S))
     except SideFailed as failed:
@@ -191,7 +191,7 @@ def _run(
     """One run: what the process of this side and what the destination say of it."""
     send_line(control, run)
     port = receive_line(control, Listening, PREPARE_S).port
-    with side_process(send, job, control.getpeername()[0], port) as pipe:
+    with side_process(send, job, _peer(control), port) as pipe:
         ready = wait([pipe, control], RUN_S)
         # The destination's word may come first: then this side's is on its way, unless it failed there.
         done = receive_line(control, Done) if control in ready and pipe not in ready else None
@@ -202,6 +202,13 @@ def _run(
         raise SideFailed(_why(said.text, control))
     assert isinstance(said, kind)
     return said, done or receive_line(control, Done, PREPARE_S)
+
+
+def _peer(control: socket.socket) -> str:
+    try:
+        return str(control.getpeername()[0])
+    except OSError:
+        raise SideFailed("the other side is gone") from None
 
 
 def _said(pipe: Connection) -> object:
@@ -231,10 +238,10 @@ def connected(address: tuple[str, int]) -> socket.socket:
     """The control line's connection. Raises SideFailed."""
     try:
         control = socket.create_connection(address, PROMPT_S)
+        keep_alive(control)
     except OSError as error:
         named = f"{address[0]}:{address[1]}"
         raise SideFailed(
             f"cannot connect to {named}: {error.strerror or error}: is the listener there?"
         ) from None
-    keep_alive(control)
     return control

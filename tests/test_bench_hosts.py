@@ -506,6 +506,12 @@ def test_figures_are_of_pairs_and_of_moves_that_converged() -> None:
     assert "No move converged" in hosts_figures.advice([four])
 
 
+def test_a_slow_network_has_rates_with_digits_too() -> None:
+    (slow,) = hosts_figures.figures([pair(1, 80.0)])
+    plain, sealed = hosts_figures.table("title", [slow]).rows
+    assert (plain[2], sealed[2]) == ("2.15", "0.0134")
+
+
 def test_the_advice_is_the_fewest_channels_that_are_as_good() -> None:
     found = hosts_figures.figures([pair(1, 2.0), pair(2, 1.02), pair(4, 1.0), pair(8, 1.5)])
     assert hosts_figures.advice(found).startswith(
