@@ -19,6 +19,7 @@ BENCHES: Final = {
     "audit": "digest audit, tokens and manifest against the move",
 }
 COMMANDS: Final = {
+    "hosts": "channel counts between two machines: no part of `all`, which has one",
     "all": "every bench in turn, in one result file",
     "report": "the tables of docs/performance.md from a result file",
 }
