@@ -11,7 +11,6 @@ import os
 import signal
 import threading
 from contextlib import contextmanager
-from dataclasses import dataclass
 from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Final
 
@@ -20,22 +19,17 @@ import trio
 import pagexfer
 from pagexfer.guests.simulated import SimulatedGuest
 
-from . import tcp
+from . import sealed, tcp
 from .hosts_line import Done, Failed, printable
 from .pair import Side, Watch, children
-from .sealed import Move, Moved
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
     from pathlib import Path
 
-    from pagexfer.dirty import DirtyBitmap, DirtyTracker
-    from pagexfer.engine.hypervisor import Hypervisor
-    from pagexfer.svsm.gate import VcpuGate
-    from pagexfer.svsm.memory import GuestMemory
-
     from .hosts_line import Run
+    from .sealed import Move, Moved
 
 _VCPUS: Final = 1
 _END_S: Final = 10.0
@@ -78,14 +72,14 @@ def receive_plain(tell: Callable[[int], None], run: Run, host: str, port: int, s
                 streams.append(stream)
             else:
                 await stream.aclose()
+        buffers = [memoryview(bytearray(tcp.BUFFER_BYTES)) for _ in streams]
         watch = Watch()
         async with trio.open_nursery() as nursery:
-            for stream in streams:
-                nursery.start_soon(drain, stream)
+            for stream, buffer in zip(streams, buffers, strict=True):
+                nursery.start_soon(drain, stream, buffer)
         return watch.side(0)
 
-    async def drain(stream: trio.SocketStream) -> None:
-        buffer = memoryview(bytearray(tcp.BUFFER_BYTES))
+    async def drain(stream: trio.SocketStream, buffer: memoryview) -> None:
         received = 0
         while count := await stream.socket.recv_into(buffer):
             received += count
@@ -130,80 +124,7 @@ def receive_move(tell: Callable[[int], None], run: Run, host: str, port: int, ps
 
 def send_move(tell: Callable[[int], None], move: Move, host: str, port: int, psk_file: Path) -> Moved:
     """The source of a move. Raises TransferAborted for any other end than the two in `Moved`."""
-    seen: list[pagexfer.MigrationInfo] = []
-    watch: list[Watch] = []
-
-    def see(info: pagexfer.MigrationInfo) -> None:
-        seen[:] = [info]
-        if watch:
-            watch[0].look()
-
-    async def main(guest: SimulatedGuest) -> Moved:
-        await guest.hypervisor.resume()
-        guest.gate.release()
-        tracker = _Announcing(guest.tracker, lambda: watch.append(Watch(spared)))
-        converged = True
-        try:
-            await pagexfer.send_guest(
-                _Watched(guest.kind, guest.memory, guest.gate, guest.hypervisor, tracker),
-                host,
-                port,
-                pagexfer.PskAttestor.from_file(psk_file),
-                channels=move.channels,
-                downtime_limit_s=move.downtime_limit_s,
-                isolated=move.isolated,
-                on_progress=see,
-            )
-        except pagexfer.TransferAborted as aborted:
-            if aborted.reason != "not-converging":
-                raise
-            converged = False
-        last = seen[0]
-        return Moved(
-            watch[0].side(move.ram_bytes),
-            converged,
-            (last.total_time - last.setup_time) / 1000,
-            (last.downtime or 0.0) / 1000,
-            last.ram.dirty_sync_count,
-            sum(channel.bundles for channel in last.channels),
-            last.ram.transferred,
-            last.ram.dirty_pages_rate,
-        )
-
-    with SimulatedGuest.boot(
-        move.ram_bytes, _VCPUS, write_rate_bytes=move.write_rate_bytes, free=move.free, seed=move.seed
-    ) as guest:
-        spared = children()
-        return trio.run(main, guest)
-
-
-@dataclass(frozen=True, slots=True)
-class _Watched:
-    """A guest with another tracker."""
-
-    kind: str
-    memory: GuestMemory
-    gate: VcpuGate
-    hypervisor: Hypervisor
-    tracker: DirtyTracker
-
-
-class _Announcing:
-    """A tracker that says when it is started, which is right before the first page is exported."""
-
-    def __init__(self, tracker: DirtyTracker, on_start: Callable[[], None]) -> None:
-        self._tracker = tracker
-        self._on_start = on_start
-
-    def start(self) -> None:
-        self._on_start()
-        self._tracker.start()
-
-    def collect(self) -> DirtyBitmap:
-        return self._tracker.collect()
-
-    def stop(self) -> None:
-        self._tracker.stop()
+    return sealed.send(move, host, port, attestor=pagexfer.PskAttestor.from_file(psk_file))
 
 
 def _run_side(pipe: Connection, side: Callable[..., object], *arguments: object) -> None:

@@ -138,7 +138,13 @@ def receive(
         return trio.run(main, guest), arrived_bytes
 
 
-def send(move: Move, host: str, port: int, on_first_page: Callable[[], None] = lambda: None) -> Moved:
+def send(
+    move: Move,
+    host: str,
+    port: int,
+    on_first_page: Callable[[], None] = lambda: None,
+    attestor: pagexfer.PskAttestor | None = None,
+) -> Moved:
     """The source, in a process of its own. Raises TransferAborted for any other end than the two in `Moved`.
 
     Its RAM is all there from its boot on, zero pages too: reading one meets no page fault.
@@ -164,7 +170,7 @@ def send(move: Move, host: str, port: int, on_first_page: Callable[[], None] = l
                 _Announced(guest, first_page),
                 host,
                 port,
-                pagexfer.PskAttestor(PSK),
+                attestor or pagexfer.PskAttestor(PSK),
                 channels=move.channels,
                 downtime_limit_s=move.downtime_limit_s,
                 bundle_pages=move.bundle_pages,
