@@ -287,7 +287,7 @@ async def test_a_dirty_log_that_fails_ends_the_migration(call: str) -> None:
     with trio.fail_after(5):
         await move.run()
     assert _ended(move.sent, "guest") == f"the dirty log cannot {call}"
-    assert _ended(move.received, "guest") == f"at the source: the dirty log cannot {call}"
+    assert _ended(move.received, "guest") == f"the source says: the dirty log cannot {call}"
     assert move.machine.stayed()
 
 
@@ -315,7 +315,7 @@ async def test_a_source_hypervisor_that_refuses_ends_the_migration(call: str) ->
     with trio.fail_after(5):
         await move.run()
     assert _ended(move.sent, "guest") == "the monitor said no"
-    assert _ended(move.received, "guest") == "at the source: the monitor said no"
+    assert _ended(move.received, "guest") == "the source says: the monitor said no"
     assert move.machine.stayed()
 
 
@@ -324,7 +324,7 @@ async def test_device_state_that_does_not_fit_is_the_reason_on_both_sides() -> N
     move.machine.destination.hypervisor.before_load = _fail
     with trio.fail_after(5):
         await move.run()
-    assert _ended(move.sent, "device-state") == "at the destination: the monitor said no"
+    assert _ended(move.sent, "device-state") == "the destination says: the monitor said no"
     assert _ended(move.received, "device-state") == "the monitor said no"
     assert move.machine.stayed()
 

@@ -255,7 +255,7 @@ async def test_whatever_a_source_hypervisor_raises_ends_it(
     await move.run()
     _caused(move.sent, "guest")
     heard = str(_ended(move.received, "guest"))
-    assert heard.startswith("at the source: the hypervisor did not s")
+    assert heard.startswith("the source says: the hypervisor did not s")
     assert "ForeignError" not in heard
     assert move.machine.stayed()
 
@@ -266,7 +266,7 @@ async def test_whatever_a_destination_hypervisor_raises_ends_it(isolated: bool) 
     await move.run()
     _caused(move.received, "device-state")
     heard = str(_ended(move.sent, "device-state"))
-    assert heard.startswith("at the destination: the hypervisor did not load")
+    assert heard.startswith("the destination says: the hypervisor did not load")
     assert "ForeignError" not in heard
     assert move.machine.stayed()
 

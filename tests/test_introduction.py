@@ -125,6 +125,6 @@ async def test_an_svsm_that_is_lost_before_it_has_a_session(monkeypatch: pytest.
     monkeypatch.setattr("pagexfer.migration._local_slot", make)
     machine = SmallMachine()
     sent, received = await _migrate(machine)
-    assert _ended(sent, "svsm") == "at the destination: the SVSM is gone"
+    assert _ended(sent, "svsm") == "the destination says: the SVSM is gone"
     assert _ended(received, "svsm") == "the SVSM is gone"  # no guest can have been released
     assert machine.stayed()

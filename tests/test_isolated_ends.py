@@ -128,7 +128,7 @@ async def test_a_device_state_over_the_cap(monkeypatch: pytest.MonkeyPatch) -> N
     move.machine.source.hypervisor.device_state = bytes(101)
     await move.run()
     assert "device state of 101 bytes is over the cap" in _aborted(move.sent.end, Outcome.ENDED, "guest")
-    assert "at the source: device state of 101" in _aborted(move.received.end, Outcome.ENDED, "guest")
+    assert "the source says: device state of 101" in _aborted(move.received.end, Outcome.ENDED, "guest")
     assert move.machine.stayed()
 
 

@@ -78,7 +78,7 @@ async def test_ram_for_which_there_is_no_room(isolated: bool) -> None:
     sent, received = await _ends(machine, isolated=isolated)
     assert (sent.reason, received.reason) == ("guest", "guest")
     assert str(received).endswith("(RAM cannot be written: No space left on device)")
-    assert str(sent).startswith("at the destination: a vCPU, a page or its state was refused")
+    assert str(sent).startswith("the destination says: a vCPU, a page or its state was refused")
     assert "No space" not in str(sent)
 
 
@@ -95,7 +95,7 @@ async def test_a_journal_that_cannot_be_written(
     assert (sent.reason, received.reason) == ("journal", "journal")
     assert str(received).endswith(f"(cannot write the journal {path}: No space left on device)")
     assert str(sent) == (
-        "at the destination: the journal could not be written: look at its disk and its folder"
+        "the destination says: the journal could not be written: look at its disk and its folder"
     )
 
 
@@ -132,7 +132,7 @@ async def test_a_destination_without_descriptors_for_all_channels(monkeypatch: p
     assert (sent.reason, received.reason) == ("resources", "resources")
     line = "only 1 of 2 channels came within 0.3 s: out of file descriptors (see 'ulimit -n')"
     assert str(received) == line
-    assert str(sent) == f"at the destination: {line}"
+    assert str(sent) == f"the destination says: {line}"
 
 
 def test_the_command_takes_as_many_descriptors_as_it_may() -> None:

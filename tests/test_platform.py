@@ -75,7 +75,8 @@ async def test_machines_that_differ(move: IsolatedMove) -> None:
     here, there = Described(b"an old one"), Described()
     machine = _described(move, here, there)
     await move.run()
-    assert _ended(move.sent.end, "geometry") == _ended(move.received.end, "geometry") == _DIFFERS
+    assert _ended(move.sent.end, "geometry") == f"the destination says: {_DIFFERS}"
+    assert _ended(move.received.end, "geometry") == _DIFFERS
     assert there.compared == [b"an old one"]
     assert set(here.calls) == {"resume"}  # it was never stopped
     assert all(info.ram.transferred == 0 for info in move.sent.progress)

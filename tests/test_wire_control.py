@@ -31,7 +31,7 @@ from .wire_vectors import Vector, data_of, is_refused, load, name_of, only_whole
 VECTORS = load("control")
 
 numbers = st.integers(0, (1 << 64) - 1)
-texts = st.text(max_size=100).filter(str.isprintable)
+texts = st.text(min_size=1, max_size=100).filter(str.isprintable)
 messages: st.SearchStrategy[ControlMessage] = st.one_of(
     st.builds(Prepare, handshake=st.binary(max_size=1000)),
     st.builds(Accept, handshake=st.binary(max_size=1000)),

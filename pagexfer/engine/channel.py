@@ -226,8 +226,12 @@ async def _import_frame(
     index = slot.begin_fill()
     package = slot.package(index)
     try:
-        if header.type is not FrameType.BUNDLE or header.payload_bytes > len(package):
-            raise MalformedData("a bundle is due that fits the slot's buffers")
+        if header.type is not FrameType.BUNDLE:
+            raise MalformedData(f"a {header.type.name} frame where a bundle is due")
+        if header.payload_bytes > len(package):
+            raise MalformedData(
+                f"a bundle of {header.payload_bytes} bytes: the slot's buffers hold {len(package)}"
+            )
         await connection.receive_into(package[: header.payload_bytes])
     except BaseException:
         slot.withdraw(index)

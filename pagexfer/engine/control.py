@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import trio
 
 from ..errors import ChannelBroken, MalformedData, Outcome, PagexferError, TransferAborted
-from ..wire.control import ControlMessage, Failed, pack_control, parse_control_untrusted
+from ..wire.control import ControlMessage, Failed, name_of, pack_control, parse_control_untrusted
 from ..wire.framing import FrameType
 
 if TYPE_CHECKING:
     from ..wire.framing import FrameHeader
+    from ..wire.handshake import Role
     from .streams import Connection
 
 MessageT = TypeVar("MessageT", bound=ControlMessage)
@@ -24,11 +25,19 @@ _LAST_WORDS_S: Final = 1.0
 _REFUSALS: Final = ("authentication", "policy")
 
 
-class Control:
-    """One side of the control connection. `listen` runs in a task of its own, so that the peer's end is seen at once."""
+class PeerFailed(TransferAborted):
+    """What the peer said of its own end: it is told back to nobody."""
 
-    def __init__(self, connection: Connection) -> None:
+
+class Control:
+    """One side of the control connection, at whose other end is `peer`.
+
+    `listen` runs in a task of its own, so that the peer's end is seen at once.
+    """
+
+    def __init__(self, connection: Connection, peer: Role) -> None:
         self.connection = connection
+        self._peer = peer
         self._send_inbox, self._inbox = trio.open_memory_channel[ControlMessage](_INBOX)
 
     async def send(self, message: ControlMessage) -> None:
@@ -37,9 +46,8 @@ class Control:
 
     async def receive_first(self, message_type: type[MessageT]) -> MessageT:
         """Receive a message before `listen` runs."""
-        return _expect(
-            parse_control_untrusted(await self.connection.receive_frame(FrameType.CONTROL)), message_type
-        )
+        message = parse_control_untrusted(await self.connection.receive_frame(FrameType.CONTROL))
+        return self._expect(message, message_type)
 
     async def listen(self) -> None:
         """Take in what the peer sends, for ever. Raises TransferAborted when it says that it failed, ChannelBroken when
@@ -56,9 +64,9 @@ class Control:
                 message = await self._inbox.receive()
         except trio.TooSlowError:
             raise ChannelBroken(
-                f"{self.connection.peer} sent no {message_type.__name__} within {timeout:g} s"
+                f"{self.connection.peer} sent no {name_of(message_type)} within {timeout:g} s"
             ) from None
-        return _expect(message, message_type)
+        return self._expect(message, message_type)
 
     async def last_words(self) -> TransferAborted | None:
         """What the peer still said of its failure before it went, if anything; for use after `listen` ended."""
@@ -76,19 +84,19 @@ class Control:
             raise MalformedData(f"{header.type.name} frame on the control connection")
         message = parse_control_untrusted(await self.connection.receive_payload(header))
         if isinstance(message, Failed):
-            raise peer_failed(message)
+            raise self._failed(message)
         return message
 
+    def _expect(self, message: ControlMessage, message_type: type[MessageT]) -> MessageT:
+        if isinstance(message, Failed) and message_type is not Failed:
+            raise self._failed(message)
+        if not isinstance(message, message_type):
+            raise MalformedData(
+                f"control message {name_of(type(message))} where {name_of(message_type)} is due"
+            )
+        return message
 
-def peer_failed(message: Failed) -> TransferAborted:
-    """The peer's own account of its failure, as our error."""
-    outcome = Outcome.REFUSED if message.reason in _REFUSALS else Outcome.ENDED
-    return TransferAborted(outcome, message.reason, message.message)
-
-
-def _expect(message: ControlMessage, message_type: type[MessageT]) -> MessageT:
-    if isinstance(message, Failed) and message_type is not Failed:
-        raise peer_failed(message)
-    if not isinstance(message, message_type):
-        raise MalformedData(f"{type(message).__name__} message where {message_type.__name__} is due")
-    return message
+    def _failed(self, message: Failed) -> TransferAborted:
+        """The peer's own account of its failure, as our error. Whoever is on the way can have written it."""
+        outcome = Outcome.REFUSED if message.reason in _REFUSALS else Outcome.ENDED
+        return PeerFailed(outcome, message.reason, f"the {self._peer.name.lower()} says: {message.message}")

@@ -42,7 +42,7 @@ from ..wire.framing import FrameType
 from ..wire.handshake import Role, parse_established_untrusted
 from ..wire.slot import Command, SessionStatus
 from .channel import DestinationChannel, EpochEnd
-from .control import Control
+from .control import Control, PeerFailed
 from .failure import (
     as_aborted,
     call_back,
@@ -110,6 +110,11 @@ class Barrier:
         if len(self._arrived) == self._channels:
             self._all_here.set()
 
+    @property
+    def all_here(self) -> bool:
+        """Whether every channel has arrived."""
+        return self._all_here.is_set()
+
     async def wait_for_all(self) -> None:
         """Until every channel has arrived."""
         await self._all_here.wait()
@@ -160,7 +165,7 @@ class DestinationEngine:
         self._established = trio.Event()
         self._refused: TransferAborted | None = None
         self._all_open = trio.Event()
-        self._handing_over = False
+        self._handing_over = trio.Event()
         self._device_state = bytearray()
         self._ready = False  # the source may have released the start token
         self._running = False
@@ -203,7 +208,7 @@ class DestinationEngine:
         """Handshake with whoever opened a control connection; True once it is this migration's source."""
         attempt = self._attempts = self._attempts + 1
         try:
-            return await self._agree_with(Control(connection), attempt)
+            return await self._agree_with(Control(connection, Role.SOURCE), attempt)
         finally:
             if self._control is None or self._control.connection is not connection:
                 with trio.CancelScope(shield=True), suppress(PagexferError):
@@ -220,7 +225,7 @@ class DestinationEngine:
             is_over = isinstance(error, SvsmLost) or self._control_slot.session is SessionStatus.FAILED
             if self._established.is_set() or not is_over:
                 aborted = _BUSY if self._established.is_set() else as_aborted(error)
-                await say_farewell(control, Role.DESTINATION, aborted)
+                await say_farewell(control, aborted)
                 raise
             # The SVSM is lost, or the peer is the source and cannot be served: waiting for another one would not help.
             self._refused = as_aborted(error)
@@ -331,12 +336,26 @@ class DestinationEngine:
                 with link.at_work():
                     return await work(link)
             except (ChannelBroken, ChannelClosed) as error:
-                if channel == 0 and self._handing_over:
-                    raise
-                with trio.move_on_after(self._stall_timeout_s):
-                    await link.replaced.wait()
-                if not link.replaced.is_set():
-                    raise ChannelBroken(f"channel {channel} was not replaced: {error}") from error
+                if not self._handing_over.is_set():
+                    await self._wait_for_replacement(link)
+                if link.replaced.is_set():
+                    continue
+                if channel and self._handing_over.is_set():
+                    return None  # all that is left goes over channel 0
+                raise ChannelBroken(f"channel {channel} was not replaced: {error}") from error
+
+    async def _wait_for_replacement(self, link: DestinationChannel) -> None:
+        """Until another connection took the place of this one, none can any more, or none came for too long."""
+        with trio.move_on_after(self._stall_timeout_s):
+            async with trio.open_nursery() as nursery:
+
+                async def give_up() -> None:
+                    await self._handing_over.wait()
+                    nursery.cancel_scope.cancel()
+
+                nursery.start_soon(give_up)
+                await link.replaced.wait()
+                nursery.cancel_scope.cancel()
 
     async def _work(self, channel: int, carry: Carrier, barrier: Barrier, link: DestinationChannel) -> None:
         """A channel that carries pages only: the SVSM takes nothing else over it."""
@@ -359,12 +378,14 @@ class DestinationEngine:
                 await barrier.wait_for_all()
                 continue
             kind, part = arrival
-            # The source replaces nothing any more once it has begun to send states.
-            self._handing_over = kind in _HAND_OVER
+            if kind in _HAND_OVER:
+                self._handing_over.set()  # the source replaces nothing any more once it has begun to send states
             match kind:
                 case BundleKind.DEVICE_STATE:
                     self._keep(part)
                 case BundleKind.EPOCH_TOKEN:
+                    if not barrier.all_here:
+                        raise MalformedData("an epoch's token came before every channel's BARRIER")
                     closed = barrier.epoch
                     barrier.open()
                     self._progress.begin_epoch(0)
@@ -421,8 +442,8 @@ class DestinationEngine:
         aborted = _CANCELLED if failure is None else as_aborted(failure)
         if self._control is not None and aborted.reason == "connection":
             aborted = await self._control.last_words() or aborted
-        elif self._control is not None:
-            await say_farewell(self._control, Role.DESTINATION, aborted)
+        if self._control is not None and not isinstance(aborted, PeerFailed):
+            await say_farewell(self._control, aborted)
         if refusal is not None and self._ready:
             aborted = stuck_at_destination(aborted)
         self._finish(Status.CANCELLED if aborted is _CANCELLED else Status.FAILED)

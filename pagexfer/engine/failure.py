@@ -22,7 +22,7 @@ from ..errors import (
 )
 from ..wire.constants import PAGE_SIZE
 from ..wire.control import Failed
-from ..wire.handshake import Role, parse_hello_untrusted, split_reply_untrusted
+from ..wire.handshake import parse_hello_untrusted, split_reply_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -40,8 +40,6 @@ HYPERVISOR_TIMEOUT_S: Final = 30.0
 SECOND_HAND: Final = ("connection", "destination-failed")
 
 _STUCK: Final = "and the guest does not go on here"
-# Reasons whose lines name the side that they speak of.
-_NAMES_ITS_SIDE: Final = ("authentication", "policy", "geometry", "compression", "busy", "cancelled")
 
 # For each coarse code: the machine-readable reason and what to tell a person.
 _REFUSALS: Final = {
@@ -249,17 +247,14 @@ def one_line(text: str) -> str:
     return "".join(character if character.isprintable() else " " for character in text)[:500]
 
 
-async def say_farewell(control: Control, side: Role, failure: TransferAborted) -> None:
+async def say_farewell(control: Control, failure: TransferAborted) -> None:
     """Tell the peer why this side ends, as far as the connection still carries it.
 
-    Anybody on the way can read that line, and the peer shows it: so it is coarse, and says which side it speaks of.
+    Anybody on the way can read that line, and the peer shows it as this side's: so it is coarse.
     """
-    message = failure.coarse
-    if failure.reason not in _NAMES_ITS_SIDE:
-        message = f"at the {side.name.lower()}: {message}"
     with trio.move_on_after(_FAREWELL_TIMEOUT_S):
         try:
-            await control.send(Failed(failure.reason, one_line(message)))
+            await control.send(Failed(failure.reason, one_line(failure.coarse)))
         except (ChannelBroken, ChannelClosed):
             return
 

@@ -38,7 +38,7 @@ from ..wire.framing import ConnectionHello, FrameType, Purpose
 from ..wire.handshake import Role, parse_established_untrusted
 from ..wire.slot import Command, SlotStatus
 from .channel import SourceChannel
-from .control import Control
+from .control import Control, PeerFailed
 from .convergence import Costs, Decision
 from .course import Course
 from .failure import (
@@ -141,7 +141,7 @@ class SourceEngine:
         """
         control: Control | None = None
         try:
-            control = Control(await connect(host, port, self._options.stall_timeout_s))
+            control = Control(await connect(host, port, self._options.stall_timeout_s), Role.DESTINATION)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._migrate, control, host, port, nursery.cancel_scope)
                 nursery.start_soon(self._report)
@@ -210,7 +210,9 @@ class SourceEngine:
             self._channels.append(SourceChannel(channel, slot, connection, tally))
             self._progress.channels.append(tally)
             await self._channels[-1].open(session)
-        await control.receive(ChannelsOpen, self._options.stall_timeout_s)
+        opened = await control.receive(ChannelsOpen, self._options.stall_timeout_s)
+        if opened.channels != len(self._slots):
+            raise MalformedData(f"the destination has {opened.channels} of {len(self._slots)} channels open")
 
     async def _precopy(self, control: Control, repair: Repair) -> None:
         log = self._hypervisor.dirty_log
@@ -441,8 +443,8 @@ class SourceEngine:
         aborted = self._cancelled if failure is None else as_aborted(failure)
         if control is not None and aborted.reason in SECOND_HAND:
             aborted = await control.last_words() or aborted
-        elif control is not None:
-            await say_farewell(control, Role.SOURCE, aborted)
+        if control is not None and not isinstance(aborted, PeerFailed):
+            await say_farewell(control, aborted)
         if not decided:
             aborted = undecided(aborted)
         if stuck is not None:

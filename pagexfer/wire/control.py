@@ -77,11 +77,16 @@ _NAMES: Final[dict[str, type[ControlMessage]]] = {
     "epoch-closed": EpochClosed,
     "failed": Failed,
 }
-_NAME_OF: Final = {message_type: name for name, message_type in _NAMES.items()}
+_NAME_OF: Final[dict[type[object], str]] = {message_type: name for name, message_type in _NAMES.items()}
 _FIELD_TYPES: Final[dict[str, type[bytes] | type[int] | type[str]]] = {"bytes": bytes, "int": int, "str": str}
 _MAX_TEXT: Final = 2000
 # Beside evidence of MAX_EVIDENCE_BYTES it fits a message.
 MAX_PLATFORM_BYTES: Final = 1 << 14
+
+
+def name_of(message_type: type[object]) -> str:
+    """What a message is called in the protocol."""
+    return _NAME_OF[message_type]
 
 
 def pack_control(message: ControlMessage) -> bytes:
@@ -100,7 +105,7 @@ def parse_control_untrusted(data: bytes) -> ControlMessage:
         value = msgpack.unpackb(data, raw=False, strict_map_key=True, object_pairs_hook=_distinct)
     # msgpack documents ValueError as the root of its own errors; a str that is not UTF-8 and nesting are its subclasses
     except (ValueError, RecursionError):
-        raise MalformedData("control message is not msgpack") from None
+        raise MalformedData("control message is not one msgpack map with each key once") from None
     if not isinstance(value, dict) or next(iter(value), None) != "version":
         raise MalformedData("control message is not a map that begins with its version")
     if type(value["version"]) is not int or value["version"] != PROTOCOL_VERSION:
@@ -117,7 +122,7 @@ def parse_control_untrusted(data: bytes) -> ControlMessage:
     for key, field_type in expected.items():
         if type(value[key]) is not field_type or (field_type is int and value[key] < 0):
             raise MalformedData(f"control message {name!r} with a bad {key!r}")
-        if field_type is str and (len(value[key]) > _MAX_TEXT or not value[key].isprintable()):
+        if field_type is str and not (0 < len(value[key]) <= _MAX_TEXT and value[key].isprintable()):
             raise MalformedData(f"control message {name!r} with a {key!r} that is not one printable line")
     message = message_type(**{key: value[key] for key in expected})
     if isinstance(message, Confirm) and len(message.platform) > MAX_PLATFORM_BYTES:
