@@ -102,12 +102,68 @@ def test_a_chain_is_printed_move_by_move(verify: Verify, psk: str) -> None:
         assert shown.get("continuous") == (None if move == 1 else "not known")
 
 
-def test_without_the_key_evidence_is_told_to_be_unverified(verify: Verify) -> None:
-    code, out, err = verify(LEDGER)
-    assert code == 0
-    assert out.count("pre-shared key: not verifiable offline") == 6
-    assert "give --psk-file" in err
-    assert "move 3 record" in out
+def test_without_the_key_evidence_is_not_verified(verify: Verify, tmp_path: Path) -> None:
+    """Whoever has no key can write such a ledger, so it is none that holds."""
+    lenient = policy_file(tmp_path / "lenient.json", allow_psk=True)
+    for options in ([], ["--no-policy"], ["--policy", lenient]):
+        code, out, err = verify(LEDGER, *options)
+        assert code == 3
+        assert out.count("not verified: pre-shared key") == 6
+        assert err == (
+            "pagexfer: the ledger's rule evidence refuses move 1: a pre-shared key's is not verified: give --psk-file\n"
+        )
+        assert "move 3 record" in out
+        report = json.loads(verify(LEDGER, *options, "--json")[1])
+        assert report["verified"] is False
+        assert [move["verified"] for move in report["chain"]] == [False] * 3
+        assert report["error"]["rule"] == "evidence"
+
+
+def test_a_policy_refuses_pre_shared_keys_unless_it_says_otherwise(
+    verify: Verify, psk: str, tmp_path: Path
+) -> None:
+    """They meet none of its other rules."""
+    for options in ([], ["--psk-file", psk]):
+        code, out, err = verify(LEDGER, *options, "--policy", policy_file(tmp_path / "strict.json"))
+        assert (code, out) == (3, "")
+        assert "refuses move 1: the source's evidence: the policy's rule allow_psk refuses" in err
+    one_side = policy_file(tmp_path / "one.json", source={"allow_psk": True})
+    assert "the destination's evidence" in verify(LEDGER, "--psk-file", psk, "--policy", one_side)[2]
+    both = policy_file(tmp_path / "both.json", allow_psk=True)
+    assert verify(LEDGER, "--psk-file", psk, "--policy", both)[0] == 0
+
+
+def test_no_guest_is_put_behind_the_chain_of_another(
+    verify: Verify, ca: str, psk: str, tmp_path: Path
+) -> None:
+    """A host without any key puts a record by pre-shared key between one guest's chain and another's next move."""
+    first, other = Journey(), Journey()
+    first.arrive(first.next_pair(emulated(), emulated()))
+    there = emulated()
+    other.arrive(other.next_pair(emulated(), there))
+    grafted = forged(
+        parse_ledger_untrusted(first.ledger),
+        RECORDS[0].proofs,
+        parse_ledger_untrusted(first.ledger)[0].body.guest_id,
+    )
+    other.ledger = pack_ledger(grafted)
+    other.arrive(other.next_pair(there, emulated()))
+    first.close()
+    other.close()
+    options = ["--test-ca", ca, "--at", AT_TEXT]
+    strict = policy_file(tmp_path / "strict.json")
+    assert "rule allow_psk" in verify(other.ledger, *options, "--policy", strict)[2]
+    code, out, err = verify(other.ledger, *options)
+    assert (code, out) == (3, "")
+    assert "rule continuity refuses move 2: a pre-shared key names no machine" in err
+    lenient = policy_file(tmp_path / "lenient.json", allow_psk=True)
+    for accepting in (["--no-policy"], ["--policy", lenient]):
+        code, out, err = verify(other.ledger, *options, *accepting, "--json")
+        assert code == 3
+        assert "a pre-shared key's is not verified" in err
+        assert [move["verified"] for move in json.loads(out)["chain"]] == [True, False, True]
+        # Nor does the key help, which the host that made the record did not have.
+        assert "same pre-shared key" in verify(other.ledger, *options, *accepting, "--psk-file", psk)[2]
 
 
 def test_another_key_is_refused(verify: Verify, tmp_path: Path) -> None:
@@ -217,12 +273,12 @@ def test_the_two_machines_of_a_move_are_different_ones(verify: Verify, ca: str, 
 
 
 def test_moves_by_pre_shared_key_are_counted_too(verify: Verify, psk: str, tmp_path: Path) -> None:
-    few = policy_file(tmp_path / "few.json", maximum_moves=2)
+    few = policy_file(tmp_path / "few.json", allow_psk=True, maximum_moves=2)
     code, _, err = verify(LEDGER, "--psk-file", psk, "--policy", few)
     assert code == 3
     assert "refuses move 3" in err
     assert "maximum_moves" in err
-    enough = policy_file(tmp_path / "enough.json", maximum_moves=3)
+    enough = policy_file(tmp_path / "enough.json", allow_psk=True, maximum_moves=3)
     assert verify(LEDGER, "--psk-file", psk, "--policy", enough)[0] == 0
 
 

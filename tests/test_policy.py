@@ -270,6 +270,7 @@ KEYS: dict[str, tuple[object, object]] = {
     "required_mitigations": (11, 11),
     "require_crl": (True, True),
     "maximum_moves": (5, 5),
+    "allow_psk": (True, True),
 }
 
 

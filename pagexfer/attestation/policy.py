@@ -65,6 +65,7 @@ class Policy:
     required_mitigations: int = 0
     require_crl: bool = False
     maximum_moves: int | None = None
+    allow_psk: bool = False
 
 
 def check_policy(policy: Policy, claims: SnpClaims, *, own: SnpClaims | None, moves: int | None) -> None:
@@ -91,6 +92,12 @@ def check_moves(policy: Policy, moves: int) -> None:
     """A guest may make the move that is number `moves` in its life. Raises PolicyRefused."""
     if policy.maximum_moves is not None and moves > policy.maximum_moves:
         raise _refusal("maximum_moves", moves, f"at most {policy.maximum_moves}")
+
+
+def check_psk(policy: Policy) -> None:
+    """A move may rest on a pre-shared key, which meets none of the other rules. Raises PolicyRefused."""
+    if not policy.allow_psk:
+        raise _refusal("allow_psk", "a pre-shared key, which proves no platform", "a report")
 
 
 def check_report_data(claims: SnpClaims, expected: bytes) -> None:

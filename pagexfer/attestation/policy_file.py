@@ -227,4 +227,5 @@ _RULES: Final[dict[str, Callable[[object, str], object]]] = {
     "required_mitigations": _number(1 << 64),
     "require_crl": _boolean,
     "maximum_moves": _or_any(_number(1 << 32)),
+    "allow_psk": _boolean,
 }

@@ -1,6 +1,6 @@
 """`pagexfer ledger verify`, and the files that ledgers of moves are kept in.
 
-Exit codes: 0 every rule holds; 2 bad usage, or the file is no ledger; 3 a rule does not hold.
+Exit codes: 0 every rule holds; 2 bad usage, or the file is no ledger; 3 a rule does not hold, or evidence was not verified.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import click
 
 from ..attestation import PskAttestor
 from ..attestation.insecure import EmulatedAuthority
-from ..attestation.policy import Policy, check_moves, check_policy, check_report_data
+from ..attestation.policy import Policy, check_moves, check_policy, check_psk, check_report_data
 from ..attestation.policy_file import load_policies
 from ..attestation.snp import AMD_ROOTS
 from ..attestation.snp.attestor import as_claims, verify_evidence
@@ -78,9 +78,11 @@ def verify(
     It shows these moves, and cannot show that there were no later ones: compare the last record with what the guest's
     present SVSM has. When a move was made is not recorded, for no side has a clock that the others trust.
 
-    Without --policy and --no-policy the built-in rules of 'attest verify' hold.
+    Without --policy and --no-policy the built-in rules of 'attest verify' hold, and moves with a pre-shared key are
+    accepted, but not after one with reports. With --policy they are refused unless it has allow_psk.
 
-    Exit code 0: every rule holds. 2: bad usage, or no ledger. 3: a rule does not hold.
+    Exit code 0: every rule holds. 2: bad usage, or no ledger. 3: a rule does not hold, or evidence by pre-shared key was
+    not verified.
     """
     if policy_file is not None and no_policy:
         raise UsageError("--policy and --no-policy exclude each other")
@@ -99,12 +101,20 @@ def verify(
     if not records:
         raise UsageError(f"{file} is empty: a guest that never moved has no ledger to verify")
     try:
-        moves = verify_chain(records, verifier)
+        # With a policy its rule allow_psk decides about every move by itself.
+        moves = verify_chain(records, verifier, psk_after_reports=no_policy or policy_file is not None)
     except LedgerRefused as error:
         return _refused(error, as_json=as_json)
-    _print(moves, as_json=as_json)
-    if any(move.source is None for move in moves):
-        note("signatures and chain hold; a pre-shared key's evidence was not verified: give --psk-file")
+    unverified = [move for move in moves if None in (move.source, move.destination)]
+    if unverified:
+        # Anybody can write such a record: hashes and signatures hold, and nobody's word stands behind them.
+        missing = LedgerRefused(
+            "evidence", unverified[0].record.body.move, "a pre-shared key's is not verified: give --psk-file"
+        )
+        _print(moves, missing, as_json=as_json)
+        note(str(missing))
+        return Outcome.REFUSED
+    _print(moves, None, as_json=as_json)
     if policy_file is None and any(move.terms.kind is not AttestorKind.PSK for move in moves):
         note("evidence holds; the measurements were compared with nothing: give --policy")
     return Outcome.COMPLETED
@@ -171,7 +181,10 @@ def write_ledger(path: Path, data: bytes) -> None:
 
 
 class _Verifier:
-    """Verifies the evidence of every move as its peer did then: up to the roots given, and under this policy."""
+    """Verifies the evidence of every move as its peer did then: up to the roots given, and under this policy.
+
+    None stands for a pre-shared key's where the key was not given.
+    """
 
     def __init__(
         self,
@@ -191,6 +204,7 @@ class _Verifier:
     def __call__(self, evidence: Evidence) -> Claims | None:
         if evidence.kind is AttestorKind.PSK:
             if self._policies is not None:
+                check_psk(self._policies[evidence.role])
                 check_moves(self._policies[evidence.role], evidence.move)
             return None if self._psk is None else self._psk.verify(evidence.data, evidence.report_data)
         claims = self._verified(evidence)
@@ -220,22 +234,23 @@ class _Verifier:
 
 def _policies(path: Path | None) -> dict[Role, Policy]:
     if path is None:
-        return dict.fromkeys(Role, Policy(measurements=None, minimum_tcb=None))
+        return dict.fromkeys(Role, Policy(measurements=None, minimum_tcb=None, allow_psk=True))
     policies = load_policies(path)
     return {Role.SOURCE: policies.source, Role.DESTINATION: policies.destination}
 
 
-def _print(moves: tuple[VerifiedMove, ...], *, as_json: bool) -> None:
+def _print(moves: tuple[VerifiedMove, ...], error: LedgerRefused | None, *, as_json: bool) -> None:
+    """The chain, which holds but for the evidence that `error` says was not verified."""
     last = moves[-1].record
     head: dict[str, object] = {
-        "verified": True,
+        "verified": error is None,
         "moves": len(moves),
         "guest-id": last.body.guest_id.hex(),
         "last-record": record_hash(last).hex(),
     }
     described = [_describe(move) for move in moves]
     if as_json:
-        print_json({**head, "chain": described})
+        print_json({**head, "chain": described, **({} if error is None else _told(error))})
         return
     for move in described:
         head[f"move {move.pop('move')}"] = move
@@ -246,6 +261,7 @@ def _describe(move: VerifiedMove) -> dict[str, object]:
     body = move.record.body
     described: dict[str, object] = {
         "move": body.move,
+        "verified": None not in (move.source, move.destination),
         "attestation": move.terms.kind.label,
         "freshness": body.freshness.label,
         "source": _side(move.source),
@@ -262,17 +278,20 @@ def _describe(move: VerifiedMove) -> dict[str, object]:
 
 def _side(claims: Claims | None) -> dict[str, object]:
     if claims is None:
-        return {"evidence": "pre-shared key: not verifiable offline"}
+        return {"evidence": "not verified: pre-shared key, which is not here"}
     told = {name: claims.details[name] for name in _TOLD if name in claims.details}
     return {"evidence": f"verified: {claims.subject}", **told}
 
 
 def _refused(error: LedgerRefused, *, as_json: bool) -> int:
     if as_json:
-        reason = {"reason": "ledger", "rule": error.rule, "move": error.move, "message": str(error)}
-        print_json({"verified": False, "error": reason})
+        print_json({"verified": False, **_told(error)})
     note(str(error))
     return Outcome.REFUSED
+
+
+def _told(error: LedgerRefused) -> dict[str, object]:
+    return {"error": {"reason": "ledger", "rule": error.rule, "move": error.move, "message": str(error)}}
 
 
 def _temporary(path: Path) -> tuple[int, str]:

@@ -6,15 +6,15 @@ import hashlib
 
 # As docs/policy.md has the defaults, with both rules that have none set to "any".
 OPEN = (
-    '{"allow_debug":false,"allow_masked_chip_id":false,"allow_migration_agent":false,"allow_same_machine":false,'
-    '"allowed_chips":"any","author_keys":"any","denied_chips":[],"family_ids":"any","forbidden_platform_bits":[],'
+    '{"allow_debug":false,"allow_masked_chip_id":false,"allow_migration_agent":false,"allow_psk":false,'
+    '"allow_same_machine":false,"allowed_chips":"any","author_keys":"any","denied_chips":[],"family_ids":"any","forbidden_platform_bits":[],'
     '"host_data":"any","id_keys":"any","image_ids":"any","maximum_moves":"any","measurements":"any",'
     '"minimum_guest_svn":0,"minimum_tcb":"any","products":["Genoa","Milan","Turin"],"require_crl":false,'
     '"required_mitigations":0,"required_platform_bits":[],"vlek_providers":[],"vmpls":[0]}'
 )
 FULL = (
-    '{"allow_debug":true,"allow_masked_chip_id":true,"allow_migration_agent":true,"allow_same_machine":true,'
-    '"allowed_chips":["0102030405060708"],"author_keys":["' + "aa" * 48 + '"],'
+    '{"allow_debug":true,"allow_masked_chip_id":true,"allow_migration_agent":true,"allow_psk":true,'
+    '"allow_same_machine":true,"allowed_chips":["0102030405060708"],"author_keys":["' + "aa" * 48 + '"],'
     '"denied_chips":["' + "01" * 64 + '","0202020202020202"],"family_ids":["' + "bb" * 16 + '"],'
     '"forbidden_platform_bits":["SEV_TIO_EN"],"host_data":[],"id_keys":["' + "cc" * 48 + '"],'
     '"image_ids":["' + "dd" * 16 + '"],"maximum_moves":100,'
@@ -38,6 +38,7 @@ FULL_FILE: dict[str, object] = {
     "allow_debug": True,
     "allow_masked_chip_id": True,
     "allow_migration_agent": True,
+    "allow_psk": True,
     "allow_same_machine": True,
     "allowed_chips": ["0102030405060708" + "00" * 56],
     "denied_chips": ["02" * 8, "01" * 64],
