@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 MILAN = Product.MILAN
 EARLIER = (AT - timedelta(days=90), AT - timedelta(days=60))
+LATER = (AT + timedelta(days=1), AT + timedelta(days=20))
 
 
 @pytest.fixture
@@ -289,7 +290,27 @@ def test_a_crl_of_another_authority_is_refused(ca: SnpTestCa) -> None:
 
 
 def test_a_crl_out_of_its_time_is_refused(ca: SnpTestCa) -> None:
+    """Over, or not begun: a list of the future is none that anybody has today."""
     refused(ca, endorsements(ca, ca.leaf(), ca.crl(valid=EARLIER)), "fetch a new one")
+    refused(ca, endorsements(ca, ca.leaf(), ca.crl(valid=LATER)), "the CRL is valid from")
+    check(ca, endorsements(ca, ca.leaf(), ca.crl(valid=LATER)), at=LATER[0])
+
+
+def test_certificates_of_the_past_are_valid_together_at_some_time(ca: SnpTestCa) -> None:
+    roots = [ca.root]
+    past = endorsements(ca, ca.leaf(valid=(VALID[0], VALID[0] + timedelta(days=1))))
+    later = AT + timedelta(days=3650)
+    check_chain(past, SigningKey.VCEK, at=later, roots=roots, whenever=True)
+    assert (past.valid_from, past.valid_until) == (VALID[0], VALID[0] + timedelta(days=1))
+    refused(ca, past, "SEV-VCEK is valid from")
+    never = endorsements(ca, ca.leaf(valid=EARLIER))
+    with pytest.raises(AttestationError, match="never valid together"):
+        check_chain(never, SigningKey.VCEK, at=AT, roots=roots, whenever=True)
+    # What a CRL says of today holds for what was signed before.
+    for crl, why in ((ca.crl(), None), (ca.crl(valid=EARLIER), "fetch a new one")):
+        old = endorsements(ca, ca.leaf(valid=(VALID[0], VALID[0] + timedelta(days=1))), crl)
+        with contextlib.nullcontext() if why is None else pytest.raises(AttestationError, match=why):
+            check_chain(old, SigningKey.VCEK, at=AT, roots=roots, whenever=True)
 
 
 def test_a_crl_with_an_unknown_critical_extension_is_refused(ca: SnpTestCa) -> None:

@@ -21,10 +21,9 @@ from ..attestation.policy_file import load_policies
 from ..attestation.snp import AMD_ROOTS
 from ..attestation.snp.attestor import as_claims, verify_evidence
 from ..errors import LedgerRefused, MalformedData, Outcome, UsageError
-from ..svsm.ledger import record_hash, verify_chain
+from ..svsm.ledger import VALID_FROM, VALID_UNTIL, record_hash, verify_chain
 from ..wire.handshake import AttestorKind, Role
 from ..wire.ledger import MAX_LEDGER_BYTES, parse_ledger_untrusted
-from .attest import Moment
 from .files import read_file
 from .output import note, print_json, print_table
 
@@ -33,13 +32,21 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..attestation import Claims
-    from ..attestation.snp import SnpClaims
+    from ..attestation.snp import Root, SnpClaims
     from ..svsm.ledger import Evidence, VerifiedMove
     from ..wire.ledger import Record
 
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
 # What is told of the machine at either end, where its evidence says it.
-_TOLD: Final = ("product", "certified_chip", "report_id", "measurement", "vmpl")
+_TOLD: Final = (
+    "product",
+    "certified_chip",
+    "report_id",
+    "measurement",
+    "vmpl",
+    VALID_FROM,
+    VALID_UNTIL,
+)
 
 
 def ledger_option(purpose: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -61,7 +68,6 @@ def ledger_commands() -> None:
 )
 @click.option("--crl", type=_FILE, help="snp: revocation list of AMD's root key (DER or PEM).")
 @click.option("--test-ca", type=_FILE, help="emulated: file of 'attest make-test-ca'.")
-@click.option("--at", type=Moment(), help="Certificates must be valid at this time (ISO 8601). Default: now.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def verify(
     file: Path,
@@ -70,13 +76,14 @@ def verify(
     psk_file: Path | None,
     crl: Path | None,
     test_ca: Path | None,
-    at: datetime | None,
     as_json: bool,
 ) -> int:
     """Check a guest's ledger offline, and print its moves.
 
     It shows these moves, and cannot show that there were no later ones: compare the last record with what the guest's
-    present SVSM has. When a move was made is not recorded, for no side has a clock that the others trust.
+    present SVSM has. When a move was made is not recorded, for no side has a clock that the others trust: certificates may
+    have been valid at any time, and the answer says when those of each move were. A CRL has to be valid today; what it
+    revokes counts for old moves, too.
 
     Without --policy and --no-policy the built-in rules of 'attest verify' hold, and moves with a pre-shared key are
     accepted, but not after one with reports. With --policy they are refused unless it has allow_psk.
@@ -91,7 +98,7 @@ def verify(
         None if psk_file is None else PskAttestor.from_file(psk_file),
         None if crl is None else read_file(crl, "CRL"),
         None if test_ca is None else EmulatedAuthority.load(test_ca),
-        datetime.now(UTC) if at is None else at,
+        datetime.now(UTC),
     )
     data = read_file(file, "ledger", MAX_LEDGER_BYTES)
     try:
@@ -192,13 +199,13 @@ class _Verifier:
         psk: PskAttestor | None,
         crl: bytes | None,
         authority: EmulatedAuthority | None,
-        at: datetime,
+        now: datetime,
     ) -> None:
         self._policies = policies
         self._psk = psk
         self._crl = crl
         self._authority = authority
-        self._at = at
+        self._now = now
         self._source: SnpClaims | None = None
 
     def __call__(self, evidence: Evidence) -> Claims | None:
@@ -214,12 +221,16 @@ class _Verifier:
 
     def _verified(self, evidence: Evidence) -> SnpClaims:
         if evidence.kind is AttestorKind.SNP:
-            return verify_evidence(evidence.data, at=self._at, roots=AMD_ROOTS, crl=self._crl)
+            return self._whenever(evidence, AMD_ROOTS, self._crl)
         if self._authority is None:
             raise UsageError(
                 f"move {evidence.move} has emulated evidence: give the --test-ca it was made with"
             )
-        return verify_evidence(evidence.data, at=self._at, roots=(self._authority.root,), crl=None)
+        return self._whenever(evidence, (self._authority.root,), None)
+
+    def _whenever(self, evidence: Evidence, roots: Sequence[Root], crl: bytes | None) -> SnpClaims:
+        """As of whenever the certificates were valid: nobody's word says when a move was made."""
+        return verify_evidence(evidence.data, at=self._now, roots=roots, crl=crl, whenever=True)
 
     def _check_policy(self, evidence: Evidence, claims: SnpClaims) -> None:
         """Each side under the rules for its role; rules about both of them once the destination is known, too."""
@@ -271,6 +282,10 @@ def _describe(move: VerifiedMove) -> dict[str, object]:
         "manifest-digest": body.manifest_digest.hex(),
         "record": record_hash(move.record).hex(),
     }
+    sides = [side.details for side in (move.source, move.destination) if side is not None and side.details]
+    if sides:
+        described["certificates-valid-from"] = max(str(side[VALID_FROM]) for side in sides)
+        described["certificates-valid-until"] = min(str(side[VALID_UNTIL]) for side in sides)
     if body.move > 1:
         described["continuous"] = "not known" if move.continuous is None else "yes"
     return described

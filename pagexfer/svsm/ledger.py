@@ -51,6 +51,9 @@ NO_RECORD: Final = bytes(DIGEST_BYTES)  # stands for the hash of the record befo
 # What evidence may say of the machine that gave it. Where that machine is a move's destination and gives the guest away in
 # the next one, neither can have changed: a chip has one name, and a launch of its firmware one report id.
 _INSTANCE: Final = ("certified_chip", "report_id")
+# When the certificates behind evidence are valid: in UTC and one form, so that texts compare as times do.
+VALID_FROM: Final = "certificates_valid_from"
+VALID_UNTIL: Final = "certificates_valid_until"
 
 
 class LedgerKey:
@@ -240,9 +243,11 @@ def verify_chain(
 
     Raises LedgerRefused with the first rule that does not hold: those of `check_chain`; `evidence` where `verify_evidence`
     raises AttestationError or MalformedData; `continuity` where evidence names another machine, or another launch of its
-    firmware, as a move's source than as the destination of the move before, or none at all after one that did.
+    firmware, as a move's source than as the destination of the move before, or none at all after one that did;
+    `dates` where certificates were not valid in the order in which they would have been used.
     """
     moves: list[VerifiedMove] = []
+    began = ""
     for record, terms in zip(records, check_chain(records), strict=True):
         _require(
             psk_after_reports or not moves or not _loses_reports(moves[-1].terms, terms),
@@ -251,6 +256,7 @@ def verify_chain(
             "a pre-shared key names no machine, and the move before had reports of two",
         )
         source, destination = (_verify(evidence, verify_evidence) for evidence in _evidence_of(record, terms))
+        began = _check_dates(record.body.move, began, source, destination)
         continuous = _check_continuity(record.body.move, moves[-1].destination if moves else None, source)
         moves.append(VerifiedMove(record, terms, source, destination, continuous))
     return tuple(moves)
@@ -329,6 +335,24 @@ def _check_continuity(move: int, before: Claims | None, source: Claims | None) -
             f"the guest left from {name} {source.details[name]}, but had arrived at {before.details[name]}",
         )
     return True if known else None
+
+
+def _check_dates(move: int, began: str, *sides: Claims | None) -> str:
+    """`began` is when the last certificate of the moves before began; returns the same of all up to this move.
+
+    Each move was at a time when its certificates were valid, and after the moves before it.
+    """
+    known = [side.details for side in sides if side is not None and VALID_FROM in side.details]
+    began = max([began, *(str(details[VALID_FROM]) for details in known)])
+    for details in known:
+        ended = str(details[VALID_UNTIL])
+        _require(
+            began <= ended,
+            "dates",
+            move,
+            f"a certificate ended at {ended}, before one of this move or an earlier one began at {began}",
+        )
+    return began
 
 
 def _require(holds: bool, rule: str, move: int, why: str) -> None:

@@ -52,6 +52,8 @@ _TOLD: Final = (
     "certified_chip",
     "csp_id",
     "crl_checked",
+    "certificates_valid_from",
+    "certificates_valid_until",
     "digest",
 )
 
@@ -129,13 +131,16 @@ class SnpAttestor:
             raise UsageError(f"no peer could verify this machine's own report: {error}") from None
 
 
-def verify_evidence(data: bytes, *, at: datetime, roots: Sequence[Root], crl: bytes | None) -> SnpClaims:
+def verify_evidence(
+    data: bytes, *, at: datetime, roots: Sequence[Root], crl: bytes | None, whenever: bool = False
+) -> SnpClaims:
     """Evidence of a handshake, up to `roots` as of the time `at`; neither report data nor a policy is compared.
 
+    `whenever` is as with `verify_report`, for evidence of an earlier handshake.
     Raises AttestationError or MalformedData.
     """
     evidence = parse_evidence_untrusted(data)
-    return verify_report(evidence.report, _endorsements(evidence, crl), at=at, roots=roots)
+    return verify_report(evidence.report, _endorsements(evidence, crl), at=at, roots=roots, whenever=whenever)
 
 
 def as_claims(kind: AttestorKind, claims: SnpClaims) -> Claims:

@@ -56,6 +56,16 @@ class Endorsements:
     root: x509.Certificate
     crl: x509.CertificateRevocationList | None
 
+    @property
+    def valid_from(self) -> datetime:
+        """When the last of the three certificates began to be valid."""
+        return max(part.not_valid_before_utc for part in (self.leaf, self.intermediate, self.root))
+
+    @property
+    def valid_until(self) -> datetime:
+        """When the first of them ends to be."""
+        return min(part.not_valid_after_utc for part in (self.leaf, self.intermediate, self.root))
+
 
 class EndorsementNames(NamedTuple):
     """What errors call the three parts."""
@@ -89,19 +99,32 @@ def parse_endorsements_untrusted(
 
 
 def check_chain(
-    endorsements: Endorsements, key: SigningKey, *, at: datetime, roots: Sequence[Root]
+    endorsements: Endorsements,
+    key: SigningKey,
+    *,
+    at: datetime,
+    roots: Sequence[Root],
+    whenever: bool = False,
 ) -> tuple[Root, ec.EllipticCurvePublicKey]:
     """Check root, intermediate, CRL and leaf, in this order, for a key of kind `key` at the time `at`.
 
+    With `whenever` certificates may have been valid together at any time, and only the CRL has to be valid at `at`.
     Returns the pinned root and the leaf's public key. Raises AttestationError.
     """
     root = _pinned(endorsements.root, roots)
     product = root.product.value
-    _check_ca(endorsements.root, f"ARK-{product}", endorsements.root, at)
+    moment = None if whenever else at
+    _check_ca(endorsements.root, f"ARK-{product}", endorsements.root, moment)
     name = f"SEV-VLEK-{product}" if key is SigningKey.VLEK else f"SEV-{product}"
-    _check_ca(endorsements.intermediate, name, endorsements.root, at)
+    _check_ca(endorsements.intermediate, name, endorsements.root, moment)
     _check_revocation(endorsements, root, at)
-    return root, _check_leaf(endorsements.leaf, f"SEV-{key.name}", endorsements.intermediate, at)
+    public_key = _check_leaf(endorsements.leaf, f"SEV-{key.name}", endorsements.intermediate, moment)
+    first, last = endorsements.valid_from, endorsements.valid_until
+    if first > last:
+        raise AttestationError(
+            f"its certificates were never valid together: one from {first}, one until {last}"
+        )
+    return root, public_key
 
 
 def _load_untrusted(data: bytes, what: str) -> list[x509.Certificate]:
@@ -148,7 +171,9 @@ def _pinned(certificate: x509.Certificate, roots: Sequence[Root]) -> Root:
     raise AttestationError(f"the root certificate {fingerprint.hex()} is not one of the pinned roots")
 
 
-def _check_ca(certificate: x509.Certificate, name: str, issuer: x509.Certificate, at: datetime) -> None:
+def _check_ca(
+    certificate: x509.Certificate, name: str, issuer: x509.Certificate, at: datetime | None
+) -> None:
     _check_common(certificate, name, issuer, at)
     basic = _extension(certificate, x509.BasicConstraints)
     usage = _extension(certificate, x509.KeyUsage)
@@ -157,7 +182,7 @@ def _check_ca(certificate: x509.Certificate, name: str, issuer: x509.Certificate
 
 
 def _check_leaf(
-    certificate: x509.Certificate, name: str, issuer: x509.Certificate, at: datetime
+    certificate: x509.Certificate, name: str, issuer: x509.Certificate, at: datetime | None
 ) -> ec.EllipticCurvePublicKey:
     _check_common(certificate, name, issuer, at)
     basic = _extension(certificate, x509.BasicConstraints)
@@ -171,8 +196,10 @@ def _check_leaf(
     return public_key
 
 
-def _check_common(certificate: x509.Certificate, name: str, issuer: x509.Certificate, at: datetime) -> None:
-    """What holds for every certificate of a chain: its name, its issuer's name and signature, its dates."""
+def _check_common(
+    certificate: x509.Certificate, name: str, issuer: x509.Certificate, at: datetime | None
+) -> None:
+    """What holds for every certificate of a chain: name, issuer's name and signature, and dates if `at` is given."""
     names = [attribute.value for attribute in certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)]
     if names != [name]:
         shown = ", ".join(map(repr, names)) or "none"
@@ -200,7 +227,7 @@ def _check_common(certificate: x509.Certificate, name: str, issuer: x509.Certifi
                 f"the certificate {name} has the unknown critical extension {extension.oid}"
             )
     first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if not first <= at <= last:
+    if at is not None and not first <= at <= last:
         raise AttestationError(f"the certificate {name} is valid from {first} to {last}, not at {at}")
 
 
