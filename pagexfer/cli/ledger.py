@@ -24,7 +24,7 @@ from ..errors import LedgerRefused, MalformedData, Outcome, UsageError
 from ..svsm.ledger import VALID_FROM, VALID_UNTIL, record_hash, verify_chain
 from ..wire.handshake import AttestorKind, Role
 from ..wire.ledger import MAX_LEDGER_BYTES, parse_ledger_untrusted
-from .files import read_file
+from .files import read_crls, read_file
 from .output import note, print_json, print_table
 
 if TYPE_CHECKING:
@@ -66,7 +66,12 @@ def ledger_commands() -> None:
 @click.option(
     "--psk-file", type=_FILE, help="psk: the pre-shared key, without which evidence is not verified."
 )
-@click.option("--crl", type=_FILE, help="snp: revocation list of AMD's root key (DER or PEM).")
+@click.option(
+    "--crl",
+    type=_FILE,
+    multiple=True,
+    help="snp: revocation list of a root key of AMD's (DER or PEM); may be given again, for each product one.",
+)
 @click.option("--test-ca", type=_FILE, help="emulated: file of 'attest make-test-ca'.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def verify(
@@ -74,7 +79,7 @@ def verify(
     policy_file: Path | None,
     no_policy: bool,
     psk_file: Path | None,
-    crl: Path | None,
+    crl: tuple[Path, ...],
     test_ca: Path | None,
     as_json: bool,
 ) -> int:
@@ -96,7 +101,7 @@ def verify(
     verifier = _Verifier(
         None if no_policy else _policies(policy_file),
         None if psk_file is None else PskAttestor.from_file(psk_file),
-        None if crl is None else read_file(crl, "CRL"),
+        read_crls(crl),
         None if test_ca is None else EmulatedAuthority.load(test_ca),
         datetime.now(UTC),
     )
@@ -197,7 +202,7 @@ class _Verifier:
         self,
         policies: Mapping[Role, Policy] | None,
         psk: PskAttestor | None,
-        crl: bytes | None,
+        crl: Sequence[bytes],
         authority: EmulatedAuthority | None,
         now: datetime,
     ) -> None:
@@ -226,9 +231,9 @@ class _Verifier:
             raise UsageError(
                 f"move {evidence.move} has emulated evidence: give the --test-ca it was made with"
             )
-        return self._whenever(evidence, (self._authority.root,), None)
+        return self._whenever(evidence, (self._authority.root,), ())
 
-    def _whenever(self, evidence: Evidence, roots: Sequence[Root], crl: bytes | None) -> SnpClaims:
+    def _whenever(self, evidence: Evidence, roots: Sequence[Root], crl: Sequence[bytes]) -> SnpClaims:
         """As of whenever the certificates were valid: nobody's word says when a move was made."""
         return verify_evidence(evidence.data, at=self._now, roots=roots, crl=crl, whenever=True)
 

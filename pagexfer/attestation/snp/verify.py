@@ -93,7 +93,7 @@ def verify_report(
         launch_tcb=parse_tcb_untrusted(report.launch_tcb, leaf.struct_version),
         chip=_chip(report, leaf, key, root.product),
         csp_id=leaf.csp_id,
-        crl_checked=endorsements.crl is not None,
+        crl_checked=bool(endorsements.crls),
         valid_from=endorsements.valid_from,
         valid_until=endorsements.valid_until,
     )
