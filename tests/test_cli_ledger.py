@@ -19,7 +19,7 @@ from pagexfer.attestation.snp import CertificateTable, Evidence, Product, Signin
 from pagexfer.attestation.snp.attestor import SnpAttestor
 from pagexfer.cli import commands
 from pagexfer.cli import ledger as commands_ledger
-from pagexfer.cli.ledger import keep_ledger, write_ledger
+from pagexfer.cli.ledger import keep_ledger, read_ledger, write_ledger
 from pagexfer.testing.snp_ca import AT, SnpTestCa
 from pagexfer.wire.ledger import MAX_LEDGER_BYTES, pack_ledger, parse_ledger_untrusted
 
@@ -419,6 +419,16 @@ def test_no_ledger_of_other_moves_is_overwritten(tmp_path: Path) -> None:
     assert keep_ledger(path, longer) == beside
     assert path.read_text() == "something else by now"
     assert (beside.read_bytes(), second.read_bytes()) == (longer, fork)
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.5, False), (0.89, False), (0.91, True)])
+def test_who_sends_a_guest_with_a_nearly_full_ledger_is_warned(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], share: float, warned: bool
+) -> None:
+    path = tmp_path / "ledger"
+    path.write_bytes(bytes(int(MAX_LEDGER_BYTES * share)))
+    read_ledger(path)
+    assert ("cannot move any more" in capfd.readouterr().err) is warned
 
 
 def test_the_ledger_of_another_guest_is_kept(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from ..wire.ledger import Record
 
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
+# Of a ledger from which an operator is warned: room is left for a dozen moves with reports.
+_NEARLY_FULL: Final = MAX_LEDGER_BYTES * 9 // 10
 # What is told of the machine at either end, where its evidence says it.
 _TOLD: Final = (
     "product",
@@ -139,6 +141,11 @@ def read_ledger(path: Path | None) -> bytes:
     data = read_file(path, "ledger", MAX_LEDGER_BYTES) if path.exists() else b""
     if not data:
         note(f"no ledger at {path}: counted as the first move")
+    if len(data) > _NEARLY_FULL:
+        note(
+            f"warning: the ledger at {path} has {len(data)} of at most {MAX_LEDGER_BYTES} bytes: "
+            "when there is no room for one more record, the guest cannot move any more"
+        )
     return data
 
 

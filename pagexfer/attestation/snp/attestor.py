@@ -61,10 +61,10 @@ _TOLD: Final = (
 class SnpAttestor:
     """`provider` makes this side's reports; a peer's is judged under `policy`, the one for a peer in its role.
 
-    `now` gives the time at which certificates must be valid. `crl` are the operator's revocation lists, one for each root
-    that peers may have: what a peer sent would be of the peer's choice. This side's own report needs none. `on_refused` gets
-    one line for each refusal: it is for this side's own operator, while the host learns a coarse code. Raises UsageError where
-    this machine gives no report, or one that no peer could verify.
+    `now` gives the time at which certificates must be valid. `crl` are the operator's revocation lists, one for each
+    root that peers may have: what a peer sent would be of the peer's choice. This side's own report needs none.
+    `on_refused` gets one line for each refusal: it is for this side's own operator, while the host learns a coarse
+    code. Raises UsageError where this machine gives no report, or one that no peer could verify.
     """
 
     def __init__(
