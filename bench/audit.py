@@ -176,7 +176,7 @@ class _Move:
         self._target = GuestMemory.allocate(memory.ram_bytes)
         self._target.prefault(0, memory.ram_bytes)
         gate = BytesGate([b"state"], running=True)
-        attestor = PskAttestor(bytes(32))
+        attestor = PskAttestor(bytes(range(32)))
         self._source = SourceSvsm(memory, gate, None, attestor, bytes(16), audit=audit)
         self._destination = DestinationSvsm(self._target, BytesGate.waiting(1), attestor)
         self._buffer = memoryview(bytearray(MAX_BUNDLE_BYTES))

@@ -13,6 +13,8 @@ from pagexfer.attestation.snp import parse_endorsements_untrusted, verify_report
 from pagexfer.testing.snp_ca import AT, SnpTestCa
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pagexfer.attestation.insecure.certificates import Leaf
     from pagexfer.attestation.snp import Endorsements, Product, SnpClaims
 
@@ -64,7 +66,7 @@ def authority(product: Product) -> SnpTestCa:
     return SnpTestCa(product)
 
 
-def endorsements(ca: SnpTestCa, leaf: Leaf, crl: bytes | None = None) -> Endorsements:
+def endorsements(ca: SnpTestCa, leaf: Leaf, crl: bytes | Sequence[bytes] | None = None) -> Endorsements:
     return parse_endorsements_untrusted(leaf.certificate, ca.chain(leaf.kind), crl)
 
 

@@ -212,7 +212,7 @@ def went_on(output: str) -> bool:
 
 
 def test_wrong_psk(tmp_path: Path, destination: Destination) -> None:
-    wrong = key_file(tmp_path / "wrong", "f" * 64)
+    wrong = key_file(tmp_path / "wrong", "0f" * 32)
     sent = run("send", "--to", destination.address, "--psk-file", wrong, *GUEST, "--json")
     assert sent.returncode == 3
     assert "pre-shared key" in one_line(sent.stderr)

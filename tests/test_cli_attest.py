@@ -164,11 +164,15 @@ def test_report_data_is_compared(command: Command) -> None:
 
 
 @needs_data
-def test_a_revocation_list_is_used(command: Command) -> None:
+def test_a_revocation_list_is_used(command: Command, tmp_path: Path) -> None:
     crl = str(snp_data.DATA / "crl-milan-2023.der")
     good = command.verify("milan-v2-a", "vcek", "milan", "--crl", crl, "--at", "2023-06-01", "--json")
     assert good.code == 0
     assert good.report["crl_checked"] is True
+    other = tmp_path / "other.crl"
+    other.write_bytes(authority(Product.TURIN).crl())
+    both = ("--crl", str(other), "--crl", crl, "--at", "2023-06-01", "--json")
+    assert command.verify("milan-v2-a", "vcek", "milan", *both).report["crl_checked"] is True
     late = command.verify("milan-v2-a", "vcek", "milan", "--crl", crl)
     assert late.code == 3
     assert "fetch a new one" in late.err

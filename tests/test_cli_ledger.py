@@ -7,15 +7,20 @@ import os
 import stat
 import sys
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from pagexfer.attestation.insecure.attestor import strict_policy
-from pagexfer.attestation.snp import Product
+from pagexfer.attestation.policy import Policy
+from pagexfer.attestation.snp import CertificateTable, Evidence, Product, SigningKey
+from pagexfer.attestation.snp.attestor import SnpAttestor
 from pagexfer.cli import commands
-from pagexfer.cli.ledger import keep_ledger, write_ledger
-from pagexfer.testing.snp_ca import AT
+from pagexfer.cli import ledger as commands_ledger
+from pagexfer.cli.ledger import keep_ledger, read_ledger, write_ledger
+from pagexfer.testing.snp_ca import AT, SnpTestCa
 from pagexfer.wire.ledger import MAX_LEDGER_BYTES, pack_ledger, parse_ledger_untrusted
 
 from .handshakes import authority
@@ -31,7 +36,6 @@ VECTOR = load("ledger")["ledgers"][2]
 LEDGER = data_of(VECTOR)
 RECORDS = parse_ledger_untrusted(LEDGER)
 KEY = "0123456789abcdef" * 4
-AT_TEXT = AT.isoformat()
 
 Verify: TypeAlias = "Callable[..., tuple[int, str, str]]"
 
@@ -102,12 +106,68 @@ def test_a_chain_is_printed_move_by_move(verify: Verify, psk: str) -> None:
         assert shown.get("continuous") == (None if move == 1 else "not known")
 
 
-def test_without_the_key_evidence_is_told_to_be_unverified(verify: Verify) -> None:
-    code, out, err = verify(LEDGER)
-    assert code == 0
-    assert out.count("pre-shared key: not verifiable offline") == 6
-    assert "give --psk-file" in err
-    assert "move 3 record" in out
+def test_without_the_key_evidence_is_not_verified(verify: Verify, tmp_path: Path) -> None:
+    """Whoever has no key can write such a ledger, so it is none that holds."""
+    lenient = policy_file(tmp_path / "lenient.json", allow_psk=True)
+    for options in ([], ["--no-policy"], ["--policy", lenient]):
+        code, out, err = verify(LEDGER, *options)
+        assert code == 3
+        assert out.count("not verified: pre-shared key") == 6
+        assert err == (
+            "pagexfer: the ledger's rule evidence refuses move 1: a pre-shared key's is not verified: give --psk-file\n"
+        )
+        assert "move 3 record" in out
+        report = json.loads(verify(LEDGER, *options, "--json")[1])
+        assert report["verified"] is False
+        assert [move["verified"] for move in report["chain"]] == [False] * 3
+        assert report["error"]["rule"] == "evidence"
+
+
+def test_a_policy_refuses_pre_shared_keys_unless_it_says_otherwise(
+    verify: Verify, psk: str, tmp_path: Path
+) -> None:
+    """They meet none of its other rules."""
+    for options in ([], ["--psk-file", psk]):
+        code, out, err = verify(LEDGER, *options, "--policy", policy_file(tmp_path / "strict.json"))
+        assert (code, out) == (3, "")
+        assert "refuses move 1: the source's evidence: the policy's rule allow_psk refuses" in err
+    one_side = policy_file(tmp_path / "one.json", source={"allow_psk": True})
+    assert "the destination's evidence" in verify(LEDGER, "--psk-file", psk, "--policy", one_side)[2]
+    both = policy_file(tmp_path / "both.json", allow_psk=True)
+    assert verify(LEDGER, "--psk-file", psk, "--policy", both)[0] == 0
+
+
+def test_no_guest_is_put_behind_the_chain_of_another(
+    verify: Verify, ca: str, psk: str, tmp_path: Path
+) -> None:
+    """A host without any key puts a record by pre-shared key between one guest's chain and another's next move."""
+    first, other = Journey(), Journey()
+    first.arrive(first.next_pair(emulated(), emulated()))
+    there = emulated()
+    other.arrive(other.next_pair(emulated(), there))
+    grafted = forged(
+        parse_ledger_untrusted(first.ledger),
+        RECORDS[0].proofs,
+        parse_ledger_untrusted(first.ledger)[0].body.guest_id,
+    )
+    other.ledger = pack_ledger(grafted)
+    other.arrive(other.next_pair(there, emulated()))
+    first.close()
+    other.close()
+    options = ["--test-ca", ca]
+    strict = policy_file(tmp_path / "strict.json")
+    assert "rule allow_psk" in verify(other.ledger, *options, "--policy", strict)[2]
+    code, out, err = verify(other.ledger, *options)
+    assert (code, out) == (3, "")
+    assert "rule continuity refuses move 2: a pre-shared key names no machine" in err
+    lenient = policy_file(tmp_path / "lenient.json", allow_psk=True)
+    for accepting in (["--no-policy"], ["--policy", lenient]):
+        code, out, err = verify(other.ledger, *options, *accepting, "--json")
+        assert code == 3
+        assert "a pre-shared key's is not verified" in err
+        assert [move["verified"] for move in json.loads(out)["chain"]] == [True, False, True]
+        # Nor does the key help, which the host that made the record did not have.
+        assert "same pre-shared key" in verify(other.ledger, *options, *accepting, "--psk-file", psk)[2]
 
 
 def test_another_key_is_refused(verify: Verify, tmp_path: Path) -> None:
@@ -143,7 +203,7 @@ def test_a_file_that_is_no_ledger(verify: Verify, data: bytes, message: str) -> 
 
 
 def test_reports_are_verified_up_to_the_given_root(verify: Verify, attested: bytes, ca: str) -> None:
-    code, out, err = verify(attested, "--test-ca", ca, "--at", AT_TEXT, "--json")
+    code, out, err = verify(attested, "--test-ca", ca, "--json")
     assert code == 0, err
     one, two = json.loads(out)["chain"]
     assert one["attestation"] == "emulated"
@@ -157,18 +217,114 @@ def test_reports_are_verified_up_to_the_given_root(verify: Verify, attested: byt
 def test_reports_of_other_handshakes_prove_nothing(verify: Verify, attested: bytes, ca: str) -> None:
     """A ledger that somebody signed anew, with reports that he found in a real one."""
     records = forged((), parse_ledger_untrusted(attested)[0].proofs)
-    code, out, err = verify(pack_ledger(records), "--test-ca", ca, "--at", AT_TEXT, "--no-policy")
+    code, out, err = verify(pack_ledger(records), "--test-ca", ca, "--no-policy")
     assert (code, out) == (3, "")
     assert "rule evidence refuses move 1: the source's evidence: the report covers report_data" in err
 
 
-def test_reports_without_a_root_or_out_of_time(verify: Verify, attested: bytes, ca: str) -> None:
+def test_reports_without_a_root(verify: Verify, attested: bytes) -> None:
     code, _, err = verify(attested)
     assert code == 2
     assert "--test-ca" in err
-    code, _, err = verify(attested, "--test-ca", ca, "--at", "2001-01-01")
-    assert code == 3
-    assert "rule evidence refuses move 1: the source's evidence" in err
+
+
+# Moves further apart than any certificate lives: a VLEK's is one year.
+
+YEARS = timedelta(days=3650)
+YEAR = timedelta(days=365)
+PROVIDER = Policy(
+    measurements=None,
+    minimum_tcb=None,
+    vlek_providers=None,
+    allow_masked_chip_id=True,
+    allow_same_machine=True,
+)
+
+
+class Machine:
+    """A provider's, with a VLEK that is valid for a year from `begin` on."""
+
+    def __init__(self, ca: SnpTestCa, begin: datetime, report_id: bytes) -> None:
+        self.ca, self.leaf = ca, ca.leaf(SigningKey.VLEK, valid=(begin, begin + YEAR))
+        self.begin, self.report_id = begin, report_id
+
+    def evidence(self, report_data: bytes, *, vmpl: int) -> Evidence:
+        raw = self.ca.report(
+            self.leaf,
+            report_data=report_data,
+            vmpl=vmpl,
+            report_id=self.report_id,
+            chip_id=bytes(64),
+        )
+        parts = (self.ca.intermediates[SigningKey.VLEK], self.ca.root_certificate)
+        chain = (part.public_bytes(Encoding.DER) for part in parts)
+        return Evidence(raw, CertificateTable(None, self.leaf.certificate, *chain).pack())
+
+    def attestor(self) -> SnpAttestor:
+        now = self.begin + timedelta(days=10)
+        return SnpAttestor(self, PROVIDER, roots=(self.ca.root,), now=lambda: now)
+
+
+@pytest.fixture(scope="module")
+def genoa() -> SnpTestCa:
+    return SnpTestCa(Product.GENOA, valid=(AT - YEARS, AT + YEARS))
+
+
+def journey_at(ca: SnpTestCa, *times: datetime) -> bytes:
+    """The ledger of a move at each of these times, from one machine to the next."""
+    journey = Journey()
+    for number, begin in enumerate(times):
+        here, there = (Machine(ca, begin, bytes([number + side]) * 32).attestor() for side in (1, 2))
+        journey.arrive(journey.next_pair(here, there))
+    journey.close()
+    return journey.ledger
+
+
+@pytest.fixture(scope="module")
+def years_apart(genoa: SnpTestCa) -> bytes:
+    return journey_at(genoa, AT - 4 * YEAR, AT - 2 * YEAR)
+
+
+def test_certificates_may_have_been_valid_at_any_time(
+    verify: Verify, years_apart: bytes, genoa: SnpTestCa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All moves verify long after their certificates ended, and the answer says when those were valid."""
+    monkeypatch.setattr(commands_ledger, "AMD_ROOTS", (genoa.root,))
+    code, out, err = verify(years_apart, "--no-policy", "--json")
+    assert code == 0, err
+    for move, begin in zip(json.loads(out)["chain"], (AT - 4 * YEAR, AT - 2 * YEAR), strict=True):
+        interval = (begin.isoformat(), (begin + YEAR).isoformat())
+        assert (move["certificates-valid-from"], move["certificates-valid-until"]) == interval
+        for side in (move["source"], move["destination"]):
+            assert (side["certificates_valid_from"], side["certificates_valid_until"]) == interval
+
+
+def test_certificates_follow_the_order_of_the_moves(
+    verify: Verify, genoa: SnpTestCa, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands_ledger, "AMD_ROOTS", (genoa.root,))
+    code, out, err = verify(journey_at(genoa, AT, AT - 2 * YEAR), "--no-policy")
+    assert (code, out) == (3, "")
+    assert "rule dates refuses move 2: a certificate ended at" in err
+
+
+def test_a_crl_of_today_holds_for_moves_of_the_past(
+    verify: Verify, years_apart: bytes, genoa: SnpTestCa, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands_ledger, "AMD_ROOTS", (genoa.root,))
+    now = datetime.now(UTC)
+    today = (now - timedelta(days=1), now + timedelta(days=1))
+    serial = genoa.intermediates[SigningKey.VLEK].serial_number
+    for name, crl, why in (
+        ("good", genoa.crl(valid=today), None),
+        ("revoking", genoa.crl(serial, valid=today), "is revoked"),
+        ("old", genoa.crl(valid=(now - 2 * YEAR, now - YEAR)), "fetch a new one"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(crl)
+        code, _, err = verify(years_apart, "--no-policy", "--crl", str(path))
+        assert code == (0 if why is None else 3), err
+        assert why is None or why in err
 
 
 @pytest.mark.parametrize(
@@ -190,7 +346,7 @@ def test_a_policy_holds_for_every_move(
     rules: dict[str, object],
     refusal: str,
 ) -> None:
-    options = ["--test-ca", ca, "--at", AT_TEXT]
+    options = ["--test-ca", ca]
     code, _, err = verify(attested, *options, "--policy", policy_file(tmp_path / "good.json"))
     assert (code, err) == (0, "")
     code, out, err = verify(attested, *options, "--policy", policy_file(tmp_path / "bad.json", **rules))
@@ -205,7 +361,7 @@ def test_the_two_machines_of_a_move_are_different_ones(verify: Verify, ca: str, 
     journey = Journey()
     journey.arrive(journey.next_pair(same))
     journey.close()
-    options = ["--test-ca", ca, "--at", AT_TEXT]
+    options = ["--test-ca", ca]
     code, _, err = verify(journey.ledger, *options)
     assert code == 3
     assert "allow_same_machine" in err
@@ -217,12 +373,12 @@ def test_the_two_machines_of_a_move_are_different_ones(verify: Verify, ca: str, 
 
 
 def test_moves_by_pre_shared_key_are_counted_too(verify: Verify, psk: str, tmp_path: Path) -> None:
-    few = policy_file(tmp_path / "few.json", maximum_moves=2)
+    few = policy_file(tmp_path / "few.json", allow_psk=True, maximum_moves=2)
     code, _, err = verify(LEDGER, "--psk-file", psk, "--policy", few)
     assert code == 3
     assert "refuses move 3" in err
     assert "maximum_moves" in err
-    enough = policy_file(tmp_path / "enough.json", maximum_moves=3)
+    enough = policy_file(tmp_path / "enough.json", allow_psk=True, maximum_moves=3)
     assert verify(LEDGER, "--psk-file", psk, "--policy", enough)[0] == 0
 
 
@@ -263,6 +419,16 @@ def test_no_ledger_of_other_moves_is_overwritten(tmp_path: Path) -> None:
     assert keep_ledger(path, longer) == beside
     assert path.read_text() == "something else by now"
     assert (beside.read_bytes(), second.read_bytes()) == (longer, fork)
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.5, False), (0.89, False), (0.91, True)])
+def test_who_sends_a_guest_with_a_nearly_full_ledger_is_warned(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], share: float, warned: bool
+) -> None:
+    path = tmp_path / "ledger"
+    path.write_bytes(bytes(int(MAX_LEDGER_BYTES * share)))
+    read_ledger(path)
+    assert ("cannot move any more" in capfd.readouterr().err) is warned
 
 
 def test_the_ledger_of_another_guest_is_kept(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_a_destination_without_output_has_the_code_of_its_outcome(psk: str, kind
 @pytest.mark.parametrize("kind", UNWRITABLE)
 def test_a_refused_move_without_output_is_refused(tmp_path: Path, psk: str, kind: str) -> None:
     side = Destination("--psk-file", psk, *GUEST)
-    wrong = key_file(tmp_path / "wrong", "f" * 64)
+    wrong = key_file(tmp_path / "wrong", "0f" * 32)
     code, lines = run_without_output(kind, "send", "--to", side.address, "--psk-file", wrong, *GUEST)
     side.process.terminate()
     side.end()
@@ -111,10 +111,13 @@ def test_help_that_cannot_be_written(kind: str, arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("kind", UNWRITABLE)
 def test_an_answer_that_cannot_be_written_is_none(tmp_path: Path, kind: str) -> None:
-    ledger = tmp_path / "ledger"
-    ledger.write_bytes(data_of(load("ledger")["ledgers"][2]))
-    assert run("ledger", "verify", str(ledger)).returncode == 0
-    code, lines = run_without_output(kind, "ledger", "verify", str(ledger))
+    ledger, psk = tmp_path / "ledger", tmp_path / "psk"
+    vector = load("ledger")["ledgers"][2]
+    ledger.write_bytes(data_of(vector))
+    psk.write_bytes(bytes.fromhex(vector["psk"]))
+    command = ("ledger", "verify", str(ledger), "--psk-file", str(psk))
+    assert run(*command).returncode == 0
+    code, lines = run_without_output(kind, *command)
     assert (code, len(lines)) == (2, 1)
     assert cannot_write(lines)
 

@@ -83,6 +83,33 @@ def test_a_psk_of_another_length_is_refused(length: int) -> None:
         PskAttestor(os.urandom(length))
 
 
+@pytest.mark.parametrize("psk", [bytes(16), b"a" * 16, b"\xff" * 4096, b" " * 17, b" \t\r\n" * 8])
+def test_a_psk_that_is_none_is_refused(psk: bytes) -> None:
+    with pytest.raises(UsageError, match="openssl rand"):
+        PskAttestor(psk)
+
+
+@pytest.mark.parametrize(
+    "key", [b"0123456789abcde\r", b"0123456789abcd\n\r", b" 123456789abcdef", b"0123456789abcde "]
+)
+def test_a_file_has_the_key_that_the_program_has(tmp_path: Path, key: bytes) -> None:
+    """Bytes at the end of a binary key are the key's; only the newline that an editor adds is not."""
+    path = tmp_path / "psk"
+    path.write_bytes(key)
+    assert PskAttestor.from_file(path).evidence(b"") == PskAttestor(key).evidence(b"")
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o666])
+def test_a_psk_file_that_others_can_write_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "psk"
+    path.write_bytes(b"0123456789abcdef")
+    path.chmod(mode)
+    with pytest.raises(UsageError, match="others can write"):
+        PskAttestor.from_file(path)
+    path.chmod(0o600)
+    PskAttestor.from_file(path)
+
+
 @pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n"])
 def test_psk_from_file(tmp_path: Path, ending: bytes) -> None:
     vector = VECTORS["psks"][0]

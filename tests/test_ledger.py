@@ -327,6 +327,24 @@ def test_continuity_where_not_all_is_known() -> None:
     assert verify_chain(CHAIN[:2], claims_of(without))[1].continuous is None
 
 
+def test_a_pre_shared_key_after_reports_is_refused_unless_asked_for() -> None:
+    """It names no machine: the guest could have come from anywhere."""
+    psk, machines = CHAIN[:2], claims_of(WAY)
+    hellos = [
+        replace(parse_hello_untrusted(hello), attestor=AttestorKind.SNP).pack()
+        for hello in (psk[0].proofs.source_hello, psk[0].proofs.destination_hello)
+    ]
+    reports = replace(psk[0].proofs, source_hello=hellos[0], destination_hello=hellos[1])
+    attested = forged((), reports)
+    chain = forged(attested, psk[1].proofs)
+    with pytest.raises(LedgerRefused) as caught:
+        verify_chain(chain, machines)
+    assert (caught.value.rule, caught.value.move) == ("continuity", 2)
+    assert len(verify_chain(chain, machines, psk_after_reports=True)) == 2
+    # A guest may begin with a pre-shared key and have reports from then on.
+    assert len(verify_chain(forged(psk[:1], reports), machines)) == 2
+
+
 @pytest.mark.parametrize("error", [AttestationError("no"), PolicyRefused("no"), MalformedData("no")])
 def test_evidence_that_is_refused(error: RemoteProtocolError) -> None:
     def verify(evidence: Evidence) -> Claims | None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pagexfer.attestation.insecure import EmulatedProvider
 from pagexfer.attestation.insecure.attestor import strict_policy
 from pagexfer.attestation.insecure.certificates import CSP_ID
+from pagexfer.attestation.policy import Policy
 from pagexfer.attestation.policy_digest import policy_digest
 from pagexfer.attestation.snp import (
     CertificateTable,
@@ -29,7 +30,7 @@ from pagexfer.attestation.snp.attestor import SVSM_VMPL, SnpAttestor
 from pagexfer.attestation.snp.framing import pack_evidence, parse_evidence_untrusted
 from pagexfer.attestation.snp.table import MAX_TABLE_BYTES
 from pagexfer.errors import AttestationError, MalformedData, PolicyRefused, UsageError
-from pagexfer.testing.snp_ca import AT
+from pagexfer.testing.snp_ca import AT, SnpTestCa
 from pagexfer.wire.handshake import MAX_EVIDENCE_BYTES, AttestorKind
 
 from .handshakes import authority, snp
@@ -205,6 +206,31 @@ def test_a_revocation_list_is_the_operators() -> None:
     revoking._crl = ca.crl(serial)
     with pytest.raises(AttestationError, match="is revoked"):
         revoking.verify(pack_evidence(sent), DATA)
+
+
+def test_machines_of_two_products_and_a_crl_of_each() -> None:
+    """Each side has lists of both roots, or of the peer's alone: its own report needs none."""
+    genoa, turin = full_authority(Product.GENOA), full_authority(Product.TURIN)
+    policy = Policy(measurements=None, minimum_tcb=None, require_crl=True)
+
+    def told(ca: SnpTestCa) -> Told:
+        leaf = ca.leaf()
+        chain = (ca.intermediates[SigningKey.VCEK], ca.root_certificate)
+        ders = (part.public_bytes(Encoding.DER) for part in chain)
+        table = CertificateTable(leaf.certificate, None, *ders).pack()
+        return Told(Evidence(ca.report(leaf, report_data=DATA), table))
+
+    def attestor(ca: SnpTestCa, *crls: bytes) -> SnpAttestor:
+        return SnpAttestor(told(ca), policy, roots=(genoa.root, turin.root), now=lambda: AT, crl=crls)
+
+    peer = attestor(turin).evidence(DATA)
+    for crls in ((turin.crl(),), (genoa.crl(), turin.crl())):
+        assert attestor(genoa, *crls).verify(peer, DATA).details["crl_checked"] is True
+    with pytest.raises(AttestationError, match="give one of ARK-Turin"):
+        attestor(genoa, genoa.crl()).verify(peer, DATA)
+    serial = turin.intermediates[SigningKey.VCEK].serial_number
+    with pytest.raises(AttestationError, match="is revoked"):
+        attestor(genoa, genoa.crl(), turin.crl(serial)).verify(peer, DATA)
 
 
 @pytest.mark.parametrize(

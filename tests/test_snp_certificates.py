@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 MILAN = Product.MILAN
 EARLIER = (AT - timedelta(days=90), AT - timedelta(days=60))
+LATER = (AT + timedelta(days=1), AT + timedelta(days=20))
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def refused(ca: SnpTestCa, what: Endorsements, why: str, key: SigningKey = Signi
 
 def with_intermediate(ca: SnpTestCa, certificate: x509.Certificate, leaf: Leaf | None = None) -> Endorsements:
     good = endorsements(ca, leaf or ca.leaf())
-    return Endorsements(good.leaf, certificate, good.root, None)
+    return Endorsements(good.leaf, certificate, good.root)
 
 
 def intermediate(
@@ -175,7 +176,7 @@ def test_a_root_that_is_not_pinned_is_refused(ca: SnpTestCa) -> None:
 def test_an_intermediate_of_another_authority_is_refused(ca: SnpTestCa) -> None:
     other = SnpTestCa(MILAN)
     good = endorsements(ca, ca.leaf())
-    stranger = Endorsements(good.leaf, other.intermediates[SigningKey.VCEK], good.root, None)
+    stranger = Endorsements(good.leaf, other.intermediates[SigningKey.VCEK], good.root)
     refused(ca, stranger, "signature of SEV-Milan does not verify")
     refused(
         ca, with_intermediate(ca, good.intermediate, other.leaf()), "signature of SEV-VCEK does not verify"
@@ -185,9 +186,7 @@ def test_an_intermediate_of_another_authority_is_refused(ca: SnpTestCa) -> None:
 def test_an_intermediate_in_the_place_of_the_root_is_refused(ca: SnpTestCa) -> None:
     """An ASK is signed by the pinned root too: being signed by it makes no root."""
     good = endorsements(ca, ca.leaf())
-    refused(
-        ca, Endorsements(good.leaf, good.intermediate, good.intermediate, None), "not one of the pinned roots"
-    )
+    refused(ca, Endorsements(good.leaf, good.intermediate, good.intermediate), "not one of the pinned roots")
 
 
 def test_a_pin_of_another_product_is_refused(ca: SnpTestCa) -> None:
@@ -201,10 +200,10 @@ def test_a_leaf_of_the_other_kind_is_refused(ca: SnpTestCa, key: SigningKey) -> 
     other = SigningKey.VLEK if key is SigningKey.VCEK else SigningKey.VCEK
     refused(ca, endorsements(ca, ca.leaf(other)), "has the common name", key)
     renamed = ca.leaf(other, name=f"SEV-{key.name}")
-    mixed = Endorsements(endorsements(ca, renamed).leaf, ca.intermediates[key], ca.root_certificate, None)
+    mixed = Endorsements(endorsements(ca, renamed).leaf, ca.intermediates[key], ca.root_certificate)
     refused(ca, mixed, "names another issuer", key)
     forged = ca.leaf(other, name=f"SEV-{key.name}", issuer=ca.intermediates[key])
-    mixed = Endorsements(endorsements(ca, forged).leaf, ca.intermediates[key], ca.root_certificate, None)
+    mixed = Endorsements(endorsements(ca, forged).leaf, ca.intermediates[key], ca.root_certificate)
     refused(ca, mixed, "does not verify under its issuer's key", key)
 
 
@@ -252,9 +251,7 @@ def test_a_leaf_that_is_a_ca_is_refused(ca: SnpTestCa) -> None:
     issuer = ca.intermediates[SigningKey.VCEK].subject
     key = ec.generate_private_key(ec.SECP384R1()).public_key()
     leaf = issue(name, key, issuer, ca.intermediate_keys[SigningKey.VCEK], ca=True, valid=VALID)
-    refused(
-        ca, Endorsements(leaf, ca.intermediates[SigningKey.VCEK], ca.root_certificate, None), "is one of a CA"
-    )
+    refused(ca, Endorsements(leaf, ca.intermediates[SigningKey.VCEK], ca.root_certificate), "is one of a CA")
 
 
 def test_an_unknown_critical_extension_is_refused(ca: SnpTestCa) -> None:
@@ -288,8 +285,64 @@ def test_a_crl_of_another_authority_is_refused(ca: SnpTestCa) -> None:
     refused(ca, endorsements(ca, ca.leaf(), authority(Product.GENOA).crl()), "another issuer")
 
 
+def test_crls_are_chosen_by_their_issuer(ca: SnpTestCa) -> None:
+    """Of several roots, several of one root, in any form and order; all of a PEM file count."""
+    leaf, serial = ca.leaf(), ca.intermediates[SigningKey.VCEK].serial_number
+    other, good, revoking = authority(Product.GENOA).crl(serial), ca.crl(), ca.crl(serial)
+    pems = [x509.load_der_x509_crl(crl).public_bytes(Encoding.PEM) for crl in (other, good, revoking)]
+    for crls in (
+        [other, good],
+        [good, other],
+        [pems[0], good],
+        b"".join(pems[:2]),
+        b"text\n".join(pems[1::-1]),
+    ):
+        found = endorsements(ca, leaf, crls)
+        assert len(found.crls) == 2
+        check(ca, found)
+    for crls in ([good, revoking], [revoking, good], b"".join(pems), [other, b"".join(pems[1:])]):
+        refused(ca, endorsements(ca, leaf, crls), "is revoked")
+    refused(ca, endorsements(ca, leaf, [other, other]), "another issuer .* give one of ARK-Milan")
+    # An outdated list beside a new one is no fault; what it revoked stays revoked.
+    check(ca, endorsements(ca, leaf, [ca.crl(valid=EARLIER), good, ca.crl(valid=LATER)]))
+    refused(ca, endorsements(ca, leaf, [ca.crl(serial, valid=EARLIER), good]), "is revoked")
+    refused(ca, endorsements(ca, leaf, [good, SnpTestCa(MILAN).crl()]), "signature of CRL does not verify")
+
+
+def test_a_pem_file_of_crls_has_nothing_else_in_it(ca: SnpTestCa) -> None:
+    pem = x509.load_der_x509_crl(ca.crl()).public_bytes(Encoding.PEM)
+    for wrong in (
+        pem + pem[:-10],
+        pem + ca.chain(SigningKey.VCEK),
+        ca.chain(SigningKey.VCEK),
+        pem[:30] + pem,
+    ):
+        with pytest.raises(MalformedData, match="CRL"):
+            endorsements(ca, ca.leaf(), wrong)
+
+
 def test_a_crl_out_of_its_time_is_refused(ca: SnpTestCa) -> None:
+    """Over, or not begun: a list of the future is none that anybody has today."""
     refused(ca, endorsements(ca, ca.leaf(), ca.crl(valid=EARLIER)), "fetch a new one")
+    refused(ca, endorsements(ca, ca.leaf(), ca.crl(valid=LATER)), "the CRL is valid from")
+    check(ca, endorsements(ca, ca.leaf(), ca.crl(valid=LATER)), at=LATER[0])
+
+
+def test_certificates_of_the_past_are_valid_together_at_some_time(ca: SnpTestCa) -> None:
+    roots = [ca.root]
+    past = endorsements(ca, ca.leaf(valid=(VALID[0], VALID[0] + timedelta(days=1))))
+    later = AT + timedelta(days=3650)
+    check_chain(past, SigningKey.VCEK, at=later, roots=roots, whenever=True)
+    assert (past.valid_from, past.valid_until) == (VALID[0], VALID[0] + timedelta(days=1))
+    refused(ca, past, "SEV-VCEK is valid from")
+    never = endorsements(ca, ca.leaf(valid=EARLIER))
+    with pytest.raises(AttestationError, match="never valid together"):
+        check_chain(never, SigningKey.VCEK, at=AT, roots=roots, whenever=True)
+    # What a CRL says of today holds for what was signed before.
+    for crl, why in ((ca.crl(), None), (ca.crl(valid=EARLIER), "fetch a new one")):
+        old = endorsements(ca, ca.leaf(valid=(VALID[0], VALID[0] + timedelta(days=1))), crl)
+        with contextlib.nullcontext() if why is None else pytest.raises(AttestationError, match=why):
+            check_chain(old, SigningKey.VCEK, at=AT, roots=roots, whenever=True)
 
 
 def test_a_crl_with_an_unknown_critical_extension_is_refused(ca: SnpTestCa) -> None:
@@ -305,10 +358,10 @@ def test_a_root_that_may_not_sign_crls(ca: SnpTestCa) -> None:
     root = issue(name, ca.root_key.public_key(), name, ca.root_key, ca=True, crl_sign=False, valid=VALID)
     pin = Root(MILAN, root.fingerprint(SHA256()))
     good = endorsements(ca, ca.leaf(), ca.crl())
-    check_chain(Endorsements(good.leaf, good.intermediate, root, None), SigningKey.VCEK, at=AT, roots=[pin])
+    check_chain(Endorsements(good.leaf, good.intermediate, root), SigningKey.VCEK, at=AT, roots=[pin])
     with pytest.raises(AttestationError, match="may not sign CRLs"):
         check_chain(
-            Endorsements(good.leaf, good.intermediate, root, good.crl), SigningKey.VCEK, at=AT, roots=[pin]
+            Endorsements(good.leaf, good.intermediate, root, good.crls), SigningKey.VCEK, at=AT, roots=[pin]
         )
 
 

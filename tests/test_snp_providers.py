@@ -8,15 +8,22 @@ import fcntl
 import os
 import shutil
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from pagexfer.attestation.insecure.reports import FIELDS, REPORT_BYTES
-from pagexfer.attestation.snp import Product, find_provider
+from pagexfer.attestation.snp import (
+    CertificateTable,
+    Product,
+    SigningKey,
+    find_provider,
+    parse_certificate_table_untrusted,
+)
 from pagexfer.attestation.snp.providers import SevGuestProvider, TsmProvider
-from pagexfer.errors import AttestationError, UsageError
+from pagexfer.errors import AttestationError, MalformedData, UsageError
 
 from .snp_data import authority
 
@@ -24,7 +31,9 @@ if TYPE_CHECKING:
     from pagexfer.testing.snp_ca import SnpTestCa
 
 DATA = bytes(range(64))
-TABLE = b"table of the host"
+CHAIN = CertificateTable(vcek=b"the leaf", intermediate=b"the intermediate", root=b"the root")
+# A host's: padded to whole pages, with a list that we take from nobody.
+TABLE = replace(CHAIN, crl=b"a list").pack().ljust(0x3000, b"\0")
 
 
 @pytest.fixture
@@ -39,6 +48,8 @@ class ConfigFs:
         self.root, self.provider, self.other_writes = root, "sev_guest", 0
         self.ca, self.leaf = ca, ca.leaf()
         self.report_data: bytes | None = None
+        self.vmpl: int | None = None
+        self.table = TABLE
         root.mkdir()
         real_mkdir, real_write = Path.mkdir, os.write
 
@@ -46,7 +57,7 @@ class ConfigFs:
             real_mkdir(path)
             for name in ("inblob", "outblob", "privlevel"):
                 (path / name).touch()
-            (path / "auxblob").write_bytes(TABLE)
+            (path / "auxblob").write_bytes(self.table)
             (path / "provider").write_text(self.provider + "\n")
             (path / "generation").write_text("0\n")
 
@@ -64,7 +75,7 @@ class ConfigFs:
         (entry / "generation").write_text(f"{generation}\n")
         data = (entry / "inblob").read_bytes()
         if len(data) == 64:
-            vmpl = int((entry / "privlevel").read_text())
+            vmpl = int((entry / "privlevel").read_text()) if self.vmpl is None else self.vmpl
             raw = self.ca.report(self.leaf, report_data=self.report_data or data, vmpl=vmpl)
             (entry / "outblob").write_bytes(raw)
 
@@ -83,8 +94,27 @@ def test_configfs_gives_a_report_and_the_table(configfs: ConfigFs, tmp_path: Pat
     provider = find_provider(tsm=configfs.root, device=tmp_path / "none")
     evidence = provider.evidence(DATA, vmpl=2)
     assert (field(evidence.report, "report_data"), field(evidence.report, "vmpl")) == (DATA, b"\2\0\0\0")
-    assert evidence.table == TABLE
+    assert evidence.table == CHAIN.pack()
     assert not list(configfs.root.iterdir())
+
+
+def test_of_a_table_the_chain_of_the_report_is_kept(configfs: ConfigFs) -> None:
+    """Evidence stays in the guest's ledger for good: padding would be most of it."""
+    provider = TsmProvider(configfs.root)
+    configfs.table = b""
+    assert provider.evidence(DATA, vmpl=0).table == b""
+    configfs.table = bytes(0x4000)
+    assert provider.evidence(DATA, vmpl=0).table == b""
+    both = replace(CHAIN, vlek=b"another leaf")
+    configfs.table = both.pack()
+    assert parse_certificate_table_untrusted(provider.evidence(DATA, vmpl=0).table) == CHAIN
+    configfs.leaf = configfs.ca.leaf(SigningKey.VLEK)
+    assert parse_certificate_table_untrusted(provider.evidence(DATA, vmpl=0).table) == replace(
+        both, vcek=None
+    )
+    configfs.table = b"no table at all"
+    with pytest.raises(MalformedData, match="certificate table"):
+        provider.evidence(DATA, vmpl=0)
 
 
 def test_another_writer_in_configfs_is_noticed(configfs: ConfigFs) -> None:
@@ -98,6 +128,15 @@ def test_a_report_of_another_request_is_noticed(configfs: ConfigFs) -> None:
     configfs.report_data = bytes(64)
     with pytest.raises(AttestationError, match="not of the request"):
         TsmProvider(configfs.root).evidence(DATA, vmpl=0)
+
+
+@pytest.mark.parametrize(("asked", "given"), [(0, 1), (2, 0), (2, 3)])
+def test_a_report_at_another_vmpl_is_noticed(configfs: ConfigFs, asked: int, given: int) -> None:
+    configfs.vmpl = given
+    with pytest.raises(AttestationError, match="not of the request"):
+        TsmProvider(configfs.root).evidence(DATA, vmpl=asked)
+    configfs.vmpl = asked
+    TsmProvider(configfs.root).evidence(DATA, vmpl=asked)
 
 
 def test_configfs_of_another_platform(configfs: ConfigFs) -> None:
@@ -151,7 +190,7 @@ def test_the_ioctl_gives_a_bare_report_and_the_table(tmp_path: Path) -> None:
     evidence = find_provider(tsm=tmp_path / "none", device=device).evidence(DATA, vmpl=3)
     assert len(evidence.report) == REPORT_BYTES
     assert (field(evidence.report, "report_data"), field(evidence.report, "vmpl")) == (DATA, b"\3\0\0\0")
-    assert evidence.table.rstrip(b"\0") == TABLE
+    assert evidence.table == CHAIN.pack()
 
 
 @pytest.mark.parametrize(

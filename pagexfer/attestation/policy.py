@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hmac
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 from ..errors import AttestationError, PolicyRefused, UsageError
 from .snp.bits import GuestPolicyBit, PlatformBit
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from .snp.verify import SnpClaims
 
 _SHOWN: Final = 4  # values of a set that a message names
+
+_Bit = TypeVar("_Bit", PlatformBit, GuestPolicyBit)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,12 @@ class Policy:
     minimum_guest_svn: int = 0
     required_platform_bits: frozenset[PlatformBit] = frozenset()
     forbidden_platform_bits: frozenset[PlatformBit] = frozenset()
+    required_guest_policy_bits: frozenset[GuestPolicyBit] = frozenset()
+    forbidden_guest_policy_bits: frozenset[GuestPolicyBit] = frozenset()
     required_mitigations: int = 0
     require_crl: bool = False
     maximum_moves: int | None = None
+    allow_psk: bool = False
 
 
 def check_policy(policy: Policy, claims: SnpClaims, *, own: SnpClaims | None, moves: int | None) -> None:
@@ -91,6 +96,12 @@ def check_moves(policy: Policy, moves: int) -> None:
     """A guest may make the move that is number `moves` in its life. Raises PolicyRefused."""
     if policy.maximum_moves is not None and moves > policy.maximum_moves:
         raise _refusal("maximum_moves", moves, f"at most {policy.maximum_moves}")
+
+
+def check_psk(policy: Policy) -> None:
+    """A move may rest on a pre-shared key, which meets none of the other rules. Raises PolicyRefused."""
+    if not policy.allow_psk:
+        raise _refusal("allow_psk", "a pre-shared key, which proves no platform", "a report")
 
 
 def check_report_data(claims: SnpClaims, expected: bytes) -> None:
@@ -127,6 +138,13 @@ def _check_guest(policy: Policy, report: Report) -> None:
         raise _refusal(
             "allow_migration_agent", f"report_id_ma {report.report_id_ma.hex()}", "no migration agent"
         )
+    _check_bits(
+        "guest_policy_bits",
+        f"guest policy {report.policy:#x}",
+        report.policy,
+        policy.required_guest_policy_bits,
+        policy.forbidden_guest_policy_bits,
+    )
     if report.guest_svn < policy.minimum_guest_svn:
         raise _refusal("minimum_guest_svn", report.guest_svn, f"at least {policy.minimum_guest_svn}")
 
@@ -186,21 +204,30 @@ def _check_chip(policy: Policy, claims: SnpClaims) -> None:
 
 
 def _check_platform(policy: Policy, report: Report) -> None:
-    for bit in sorted(policy.required_platform_bits):
-        if not report.platform_info >> bit & 1:
-            raise _refusal(
-                "required_platform_bits", f"platform_info {report.platform_info:#x}", f"{bit.name} set"
-            )
-    for bit in sorted(policy.forbidden_platform_bits):
-        if report.platform_info >> bit & 1:
-            raise _refusal(
-                "forbidden_platform_bits", f"platform_info {report.platform_info:#x}", f"{bit.name} clear"
-            )
-    in_force = report.current_mit_vector or 0
-    if policy.required_mitigations & ~in_force:
-        raise _refusal(
-            "required_mitigations", f"{in_force:#x}", f"all bits of {policy.required_mitigations:#x}"
-        )
+    _check_bits(
+        "platform_bits",
+        f"platform_info {report.platform_info:#x}",
+        report.platform_info,
+        policy.required_platform_bits,
+        policy.forbidden_platform_bits,
+    )
+    # As with the TCB: what is in force now, and what was when the guest started.
+    for name, vector in (("current", report.current_mit_vector), ("launch", report.launch_mit_vector)):
+        in_force = vector or 0
+        if policy.required_mitigations & ~in_force:
+            limit = f"all bits of {policy.required_mitigations:#x}"
+            raise _refusal("required_mitigations", f"{name} {in_force:#x}", limit)
+
+
+def _check_bits(
+    rule: str, shown: str, bits: int, required: Iterable[_Bit], forbidden: Iterable[_Bit]
+) -> None:
+    for bit in sorted(required):
+        if not bits >> bit & 1:
+            raise _refusal(f"required_{rule}", shown, f"{bit.name} set")
+    for bit in sorted(forbidden):
+        if bits >> bit & 1:
+            raise _refusal(f"forbidden_{rule}", shown, f"{bit.name} clear")
 
 
 def _check_other_machine(claims: SnpClaims, own: SnpClaims) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from .policy import MinimumTcb
 from .policy_file import ANY
-from .snp.bits import PlatformBit
+from .snp.bits import GuestPolicyBit, PlatformBit
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -40,7 +40,7 @@ def _plain(value: object) -> object:
             return ANY
         case bytes():
             return value.hex()
-        case PlatformBit():
+        case PlatformBit() | GuestPolicyBit():
             return value.name
         case Enum():
             return value.value

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Final, cast
 
 from ..errors import UsageError
 from .policy import MinimumTcb, Policy
-from .snp.bits import PlatformBit
+from .snp.bits import GuestPolicyBit, PlatformBit
 from .snp.product import PARTS, Product, Tcb
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
     from pathlib import Path
 
 POLICY_VERSION: Final = 1
@@ -46,6 +46,10 @@ def parse_policies(values: dict[str, object]) -> Policies:
     if _integer(values.get("version"), "version", 1 << 16) != POLICY_VERSION:
         raise UsageError(f"version is {values['version']}, this pagexfer knows {POLICY_VERSION}")
     policies = {role: _policy({**common, **_table(values.get(role, {}), role)}, role) for role in _ROLES}
+    for policy in policies.values():
+        _refuse_ids_of_the_host(policy)
+    _refuse_chips_of_no_product(policies.values())
+    _refuse_limits_of_no_product(policies.values())
     return Policies(**policies)
 
 
@@ -89,6 +93,43 @@ def _policy(values: dict[str, object], role: str) -> Policy:
     return Policy(**rules)  # type: ignore[arg-type]  # each converter gives its field's type, held by a test
 
 
+# What reads like a rule and is none. A table may narrow the products for its role, so a chip or a limit that is of use for
+# one role is good for both.
+
+
+def _refuse_ids_of_the_host(policy: Policy) -> None:
+    """The id block has them, which the host gives at launch and may have signed with any key."""
+    if policy.id_keys is not None or policy.author_keys is not None:
+        return
+    for key in ("family_ids", "image_ids", "minimum_guest_svn"):
+        if getattr(policy, key):
+            raise UsageError(
+                f"{key} without id_keys or author_keys is no rule: the host chooses what the report says"
+            )
+
+
+def _refuse_chips_of_no_product(policies: Collection[Policy]) -> None:
+    chips = {
+        (key, chip): {product for product in Product if product.chip_id_bytes == len(chip)}
+        for key in ("allowed_chips", "denied_chips")
+        for policy in policies
+        for chip in getattr(policy, key) or ()
+    }
+    for (key, chip), products in chips.items():
+        if not any(policy.products & products for policy in policies if chip in (getattr(policy, key) or ())):
+            of = " or ".join(sorted(product.value for product in products))
+            raise UsageError(
+                f"{key} has {chip.hex()}, {len(chip)} bytes as of {of}, which is not in products"
+            )
+
+
+def _refuse_limits_of_no_product(policies: Collection[Policy]) -> None:
+    limited = {minimum.product for policy in policies for minimum in policy.minimum_tcb or ()}
+    unused = limited.difference(*(policy.products for policy in policies if policy.minimum_tcb))
+    for product in unused:
+        raise UsageError(f"minimum_tcb has a limit for {product.value}, which is not in products")
+
+
 def _digests(*sizes: int) -> Callable[[object, str], frozenset[bytes]]:
     """A list of byte strings in hex, each of one of the sizes."""
 
@@ -121,12 +162,17 @@ def _products(value: object, key: str) -> frozenset[Product]:
     return frozenset(_product(item, key) for item in _list(value, key))
 
 
-def _platform_bits(value: object, key: str) -> frozenset[PlatformBit]:
-    names = PlatformBit.__members__
-    for item in _strings(value, key):
-        if item not in names:
-            raise UsageError(f"{key} has the unknown bit {item!r}; known are {', '.join(names)}")
-    return frozenset(names[item] for item in _strings(value, key))
+def _bits(kind: type[PlatformBit | GuestPolicyBit]) -> Callable[[object, str], object]:
+    """A list of the names of bits."""
+
+    def convert(value: object, key: str) -> object:
+        names = kind.__members__
+        for item in _strings(value, key):
+            if item not in names:
+                raise UsageError(f"{key} has the unknown bit {item!r}; known are {', '.join(names)}")
+        return frozenset(names[item] for item in _strings(value, key))
+
+    return convert
 
 
 def _vmpls(value: object, key: str) -> frozenset[int]:
@@ -222,9 +268,12 @@ _RULES: Final[dict[str, Callable[[object, str], object]]] = {
     "id_keys": _or_any(_digests(48)),
     "author_keys": _or_any(_digests(48)),
     "minimum_guest_svn": _number(1 << 32),
-    "required_platform_bits": _platform_bits,
-    "forbidden_platform_bits": _platform_bits,
+    "required_platform_bits": _bits(PlatformBit),
+    "forbidden_platform_bits": _bits(PlatformBit),
+    "required_guest_policy_bits": _bits(GuestPolicyBit),
+    "forbidden_guest_policy_bits": _bits(GuestPolicyBit),
     "required_mitigations": _number(1 << 64),
     "require_crl": _boolean,
     "maximum_moves": _or_any(_number(1 << 32)),
+    "allow_psk": _boolean,
 }

@@ -11,6 +11,7 @@ not open recorded traffic: the session's secret comes from ephemeral keys too.
 from __future__ import annotations
 
 import hmac
+import os
 import stat
 from typing import TYPE_CHECKING, Final
 
@@ -26,7 +27,9 @@ from .secret import Secret
 if TYPE_CHECKING:
     from pathlib import Path
 
-MIN_PSK_BYTES: Final = 16  # below 128 bits the key would be the weakest part of the session
+MIN_PSK_BYTES: Final = (
+    16  # below 128 bits the key would be the weakest part of the session, and text has fewer in 16 bytes
+)
 MAX_PSK_BYTES: Final = 4096
 
 _SALT: Final = b"pagexfer v1 psk"
@@ -35,7 +38,11 @@ _CONTRIBUTION_INFO: Final = b"pagexfer v1 psk contribution"
 
 
 class PskAttestor:
-    """Both sides prove that they know `psk`, at least 16 random bytes. Raises UsageError where it is too short or long."""
+    """Both sides prove that they know `psk`, at least 16 random bytes.
+
+    Raises UsageError where it is too short or long, one byte again and again, or nothing but white space. How hard it is to
+    guess is for whoever makes it: it is used as it is, and whoever records a handshake can try guesses.
+    """
 
     def __init__(self, psk: bytes) -> None:
         if not MIN_PSK_BYTES <= len(psk) <= MAX_PSK_BYTES:
@@ -43,17 +50,26 @@ class PskAttestor:
                 f"a pre-shared key has {MIN_PSK_BYTES} to {MAX_PSK_BYTES} bytes, this one {len(psk)}: "
                 "make one with 'openssl rand -hex 32'"
             )
+        if len(set(psk)) == 1 or not psk.strip():
+            raise UsageError("this pre-shared key is none: make one with 'openssl rand -hex 32'")
         self._secret = Secret(hmac.digest(_SALT, psk, "sha384"))
 
     @classmethod
     def from_file(cls, path: Path) -> PskAttestor:
-        """The key in a file, one trailing newline aside. Raises UsageError where the file cannot be used."""
+        """The key in a file, one trailing newline aside, LF or CR LF. Raises UsageError where the file cannot be used."""
         try:
             with path.open("rb") as file:
                 data = file.read(MAX_PSK_BYTES + 2)
+                mode = os.fstat(file.fileno()).st_mode
         except OSError as error:
             raise UsageError(f"cannot read the pre-shared key in {path}: {error.strerror}") from None
-        return cls(data.removesuffix(b"\n").removesuffix(b"\r"))
+        if mode & (stat.S_IWGRP | stat.S_IWOTH):
+            # Whoever can write it says which key is the peer's, and so who the peer is.
+            raise UsageError(
+                f"others can write the pre-shared key in {path}: run 'chmod 600 {path}', make a new one"
+            )
+        newline = b"\r\n" if data.endswith(b"\r\n") else b"\n"
+        return cls(data.removesuffix(newline))
 
     @property
     def kind(self) -> AttestorKind:

@@ -20,7 +20,7 @@ from ..attestation.snp.certificates import EndorsementNames
 from ..attestation.snp.describe import describe_claims, describe_report
 from ..attestation.snp.report import REPORT_DATA_BYTES
 from ..errors import AttestationError, MalformedData, Outcome, UsageError
-from .files import read_file
+from .files import read_crls, read_file
 from .output import note, print_answer, print_json
 
 if TYPE_CHECKING:
@@ -77,7 +77,9 @@ def attest() -> None:
     "--leaf", type=_FILE, required=True, help="Certificate of the report's key, VCEK or VLEK (DER or PEM)."
 )
 @click.option("--chain", type=_FILE, required=True, help="ASK or ASVK, and ARK, in one PEM file.")
-@click.option("--crl", type=_FILE, help="Revocation list of the ARK (DER or PEM).")
+@click.option(
+    "--crl", type=_FILE, multiple=True, help="Revocation list of an ARK (DER or PEM); may be given again."
+)
 @click.option("--policy", "policy_file", type=_FILE, help="Rules that the report must meet (TOML or JSON).")
 @click.option("--no-policy", is_flag=True, help="Check signatures only, and accept whatever the report says.")
 @click.option(
@@ -95,7 +97,7 @@ def verify(
     report: Path,
     leaf: Path,
     chain: Path,
-    crl: Path | None,
+    crl: tuple[Path, ...],
     policy_file: Path | None,
     no_policy: bool,
     role: str,
@@ -177,14 +179,10 @@ def _read_report(path: Path) -> tuple[bytes, Report]:
         raise UsageError(f"{path} is not a report: {error}") from None
 
 
-def _read_endorsements(leaf: Path, chain: Path, crl: Path | None) -> Endorsements:
-    files = (
-        read_file(leaf, "certificate"),
-        read_file(chain, "certificate chain"),
-        None if crl is None else read_file(crl, "CRL"),
-    )
+def _read_endorsements(leaf: Path, chain: Path, crl: tuple[Path, ...]) -> Endorsements:
+    files = read_file(leaf, "certificate"), read_file(chain, "certificate chain"), read_crls(crl)
     try:
-        return parse_endorsements_untrusted(*files, EndorsementNames(str(leaf), str(chain), str(crl)))
+        return parse_endorsements_untrusted(*files, EndorsementNames(str(leaf), str(chain)))
     except MalformedData as error:
         raise UsageError(str(error)) from None
 

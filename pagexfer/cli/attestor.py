@@ -16,7 +16,7 @@ from ..attestation.snp import find_provider
 from ..attestation.snp.attestor import SnpAttestor
 from ..errors import UsageError
 from ..wire.handshake import AttestorKind, Role
-from .files import read_file
+from .files import read_crls
 from .output import note
 
 if TYPE_CHECKING:
@@ -54,7 +54,12 @@ def attest_option(*kinds: AttestorKind) -> Callable[[Callable[..., Any]], Callab
 def attestor_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """--attest, and the files that its kinds need."""
     for option in (
-        click.option("--crl", type=_FILE, help="snp: revocation list of AMD's root key (DER or PEM)."),
+        click.option(
+            "--crl",
+            type=_FILE,
+            multiple=True,
+            help="snp: revocation list of a root key of AMD's (DER or PEM); may be given again, for each product one.",
+        ),
         click.option("--policy", type=_FILE, help="snp, emulated: rules for the peer (TOML or JSON)."),
         click.option(
             "--test-ca", type=_FILE, help="emulated: file of 'attest make-test-ca', for both sides."
@@ -66,11 +71,11 @@ def attestor_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def make_attestor(role: Role, attest: str, files: dict[str, Path | None]) -> Attestor:
+def make_attestor(role: Role, attest: str, crl: tuple[Path, ...], files: dict[str, Path | None]) -> Attestor:
     """The attestor of the side `role`. Raises UsageError where a file is missing, not for this kind, or unusable."""
     kind = AttestorKind[attest.upper()]
-    for name, path in files.items():
-        if path is not None and name not in _TAKES[kind]:
+    for name, given in {**files, "crl": crl}.items():
+        if given and name not in _TAKES[kind]:
             raise UsageError(f"{_option(name)} is of no use with --attest {attest}")
     needed = files[_NEEDS[kind]]
     if needed is None:
@@ -81,13 +86,8 @@ def make_attestor(role: Role, attest: str, files: dict[str, Path | None]) -> Att
             _warn_if_readable(needed, "pre-shared key")
             return psk
         case AttestorKind.SNP:
-            policy, crl = _policy(needed, role), files["crl"]
-            return SnpAttestor(
-                find_provider(),
-                policy,
-                crl=None if crl is None else read_file(crl, "CRL"),
-                on_refused=note,
-            )
+            policy = _policy(needed, role)
+            return SnpAttestor(find_provider(), policy, crl=read_crls(crl), on_refused=note)
         case AttestorKind.EMULATED:
             authority = EmulatedAuthority.load(needed)
             _warn_if_readable(needed, "test CA")

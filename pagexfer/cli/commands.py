@@ -187,6 +187,7 @@ _journal_option = click.option(
 def send(
     address: tuple[str, int],
     attest: str,
+    crl: tuple[Path, ...],
     journal: Path | None,
     ledger: Path | None,
     channels: int,
@@ -227,7 +228,7 @@ def send(
         )
     )
     _check_write_rate(write_rate, vcpus)
-    attestor = make_attestor(Role.SOURCE, attest, files)
+    attestor = make_attestor(Role.SOURCE, attest, crl, files)
     moves = read_ledger(ledger)
     monitor = qemu_monitor(kind, qmp)
     opened = (
@@ -283,6 +284,7 @@ def send(
 def receive(
     address: tuple[str, int],
     attest: str,
+    crl: tuple[Path, ...],
     journal: Path | None,
     ledger: Path | None,
     run_for: float,
@@ -303,7 +305,7 @@ def receive(
     Exit code 0: the guest runs here. 1: it does not. 2: bad usage. 3: authentication or policy refused. 4: it came, and
     is not as it should be.
     """
-    attestor = make_attestor(Role.DESTINATION, attest, files)
+    attestor = make_attestor(Role.DESTINATION, attest, crl, files)
     check_place(ledger)
     monitor = qemu_monitor(kind, qmp)
     work = partial(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from ..errors import UsageError
+from ..attestation.snp.certificates import parse_crls_untrusted
+from ..errors import MalformedData, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
 MAX_FILE_BYTES: Final = 1 << 16
@@ -22,3 +24,14 @@ def read_file(path: Path, what: str, limit_bytes: int = MAX_FILE_BYTES) -> bytes
     if len(data) > limit_bytes:
         raise UsageError(f"{path} has more than {limit_bytes} bytes: not a {what}")
     return data
+
+
+def read_crls(paths: Iterable[Path]) -> list[bytes]:
+    """Files of revocation lists as they are. Raises UsageError, which names the one that is none."""
+    files = [(path, read_file(path, "CRL")) for path in paths]
+    for path, data in files:
+        try:
+            parse_crls_untrusted(data, str(path))
+        except MalformedData as error:
+            raise UsageError(str(error)) from None
+    return [data for _, data in files]

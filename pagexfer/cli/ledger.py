@@ -1,6 +1,6 @@
 """`pagexfer ledger verify`, and the files that ledgers of moves are kept in.
 
-Exit codes: 0 every rule holds; 2 bad usage, or the file is no ledger; 3 a rule does not hold.
+Exit codes: 0 every rule holds; 2 bad usage, or the file is no ledger; 3 a rule does not hold, or evidence was not verified.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ import click
 
 from ..attestation import PskAttestor
 from ..attestation.insecure import EmulatedAuthority
-from ..attestation.policy import Policy, check_moves, check_policy, check_report_data
+from ..attestation.policy import Policy, check_moves, check_policy, check_psk, check_report_data
 from ..attestation.policy_file import load_policies
 from ..attestation.snp import AMD_ROOTS
 from ..attestation.snp.attestor import as_claims, verify_evidence
 from ..errors import LedgerRefused, MalformedData, Outcome, UsageError
-from ..svsm.ledger import record_hash, verify_chain
+from ..svsm.ledger import VALID_FROM, VALID_UNTIL, record_hash, verify_chain
 from ..wire.handshake import AttestorKind, Role
 from ..wire.ledger import MAX_LEDGER_BYTES, parse_ledger_untrusted
-from .attest import Moment
-from .files import read_file
+from .files import read_crls, read_file
 from .output import note, print_json, print_table
 
 if TYPE_CHECKING:
@@ -33,13 +32,23 @@ if TYPE_CHECKING:
     from typing import Any
 
     from ..attestation import Claims
-    from ..attestation.snp import SnpClaims
+    from ..attestation.snp import Root, SnpClaims
     from ..svsm.ledger import Evidence, VerifiedMove
     from ..wire.ledger import Record
 
 _FILE: Final = click.Path(path_type=Path, dir_okay=False)
+# Of a ledger from which an operator is warned: room is left for a dozen moves with reports.
+_NEARLY_FULL: Final = MAX_LEDGER_BYTES * 9 // 10
 # What is told of the machine at either end, where its evidence says it.
-_TOLD: Final = ("product", "certified_chip", "report_id", "measurement", "vmpl")
+_TOLD: Final = (
+    "product",
+    "certified_chip",
+    "report_id",
+    "measurement",
+    "vmpl",
+    VALID_FROM,
+    VALID_UNTIL,
+)
 
 
 def ledger_option(purpose: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -59,37 +68,44 @@ def ledger_commands() -> None:
 @click.option(
     "--psk-file", type=_FILE, help="psk: the pre-shared key, without which evidence is not verified."
 )
-@click.option("--crl", type=_FILE, help="snp: revocation list of AMD's root key (DER or PEM).")
+@click.option(
+    "--crl",
+    type=_FILE,
+    multiple=True,
+    help="snp: revocation list of a root key of AMD's (DER or PEM); may be given again, for each product one.",
+)
 @click.option("--test-ca", type=_FILE, help="emulated: file of 'attest make-test-ca'.")
-@click.option("--at", type=Moment(), help="Certificates must be valid at this time (ISO 8601). Default: now.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def verify(
     file: Path,
     policy_file: Path | None,
     no_policy: bool,
     psk_file: Path | None,
-    crl: Path | None,
+    crl: tuple[Path, ...],
     test_ca: Path | None,
-    at: datetime | None,
     as_json: bool,
 ) -> int:
     """Check a guest's ledger offline, and print its moves.
 
     It shows these moves, and cannot show that there were no later ones: compare the last record with what the guest's
-    present SVSM has. When a move was made is not recorded, for no side has a clock that the others trust.
+    present SVSM has. When a move was made is not recorded, for no side has a clock that the others trust: certificates may
+    have been valid at any time, and the answer says when those of each move were. A CRL has to be valid today; what it
+    revokes counts for old moves, too.
 
-    Without --policy and --no-policy the built-in rules of 'attest verify' hold.
+    Without --policy and --no-policy the built-in rules of 'attest verify' hold, and moves with a pre-shared key are
+    accepted, but not after one with reports. With --policy they are refused unless it has allow_psk.
 
-    Exit code 0: every rule holds. 2: bad usage, or no ledger. 3: a rule does not hold.
+    Exit code 0: every rule holds. 2: bad usage, or no ledger. 3: a rule does not hold, or evidence by pre-shared key was
+    not verified.
     """
     if policy_file is not None and no_policy:
         raise UsageError("--policy and --no-policy exclude each other")
     verifier = _Verifier(
         None if no_policy else _policies(policy_file),
         None if psk_file is None else PskAttestor.from_file(psk_file),
-        None if crl is None else read_file(crl, "CRL"),
+        read_crls(crl),
         None if test_ca is None else EmulatedAuthority.load(test_ca),
-        datetime.now(UTC) if at is None else at,
+        datetime.now(UTC),
     )
     data = read_file(file, "ledger", MAX_LEDGER_BYTES)
     try:
@@ -99,12 +115,20 @@ def verify(
     if not records:
         raise UsageError(f"{file} is empty: a guest that never moved has no ledger to verify")
     try:
-        moves = verify_chain(records, verifier)
+        # With a policy its rule allow_psk decides about every move by itself.
+        moves = verify_chain(records, verifier, psk_after_reports=no_policy or policy_file is not None)
     except LedgerRefused as error:
         return _refused(error, as_json=as_json)
-    _print(moves, as_json=as_json)
-    if any(move.source is None for move in moves):
-        note("signatures and chain hold; a pre-shared key's evidence was not verified: give --psk-file")
+    unverified = [move for move in moves if None in (move.source, move.destination)]
+    if unverified:
+        # Anybody can write such a record: hashes and signatures hold, and nobody's word stands behind them.
+        missing = LedgerRefused(
+            "evidence", unverified[0].record.body.move, "a pre-shared key's is not verified: give --psk-file"
+        )
+        _print(moves, missing, as_json=as_json)
+        note(str(missing))
+        return Outcome.REFUSED
+    _print(moves, None, as_json=as_json)
     if policy_file is None and any(move.terms.kind is not AttestorKind.PSK for move in moves):
         note("evidence holds; the measurements were compared with nothing: give --policy")
     return Outcome.COMPLETED
@@ -117,6 +141,11 @@ def read_ledger(path: Path | None) -> bytes:
     data = read_file(path, "ledger", MAX_LEDGER_BYTES) if path.exists() else b""
     if not data:
         note(f"no ledger at {path}: counted as the first move")
+    if len(data) > _NEARLY_FULL:
+        note(
+            f"warning: the ledger at {path} has {len(data)} of at most {MAX_LEDGER_BYTES} bytes: "
+            "when there is no room for one more record, the guest cannot move any more"
+        )
     return data
 
 
@@ -171,26 +200,30 @@ def write_ledger(path: Path, data: bytes) -> None:
 
 
 class _Verifier:
-    """Verifies the evidence of every move as its peer did then: up to the roots given, and under this policy."""
+    """Verifies the evidence of every move as its peer did then: up to the roots given, and under this policy.
+
+    None stands for a pre-shared key's where the key was not given.
+    """
 
     def __init__(
         self,
         policies: Mapping[Role, Policy] | None,
         psk: PskAttestor | None,
-        crl: bytes | None,
+        crl: Sequence[bytes],
         authority: EmulatedAuthority | None,
-        at: datetime,
+        now: datetime,
     ) -> None:
         self._policies = policies
         self._psk = psk
         self._crl = crl
         self._authority = authority
-        self._at = at
+        self._now = now
         self._source: SnpClaims | None = None
 
     def __call__(self, evidence: Evidence) -> Claims | None:
         if evidence.kind is AttestorKind.PSK:
             if self._policies is not None:
+                check_psk(self._policies[evidence.role])
                 check_moves(self._policies[evidence.role], evidence.move)
             return None if self._psk is None else self._psk.verify(evidence.data, evidence.report_data)
         claims = self._verified(evidence)
@@ -200,12 +233,16 @@ class _Verifier:
 
     def _verified(self, evidence: Evidence) -> SnpClaims:
         if evidence.kind is AttestorKind.SNP:
-            return verify_evidence(evidence.data, at=self._at, roots=AMD_ROOTS, crl=self._crl)
+            return self._whenever(evidence, AMD_ROOTS, self._crl)
         if self._authority is None:
             raise UsageError(
                 f"move {evidence.move} has emulated evidence: give the --test-ca it was made with"
             )
-        return verify_evidence(evidence.data, at=self._at, roots=(self._authority.root,), crl=None)
+        return self._whenever(evidence, (self._authority.root,), ())
+
+    def _whenever(self, evidence: Evidence, roots: Sequence[Root], crl: Sequence[bytes]) -> SnpClaims:
+        """As of whenever the certificates were valid: nobody's word says when a move was made."""
+        return verify_evidence(evidence.data, at=self._now, roots=roots, crl=crl, whenever=True)
 
     def _check_policy(self, evidence: Evidence, claims: SnpClaims) -> None:
         """Each side under the rules for its role; rules about both of them once the destination is known, too."""
@@ -220,22 +257,23 @@ class _Verifier:
 
 def _policies(path: Path | None) -> dict[Role, Policy]:
     if path is None:
-        return dict.fromkeys(Role, Policy(measurements=None, minimum_tcb=None))
+        return dict.fromkeys(Role, Policy(measurements=None, minimum_tcb=None, allow_psk=True))
     policies = load_policies(path)
     return {Role.SOURCE: policies.source, Role.DESTINATION: policies.destination}
 
 
-def _print(moves: tuple[VerifiedMove, ...], *, as_json: bool) -> None:
+def _print(moves: tuple[VerifiedMove, ...], error: LedgerRefused | None, *, as_json: bool) -> None:
+    """The chain, which holds but for the evidence that `error` says was not verified."""
     last = moves[-1].record
     head: dict[str, object] = {
-        "verified": True,
+        "verified": error is None,
         "moves": len(moves),
         "guest-id": last.body.guest_id.hex(),
         "last-record": record_hash(last).hex(),
     }
     described = [_describe(move) for move in moves]
     if as_json:
-        print_json({**head, "chain": described})
+        print_json({**head, "chain": described, **({} if error is None else _told(error))})
         return
     for move in described:
         head[f"move {move.pop('move')}"] = move
@@ -246,6 +284,7 @@ def _describe(move: VerifiedMove) -> dict[str, object]:
     body = move.record.body
     described: dict[str, object] = {
         "move": body.move,
+        "verified": None not in (move.source, move.destination),
         "attestation": move.terms.kind.label,
         "freshness": body.freshness.label,
         "source": _side(move.source),
@@ -255,6 +294,10 @@ def _describe(move: VerifiedMove) -> dict[str, object]:
         "manifest-digest": body.manifest_digest.hex(),
         "record": record_hash(move.record).hex(),
     }
+    sides = [side.details for side in (move.source, move.destination) if side is not None and side.details]
+    if sides:
+        described["certificates-valid-from"] = max(str(side[VALID_FROM]) for side in sides)
+        described["certificates-valid-until"] = min(str(side[VALID_UNTIL]) for side in sides)
     if body.move > 1:
         described["continuous"] = "not known" if move.continuous is None else "yes"
     return described
@@ -262,17 +305,20 @@ def _describe(move: VerifiedMove) -> dict[str, object]:
 
 def _side(claims: Claims | None) -> dict[str, object]:
     if claims is None:
-        return {"evidence": "pre-shared key: not verifiable offline"}
+        return {"evidence": "not verified: pre-shared key, which is not here"}
     told = {name: claims.details[name] for name in _TOLD if name in claims.details}
     return {"evidence": f"verified: {claims.subject}", **told}
 
 
 def _refused(error: LedgerRefused, *, as_json: bool) -> int:
     if as_json:
-        reason = {"reason": "ledger", "rule": error.rule, "move": error.move, "message": str(error)}
-        print_json({"verified": False, "error": reason})
+        print_json({"verified": False, **_told(error)})
     note(str(error))
     return Outcome.REFUSED
+
+
+def _told(error: LedgerRefused) -> dict[str, object]:
+    return {"error": {"reason": "ledger", "rule": error.rule, "move": error.move, "message": str(error)}}
 
 
 def _temporary(path: Path) -> tuple[int, str]:

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from ..errors import AttestationError, KeyPoisoned, LedgerRefused, MalformedData
 from ..wire.constants import DIGEST_BYTES
-from ..wire.handshake import Role, parse_hello_untrusted
+from ..wire.handshake import AttestorKind, Role, parse_hello_untrusted
 from ..wire.ledger import (
     MAX_LEDGER_BYTES,
     Record,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ..attestation import Claims
-    from ..wire.handshake import AttestorKind, Freshness
+    from ..wire.handshake import Freshness
     from ..wire.ledger import Proofs
 
 _RECORD_LABEL: Final = b"pagexfer v1 ledger record"
@@ -51,6 +51,9 @@ NO_RECORD: Final = bytes(DIGEST_BYTES)  # stands for the hash of the record befo
 # What evidence may say of the machine that gave it. Where that machine is a move's destination and gives the guest away in
 # the next one, neither can have changed: a chip has one name, and a launch of its firmware one report id.
 _INSTANCE: Final = ("certified_chip", "report_id")
+# When the certificates behind evidence are valid: in UTC and one form, so that texts compare as times do.
+VALID_FROM: Final = "certificates_valid_from"
+VALID_UNTIL: Final = "certificates_valid_until"
 
 
 class LedgerKey:
@@ -228,17 +231,32 @@ def check_chain(records: Sequence[Record]) -> list[MoveTerms]:
 
 
 def verify_chain(
-    records: Sequence[Record], verify_evidence: Callable[[Evidence], Claims | None]
+    records: Sequence[Record],
+    verify_evidence: Callable[[Evidence], Claims | None],
+    *,
+    psk_after_reports: bool = False,
 ) -> tuple[VerifiedMove, ...]:
     """Check a ledger with its evidence. `verify_evidence` returns None for evidence that it has no means to verify.
 
+    A move with a pre-shared key names no machine, so between moves with reports it would hide that the guest left from
+    elsewhere than it had come to: anybody could put another guest behind a chain. Only `psk_after_reports` accepts one.
+
     Raises LedgerRefused with the first rule that does not hold: those of `check_chain`; `evidence` where `verify_evidence`
     raises AttestationError or MalformedData; `continuity` where evidence names another machine, or another launch of its
-    firmware, as a move's source than as the destination of the move before.
+    firmware, as a move's source than as the destination of the move before, or none at all after one that did;
+    `dates` where certificates were not valid in the order in which they would have been used.
     """
     moves: list[VerifiedMove] = []
+    began = ""
     for record, terms in zip(records, check_chain(records), strict=True):
+        _require(
+            psk_after_reports or not moves or not _loses_reports(moves[-1].terms, terms),
+            "continuity",
+            record.body.move,
+            "a pre-shared key names no machine, and the move before had reports of two",
+        )
         source, destination = (_verify(evidence, verify_evidence) for evidence in _evidence_of(record, terms))
+        began = _check_dates(record.body.move, began, source, destination)
         continuous = _check_continuity(record.body.move, moves[-1].destination if moves else None, source)
         moves.append(VerifiedMove(record, terms, source, destination, continuous))
     return tuple(moves)
@@ -301,6 +319,10 @@ def _verify(evidence: Evidence, verify: Callable[[Evidence], Claims | None]) -> 
         raise LedgerRefused("evidence", evidence.move, f"the {side}'s evidence: {error}") from None
 
 
+def _loses_reports(before: MoveTerms, terms: MoveTerms) -> bool:
+    return terms.kind is AttestorKind.PSK and before.kind is not AttestorKind.PSK
+
+
 def _check_continuity(move: int, before: Claims | None, source: Claims | None) -> bool | None:
     if before is None or source is None:
         return None
@@ -313,6 +335,24 @@ def _check_continuity(move: int, before: Claims | None, source: Claims | None) -
             f"the guest left from {name} {source.details[name]}, but had arrived at {before.details[name]}",
         )
     return True if known else None
+
+
+def _check_dates(move: int, began: str, *sides: Claims | None) -> str:
+    """`began` is when the last certificate of the moves before began; returns the same of all up to this move.
+
+    Each move was at a time when its certificates were valid, and after the moves before it.
+    """
+    known = [side.details for side in sides if side is not None and VALID_FROM in side.details]
+    began = max([began, *(str(details[VALID_FROM]) for details in known)])
+    for details in known:
+        ended = str(details[VALID_UNTIL])
+        _require(
+            began <= ended,
+            "dates",
+            move,
+            f"a certificate ended at {ended}, before one of this move or an earlier one began at {began}",
+        )
+    return began
 
 
 def _require(holds: bool, rule: str, move: int, why: str) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from pagexfer.attestation.snp import parse_endorsements_untrusted
-from pagexfer.attestation.snp.certificates import _load_untrusted
+from pagexfer.attestation.snp.certificates import _load_untrusted, parse_crls_untrusted
 from pagexfer.attestation.snp.framing import pack_evidence, parse_evidence_untrusted
 from pagexfer.attestation.snp.leaf import parse_leaf_untrusted
 from pagexfer.attestation.snp.product import parse_tcb_untrusted
@@ -323,7 +323,7 @@ TARGETS: Final = (
     Target("snp-report", (parse_report_untrusted,), _report),
     Target("snp-evidence", (parse_evidence_untrusted,), _evidence),
     Target("snp-table", (parse_certificate_table_untrusted,), _certificate_table),
-    Target("snp-endorsements", (parse_endorsements_untrusted,), _endorsements),
+    Target("snp-endorsements", (parse_endorsements_untrusted, parse_crls_untrusted), _endorsements),
     Target("snp-leaf", (parse_leaf_untrusted,), _leaf),
     Target("kvm-vcpu", (kvm_state.parse_untrusted,), _kvm_state),
     Target("kvm-device", (parse_device_state_untrusted,), _device_state),

@@ -52,6 +52,8 @@ _TOLD: Final = (
     "certified_chip",
     "csp_id",
     "crl_checked",
+    "certificates_valid_from",
+    "certificates_valid_until",
     "digest",
 )
 
@@ -59,10 +61,10 @@ _TOLD: Final = (
 class SnpAttestor:
     """`provider` makes this side's reports; a peer's is judged under `policy`, the one for a peer in its role.
 
-    `now` gives the time at which certificates must be valid, `crl` is the root's revocation list from the operator: one
-    that a peer sent would be of the peer's choice. `on_refused` gets one line for each refusal: it is for this side's own
-    operator, while the host learns a coarse code. Raises UsageError where this machine gives no report, or one that no peer
-    could verify.
+    `now` gives the time at which certificates must be valid. `crl` are the operator's revocation lists, one for each
+    root that peers may have: what a peer sent would be of the peer's choice. This side's own report needs none.
+    `on_refused` gets one line for each refusal: it is for this side's own operator, while the host learns a coarse
+    code. Raises UsageError where this machine gives no report, or one that no peer could verify.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class SnpAttestor:
         *,
         roots: Sequence[Root] = AMD_ROOTS,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
-        crl: bytes | None = None,
+        crl: bytes | Sequence[bytes] | None = None,
         on_refused: Callable[[str], None] = lambda _line: None,
     ) -> None:
         self._provider = provider
@@ -96,7 +98,7 @@ class SnpAttestor:
 
     def verify(self, evidence: bytes, report_data: bytes) -> Claims:
         try:
-            claims = self._verified(evidence)
+            claims = self._verified(evidence, self._crl)
             # What is not of this handshake proves nothing of the peer, so it comes before the policy.
             check_report_data(claims, report_data)
             check_policy(self._policy, claims, own=self._own, moves=None)
@@ -118,24 +120,32 @@ class SnpAttestor:
     def contribution(self) -> Secret:
         return Secret(NOTHING)
 
-    def _verified(self, evidence: bytes) -> SnpClaims:
-        return verify_evidence(evidence, at=self._now(), roots=self._roots, crl=self._crl)
+    def _verified(self, evidence: bytes, crl: bytes | Sequence[bytes] | None) -> SnpClaims:
+        return verify_evidence(evidence, at=self._now(), roots=self._roots, crl=crl)
 
     def _own_claims(self) -> SnpClaims:
         """Of a report over zeros, which is of no use to anybody: handshakes begin theirs with a label."""
         try:
-            return self._verified(self.evidence(bytes(REPORT_DATA_BYTES)))
+            return self._verified(self.evidence(bytes(REPORT_DATA_BYTES)), None)
         except (AttestationError, MalformedData) as error:
             raise UsageError(f"no peer could verify this machine's own report: {error}") from None
 
 
-def verify_evidence(data: bytes, *, at: datetime, roots: Sequence[Root], crl: bytes | None) -> SnpClaims:
+def verify_evidence(
+    data: bytes,
+    *,
+    at: datetime,
+    roots: Sequence[Root],
+    crl: bytes | Sequence[bytes] | None,
+    whenever: bool = False,
+) -> SnpClaims:
     """Evidence of a handshake, up to `roots` as of the time `at`; neither report data nor a policy is compared.
 
+    `whenever` is as with `verify_report`, for evidence of an earlier handshake.
     Raises AttestationError or MalformedData.
     """
     evidence = parse_evidence_untrusted(data)
-    return verify_report(evidence.report, _endorsements(evidence, crl), at=at, roots=roots)
+    return verify_report(evidence.report, _endorsements(evidence, crl), at=at, roots=roots, whenever=whenever)
 
 
 def as_claims(kind: AttestorKind, claims: SnpClaims) -> Claims:
@@ -146,7 +156,7 @@ def as_claims(kind: AttestorKind, claims: SnpClaims) -> Claims:
     return Claims(kind, subject, {name: described[name] for name in _TOLD})
 
 
-def _endorsements(evidence: Evidence, crl: bytes | None) -> Endorsements:
+def _endorsements(evidence: Evidence, crl: bytes | Sequence[bytes] | None) -> Endorsements:
     table = parse_certificate_table_untrusted(evidence.table)
     key = parse_report_untrusted(evidence.report).signing_key
     leaf = table.vlek if key == SigningKey.VLEK else table.vcek

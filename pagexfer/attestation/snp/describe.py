@@ -40,6 +40,8 @@ def describe_claims(claims: SnpClaims) -> dict[str, object]:
         "certified_chip": None if claims.chip is None else claims.chip.hex(),
         "csp_id": claims.csp_id,
         "crl_checked": claims.crl_checked,
+        "certificates_valid_from": claims.valid_from.isoformat(),
+        "certificates_valid_until": claims.valid_until.isoformat(),
         "digest": claims.digest.hex(),
     }
 

@@ -11,12 +11,16 @@ import fcntl
 import os
 import secrets
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ...errors import AttestationError, UsageError
-from .report import PREFIX, REPORT_BYTES, REPORT_DATA_BYTES, parse_report_untrusted
+from .report import PREFIX, REPORT_BYTES, REPORT_DATA_BYTES, SigningKey, parse_report_untrusted
+from .table import CertificateTable, parse_certificate_table_untrusted
+
+if TYPE_CHECKING:
+    from .report import Report
 
 TSM_REPORTS: Final = Path("/sys/kernel/config/tsm/report")
 SEV_GUEST: Final = Path("/dev/sev-guest")
@@ -41,7 +45,7 @@ _VMM_BUSY: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """A report of 1184 bytes and the host's certificate table, empty where it gave none."""
+    """A report of 1184 bytes and the certificate table that came with it, empty where there was none."""
 
     report: bytes
     table: bytes
@@ -128,8 +132,7 @@ class SevGuestProvider:
         except OSError as error:
             raise UsageError(self._explain(error, argument, vmpl)) from None
         answer = response.raw[: PREFIX.size + REPORT_BYTES]
-        # The driver fills no more of the table than there are certificates: the rest is the zeros that were there.
-        return _checked(Evidence(answer, table.raw if any(table.raw) else b""), report_data, vmpl)
+        return _checked(Evidence(answer, table.raw), report_data, vmpl)
 
     def _explain(self, error: OSError, argument: bytearray, vmpl: int) -> str:
         *_, firmware, vmm = _GUEST_REQUEST.unpack(argument)
@@ -152,11 +155,25 @@ def _check_request(report_data: bytes, vmpl: int) -> None:
 
 
 def _checked(evidence: Evidence, report_data: bytes, vmpl: int) -> Evidence:
-    """The evidence with its report bare. Raises AttestationError where it is not the one that was asked for."""
+    """The evidence with its report bare, and of the table only what verifies it: both stay in the guest's ledger for good.
+
+    Raises AttestationError where it is not the report that was asked for, MalformedData where either is none at all.
+    """
     report = parse_report_untrusted(evidence.report)
     if report.report_data != report_data or report.vmpl != vmpl:
         raise AttestationError("the firmware's report is not of the request that was made")
-    return Evidence(report.raw, evidence.table)
+    return Evidence(report.raw, _chain_of(report, evidence.table))
+
+
+def _chain_of(report: Report, table: bytes) -> bytes:
+    """A table of the report's chain alone: a host's is padded to pages, 16 KiB from the driver, and may have more in it."""
+    parsed = parse_certificate_table_untrusted(table)
+    kept = (
+        replace(parsed, vcek=None, crl=None)
+        if report.signing_key == SigningKey.VLEK
+        else replace(parsed, vlek=None, crl=None)
+    )
+    return kept.pack() if kept != CertificateTable() else b""
 
 
 def _read_text(path: Path) -> str:

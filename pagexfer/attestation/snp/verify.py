@@ -39,6 +39,7 @@ class SnpClaims:
 
     `chip` names the processor, 64 bytes or 8 (Turin): a VCEK's certificate does so even where the host had the report's
     chip id hidden. It is None where nothing names it. `csp_id` is whom AMD gave the VLEK to, None under a VCEK.
+    From `valid_from` to `valid_until` all certificates are valid.
     """
 
     report: Report
@@ -51,6 +52,8 @@ class SnpClaims:
     chip: bytes | None
     csp_id: str | None
     crl_checked: bool
+    valid_from: datetime
+    valid_until: datetime
 
     @property
     def digest(self) -> bytes:
@@ -59,10 +62,16 @@ class SnpClaims:
 
 
 def verify_report(
-    data: bytes, endorsements: Endorsements, *, at: datetime, roots: Sequence[Root] = AMD_ROOTS
+    data: bytes,
+    endorsements: Endorsements,
+    *,
+    at: datetime,
+    roots: Sequence[Root] = AMD_ROOTS,
+    whenever: bool = False,
 ) -> SnpClaims:
     """Verify a report (with or without its prefix) as of the time `at`, which has a time zone.
 
+    With `whenever` as of any time at which its certificates were valid, for a report of the past; `at` is for the CRL then.
     Raises AttestationError where something does not hold, MalformedData where bytes are not what they should be.
     """
     if at.tzinfo is None:
@@ -70,7 +79,7 @@ def verify_report(
     report = parse_report_untrusted(data)
     key = _signing_key(report)
     _check_known_product(report)
-    root, public_key = check_chain(endorsements, key, at=at, roots=roots)
+    root, public_key = check_chain(endorsements, key, at=at, roots=roots, whenever=whenever)
     _check_signature(report, public_key)
     leaf = parse_leaf_untrusted(endorsements.leaf)
     _check_product(report, leaf, root.product)
@@ -84,7 +93,9 @@ def verify_report(
         launch_tcb=parse_tcb_untrusted(report.launch_tcb, leaf.struct_version),
         chip=_chip(report, leaf, key, root.product),
         csp_id=leaf.csp_id,
-        crl_checked=endorsements.crl is not None,
+        crl_checked=bool(endorsements.crls),
+        valid_from=endorsements.valid_from,
+        valid_until=endorsements.valid_until,
     )
     _check_tcbs(claims, leaf)
     return claims
