@@ -205,7 +205,7 @@ class TestRefusedState:
         destination.gate.load_state(0, whole)
 
     async def test_a_tsc_that_this_host_cannot_have(self, source: KvmGuest, destination: KvmGuest) -> None:
-        fastest = ioctls.TSC_KHZ.pack(0xFFFF_FFFF)
+        fastest = ioctls.TSC_KHZ.pack(99_000_000)
         state = edit_state(source.gate.save_state(0), lambda state: replace(state, tsc_khz=fastest))
         with pytest.raises(GateError, match="TSC"):
             destination.gate.load_state(0, state)
@@ -232,11 +232,17 @@ class TestTimeStampCounter:
         kvm_state.load(-1, with_tsc(khz), Host(b"", (), ioctls.XSAVE_BYTES, scales_tsc=False))
         assert ioctls.KVM_SET_TSC_KHZ not in kvm.requests
 
-    @pytest.mark.parametrize("khz", [0, 1_999_000, 2_001_000, 4_000_000])
+    @pytest.mark.parametrize("khz", [1_999_000, 2_001_000, 4_000_000])
     def test_one_that_differs_is_refused_where_it_cannot_be_scaled(self, kvm: FakeKvm, khz: int) -> None:
         with pytest.raises(GateError, match=f"TSC has {khz} kHz, this host's 2000000"):
             kvm_state.load(-1, with_tsc(khz), Host(b"", (), ioctls.XSAVE_BYTES, scales_tsc=False))
         assert ioctls.KVM_SET_MSRS not in kvm.requests
+
+    @pytest.mark.parametrize("khz", [0, 0xFFFF_FFFF])
+    def test_one_that_no_processor_has_is_refused(self, kvm: FakeKvm, khz: int) -> None:
+        with pytest.raises(GateError, match=f"no processor's TSC has {khz} kHz"):
+            kvm_state.load(-1, with_tsc(khz), Host(b"", (), ioctls.XSAVE_BYTES, scales_tsc=True))
+        assert not kvm.requests
 
     def test_one_that_differs_is_scaled_before_its_msr_is_set(self, kvm: FakeKvm) -> None:
         state = replace(with_tsc(3_000_000), msrs=ioctls.MSR_ENTRY.pack(0x10, 0, 7))

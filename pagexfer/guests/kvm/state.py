@@ -28,6 +28,7 @@ STATE_VERSION: Final = 2
 MAX_MSRS: Final = 1024
 _MSRS_PER_CALL: Final = 255  # KVM takes fewer than MAX_IO_MSRS, 256
 MAX_XSAVE_BYTES: Final = 12 * 1024  # with AMX tiles it is 11008
+_MAX_TSC_KHZ: Final = 100_000_000
 # KVM itself takes two clocks so near to each other for one (tsc_tolerance_ppm): a crystal is no better than that.
 _TSC_TOLERANCE: Final = 250e-6
 
@@ -193,8 +194,10 @@ def _set_tsc_khz(vcpu_fd: int, wanted: int, *, scales: bool) -> None:
     """Have the TSC count as it did at the source.
 
     KVM is not asked for a faster one where the processor cannot scale it: it would set the guest's clock forward at each
-    entry, and call that done.
+    entry, and call that done. It is not asked for one of 0 kHz either, by which it means its own.
     """
+    if not 0 < wanted <= _MAX_TSC_KHZ:
+        raise GateError(f"no processor's TSC has {wanted} kHz")
     try:
         own = fcntl.ioctl(vcpu_fd, ioctls.KVM_GET_TSC_KHZ, 0)
         if scales and wanted != own:
