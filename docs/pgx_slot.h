@@ -1,9 +1,9 @@
 /* Mailbox slot, version 3; docs/protocol.md, section 4, is normative. All integers are little endian.
-   Made by python -m pagexfer.wire.slot_header. */
+   A doorbell is an eventfd: a write that would block (EAGAIN) finds it rung already, and is done.
+   C99 or later, C++11 or later, also freestanding. Made by python -m pagexfer.wire.slot_header. */
 #ifndef PGX_SLOT_H
 #define PGX_SLOT_H
 
-#include <assert.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -19,6 +19,18 @@
 #define PGX_CONTROL_SLOT 65535
 #define PGX_MAX_DEVICE_STATE_PART_BYTES 1048576
 #define PGX_MAX_DEVICE_STATE_BYTES 268435456
+
+/* Where the lines are in the register page. */
+#define PGX_IDENTITY_OFFSET 0
+#define PGX_COMMAND_OFFSET 64
+#define PGX_STATUS_OFFSET 128
+#define PGX_HOST_DATA_OFFSET 192
+#define PGX_SVSM_DATA_OFFSET 256
+
+/* The parts of a word of host_data or svsm_data, and the word of both. */
+#define PGX_BUFFER_STATE(word) ((uint32_t)(word) & 0xff)
+#define PGX_BUFFER_TURN(word) ((uint32_t)(word) >> 8)
+#define PGX_BUFFER_WORD(state, turn) ((uint32_t)(turn) << 8 | (uint32_t)(state))
 
 enum pgx_command {
     PGX_COMMAND_PREPARE = 1,
@@ -127,40 +139,44 @@ struct pgx_registers {
     uint8_t reserved[3776];
 };
 
-static_assert(offsetof(struct pgx_identity_line, magic) == 0, "identity_line.magic");
-static_assert(offsetof(struct pgx_identity_line, version) == 8, "identity_line.version");
-static_assert(offsetof(struct pgx_identity_line, slot_id) == 10, "identity_line.slot_id");
-static_assert(offsetof(struct pgx_identity_line, buffers) == 12, "identity_line.buffers");
-static_assert(offsetof(struct pgx_identity_line, buffer_shift) == 14, "identity_line.buffer_shift");
-static_assert(offsetof(struct pgx_identity_line, headroom_bytes) == 16, "identity_line.headroom_bytes");
-static_assert(offsetof(struct pgx_identity_line, reserved) == 18, "identity_line.reserved");
-static_assert(sizeof(struct pgx_identity_line) == 64, "identity_line");
-static_assert(offsetof(struct pgx_command_line, sequence) == 0, "command_line.sequence");
-static_assert(offsetof(struct pgx_command_line, command) == 4, "command_line.command");
-static_assert(offsetof(struct pgx_command_line, buffer) == 6, "command_line.buffer");
-static_assert(offsetof(struct pgx_command_line, argument) == 8, "command_line.argument");
-static_assert(offsetof(struct pgx_command_line, argument2) == 16, "command_line.argument2");
-static_assert(offsetof(struct pgx_command_line, length) == 24, "command_line.length");
-static_assert(offsetof(struct pgx_command_line, reserved) == 28, "command_line.reserved");
-static_assert(sizeof(struct pgx_command_line) == 64, "command_line");
-static_assert(offsetof(struct pgx_status_line, sequence) == 0, "status_line.sequence");
-static_assert(offsetof(struct pgx_status_line, status) == 4, "status_line.status");
-static_assert(offsetof(struct pgx_status_line, error) == 6, "status_line.error");
-static_assert(offsetof(struct pgx_status_line, session) == 8, "status_line.session");
-static_assert(offsetof(struct pgx_status_line, buffer) == 10, "status_line.buffer");
-static_assert(offsetof(struct pgx_status_line, length) == 12, "status_line.length");
-static_assert(offsetof(struct pgx_status_line, result) == 16, "status_line.result");
-static_assert(offsetof(struct pgx_status_line, result2) == 24, "status_line.result2");
-static_assert(offsetof(struct pgx_status_line, reserved) == 32, "status_line.reserved");
-static_assert(sizeof(struct pgx_status_line) == 64, "status_line");
-static_assert(offsetof(struct pgx_device_part, total_bytes) == 0, "device_part.total_bytes");
-static_assert(offsetof(struct pgx_device_part, offset) == 4, "device_part.offset");
-static_assert(sizeof(struct pgx_device_part) == 8, "device_part");
-static_assert(offsetof(struct pgx_registers, identity) == 0, "identity");
-static_assert(offsetof(struct pgx_registers, command) == 64, "command");
-static_assert(offsetof(struct pgx_registers, status) == 128, "status");
-static_assert(offsetof(struct pgx_registers, host_data) == 192, "host_data");
-static_assert(offsetof(struct pgx_registers, svsm_data) == 256, "svsm_data");
-static_assert(sizeof(struct pgx_registers) == PGX_REGISTER_PAGE_BYTES, "registers");
+/* An array of a negative size where a layout moved: C99 has no static assertion. */
+#define PGX_CHECK(name, holds) typedef char pgx_check_##name[(holds) ? 1 : -1]
+
+PGX_CHECK(identity_line_magic, offsetof(struct pgx_identity_line, magic) == 0);
+PGX_CHECK(identity_line_version, offsetof(struct pgx_identity_line, version) == 8);
+PGX_CHECK(identity_line_slot_id, offsetof(struct pgx_identity_line, slot_id) == 10);
+PGX_CHECK(identity_line_buffers, offsetof(struct pgx_identity_line, buffers) == 12);
+PGX_CHECK(identity_line_buffer_shift, offsetof(struct pgx_identity_line, buffer_shift) == 14);
+PGX_CHECK(identity_line_headroom_bytes, offsetof(struct pgx_identity_line, headroom_bytes) == 16);
+PGX_CHECK(identity_line_reserved, offsetof(struct pgx_identity_line, reserved) == 18);
+PGX_CHECK(identity_line, sizeof(struct pgx_identity_line) == 64);
+PGX_CHECK(command_line_sequence, offsetof(struct pgx_command_line, sequence) == 0);
+PGX_CHECK(command_line_command, offsetof(struct pgx_command_line, command) == 4);
+PGX_CHECK(command_line_buffer, offsetof(struct pgx_command_line, buffer) == 6);
+PGX_CHECK(command_line_argument, offsetof(struct pgx_command_line, argument) == 8);
+PGX_CHECK(command_line_argument2, offsetof(struct pgx_command_line, argument2) == 16);
+PGX_CHECK(command_line_length, offsetof(struct pgx_command_line, length) == 24);
+PGX_CHECK(command_line_reserved, offsetof(struct pgx_command_line, reserved) == 28);
+PGX_CHECK(command_line, sizeof(struct pgx_command_line) == 64);
+PGX_CHECK(status_line_sequence, offsetof(struct pgx_status_line, sequence) == 0);
+PGX_CHECK(status_line_status, offsetof(struct pgx_status_line, status) == 4);
+PGX_CHECK(status_line_error, offsetof(struct pgx_status_line, error) == 6);
+PGX_CHECK(status_line_session, offsetof(struct pgx_status_line, session) == 8);
+PGX_CHECK(status_line_buffer, offsetof(struct pgx_status_line, buffer) == 10);
+PGX_CHECK(status_line_length, offsetof(struct pgx_status_line, length) == 12);
+PGX_CHECK(status_line_result, offsetof(struct pgx_status_line, result) == 16);
+PGX_CHECK(status_line_result2, offsetof(struct pgx_status_line, result2) == 24);
+PGX_CHECK(status_line_reserved, offsetof(struct pgx_status_line, reserved) == 32);
+PGX_CHECK(status_line, sizeof(struct pgx_status_line) == 64);
+PGX_CHECK(device_part_total_bytes, offsetof(struct pgx_device_part, total_bytes) == 0);
+PGX_CHECK(device_part_offset, offsetof(struct pgx_device_part, offset) == 4);
+PGX_CHECK(device_part, sizeof(struct pgx_device_part) == 8);
+PGX_CHECK(registers_identity, offsetof(struct pgx_registers, identity) == PGX_IDENTITY_OFFSET);
+PGX_CHECK(registers_command, offsetof(struct pgx_registers, command) == PGX_COMMAND_OFFSET);
+PGX_CHECK(registers_status, offsetof(struct pgx_registers, status) == PGX_STATUS_OFFSET);
+PGX_CHECK(registers_host_data, offsetof(struct pgx_registers, host_data) == PGX_HOST_DATA_OFFSET);
+PGX_CHECK(registers_svsm_data, offsetof(struct pgx_registers, svsm_data) == PGX_SVSM_DATA_OFFSET);
+PGX_CHECK(registers, sizeof(struct pgx_registers) == PGX_REGISTER_PAGE_BYTES);
+#undef PGX_CHECK
 
 #endif

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, Literal, get_args
 
 import trio
 
+from . import arguments
 from .engine.destination import DestinationEngine
 from .engine.failure import call_back
 from .engine.hypervisor import ThrottlingHypervisor
@@ -39,8 +40,10 @@ from .svsm.compression import MAX_LEVEL, MIN_LEVEL, Compressor, need_zstd
 from .svsm.destination import DestinationSvsm
 from .svsm.export import usual_bundle_pages
 from .svsm.journal import FileJournal
+from .svsm.memory import GuestMemory
 from .svsm.source import SourceSvsm
 from .wire.constants import GUEST_ID_BYTES, MAX_BUNDLE_DATA_PAGES, MAX_CHANNELS
+from .wire.handshake import AttestorKind
 from .wire.ledger import guest_id_of
 from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory
 
@@ -51,7 +54,6 @@ if TYPE_CHECKING:
     from .attestation import Attestor, Claims
     from .engine.progress import MigrationInfo
     from .guests.guest import Guest
-    from .svsm.memory import GuestMemory
     from .svsm.service import SlotService
     from .wire.handshake import Freshness
 
@@ -66,6 +68,11 @@ _MOST_DESTINATION_ON_FEW: Final = 4
 
 # Ends for which the SVSM of this side may have noted what of its own failed.
 _LOCAL_REASONS: Final = ("guest", "journal", "undecided")
+
+# What the ports have: a program's own need not be checked for its types.
+_GATE: Final = ("vcpus", "raise_flag", "parked", "save_state", "load_state", "release")
+_HYPERVISOR: Final = ("dirty_log", "stop", "resume", "save_device_state", "load_device_state")
+_ATTESTOR: Final = ("kind", "policy_digest", "evidence", "verify", "check_move", "contribution")
 
 FreshnessChoice = Literal["auto", "digest-audit"]
 
@@ -111,7 +118,8 @@ async def send_guest(
     A bundle has up to `bundle_pages` pages with content, as far as they fit a slot's buffer (480 do): more of them cost
     less in calls. By default 480, and 256 with more than 16 channels.
 
-    `steering` holds what may be changed while it runs, and can pause and end it; make one for each migration.
+    `steering` holds what may be changed while it runs, and can pause and end it; make one for each migration, as one that
+    was another's is refused.
     `downtime_limit_s` is short for one that is never changed.
 
     A destination that is silent, or takes nothing, for `stall_timeout_s` is taken for dead. With a file as `journal`,
@@ -130,6 +138,9 @@ async def send_guest(
     believes nobody: the SVSM hashes all of RAM in black-out and sends what is not as it was sent. What that cost is in the
     report (`info.audit`). A tracker that compares RAM with what was sent makes "auto" a digest audit as well.
 
+    `on_progress` is called some five times a second, in the loop that carries the migration, and must not block: while it
+    does, nothing moves.
+
     With a `compression_level` of 1 (fastest) to 9, pages are compressed by zstd before they are sealed, for slow links; the
     destination must accept it. A core compresses some 0.3 GB/s of RAM; with `channel_threads`, several do. The length of a
     bundle then tells hosts and network how well its pages compress.
@@ -145,27 +156,30 @@ async def send_guest(
     memory or tracker or from the attestor, is a defect and comes as it is, in exception groups: before the start token the
     guest goes on here, and after it nobody may know, as with UNDECIDED.
     """
+    _check_side(guest, host, attestor, journal, on_progress)
+    port, stall_timeout_s = _check_network(port, 1, stall_timeout_s)
+    channels = arguments.whole("channels", channels)
     if not 1 <= channels <= MAX_CHANNELS:
         raise UsageError(f"a migration has 1 to {MAX_CHANNELS} channels, not {channels}")
-    if bundle_pages is None:
-        bundle_pages = usual_bundle_pages(channels)
+    bundle_pages = (
+        usual_bundle_pages(channels)
+        if bundle_pages is None
+        else arguments.whole("bundle_pages", bundle_pages)
+    )
     if not 1 <= bundle_pages <= MAX_BUNDLE_DATA_PAGES:
         raise UsageError(f"a bundle has 1 to {MAX_BUNDLE_DATA_PAGES} pages, not {bundle_pages}")
-    if steering is None:
-        limit_s = DOWNTIME_LIMIT_S if downtime_limit_s is None else downtime_limit_s
-        steering = Steering(MigrationParameters(downtime_limit_s=limit_s))
-    elif downtime_limit_s is not None:
-        raise UsageError("the downtime limit is given twice: leave it to the steering")
+    steering = _steering(steering, downtime_limit_s)
     if freshness not in get_args(FreshnessChoice):
         raise UsageError(f"freshness is {' or '.join(get_args(FreshnessChoice))}, not {freshness}")
     compressor = _compressor(compression_level)
-    _check_network(port, 1, stall_timeout_s)
-    _check_cpus(cpus, isolated=isolated)
+    cpus = _check_threads(isolated, cpus, channel_threads)
+    ledger = arguments.octets("ledger", ledger)
     audit = freshness == "digest-audit"
     threads = _most_threads(channel_threads, _MOST_ISOLATED_ON_FEW if isolated else _MOST_SOURCE_ON_FEW, cpus)
     options = SourceOptions(channels, stall_timeout_s, audit, threads, compressor is not None)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
+        steering.engage()  # after all else that is bad usage, so that it is still fresh for who mends that
         kept = None if journal is None else FileJournal.for_session(journal)
         svsm = SourceSvsm(
             guest.memory,
@@ -237,7 +251,11 @@ async def receive_guest(
 
     `on_listening` gets the port, which the kernel chooses for 0; `on_stranger` one line for each connection that was not
     the source's; `journal`, `isolated`, `cpus` and `channel_threads` are as for `send_guest`. A source that compresses
-    pages is refused, with reason "compression", without `accept_compression`.
+    pages is refused, with reason "compression", without `accept_compression`. `on_progress` is as for `send_guest`, and
+    called from when a source is there.
+
+    It waits for a source without limit: put it in a deadline, as of `trio.fail_after`, where that is too long. A guest that
+    was received, or sent away, is not received into again: for its way back, make a fresh one.
 
     When it returns, the guest runs here. Raises UsageError where address or journal cannot be used, and TransferAborted
     where the migration failed: the guest then never runs here, except with outcome UNDECIDED.
@@ -247,8 +265,12 @@ async def receive_guest(
     end the outcome is UNDECIDED. Once it runs here, what a callback raises is logged. Where a defect comes in exception
     groups, `pagexfer recover` answers from the journal.
     """
-    _check_network(port, 0, stall_timeout_s)
-    _check_cpus(cpus, isolated=isolated)
+    _check_side(guest, host, attestor, journal, on_progress)
+    port, stall_timeout_s = _check_network(port, 0, stall_timeout_s)
+    cpus = _check_threads(isolated, cpus, channel_threads)
+    arguments.function("on_listening", on_listening)
+    arguments.function("on_stranger", on_stranger)
+    arguments.flag("accept_compression", accept_compression)
     if accept_compression:
         need_zstd()
     kept = None if journal is None else FileJournal.for_session(journal)
@@ -328,28 +350,80 @@ async def _run(
     return end
 
 
-def _check_network(port: int, lowest_port: int, stall_timeout_s: float) -> None:
+def _check_side(
+    guest: Guest,
+    host: str,
+    attestor: Attestor,
+    journal: Path | None,
+    on_progress: Callable[[MigrationInfo], None],
+) -> None:
+    """What both sides are given and take as it is."""
+    arguments.port("guest", guest, "a Guest", ("memory", "gate", "tracker", "hypervisor"))
+    if not isinstance(guest.memory, GuestMemory):
+        raise UsageError(f"guest.memory must be a GuestMemory, not {type(guest.memory).__name__}")
+    arguments.port("guest.gate", guest.gate, "a VcpuGate", _GATE)
+    arguments.port("guest.hypervisor", guest.hypervisor, "a Hypervisor", _HYPERVISOR)
+    for name, tracker in (
+        ("guest.tracker", guest.tracker),
+        ("guest.hypervisor.dirty_log", guest.hypervisor.dirty_log),
+    ):
+        if tracker is not None:
+            arguments.port(name, tracker, "a DirtyTracker", ("start", "collect", "stop"))
+    arguments.text("host", host)
+    arguments.port("attestor", attestor, "an Attestor", _ATTESTOR)
+    if not isinstance(attestor.kind, AttestorKind):
+        raise UsageError(f"attestor.kind must be an AttestorKind, not {type(attestor.kind).__name__}")
+    if journal is not None:
+        arguments.path("journal", journal)
+    arguments.function("on_progress", on_progress)
+
+
+def _check_network(port: int, lowest_port: int, stall_timeout_s: float) -> tuple[int, float]:
+    port = arguments.whole("port", port)
     if not lowest_port <= port < 1 << 16:
         raise UsageError(f"a port is {lowest_port} to 65535, not {port}")
+    stall_timeout_s = arguments.real("stall_timeout_s", stall_timeout_s)
     if not 0 < stall_timeout_s < math.inf:
         raise UsageError(f"a stall timeout is above 0 s and finite, not {stall_timeout_s:g} s")
+    return port, stall_timeout_s
+
+
+def _steering(steering: Steering | None, downtime_limit_s: float | None) -> Steering:
+    if steering is None:
+        limit_s = (
+            DOWNTIME_LIMIT_S
+            if downtime_limit_s is None
+            else arguments.real("downtime_limit_s", downtime_limit_s)
+        )
+        return Steering(MigrationParameters(downtime_limit_s=limit_s))
+    if not isinstance(steering, Steering):
+        raise UsageError(f"steering must be a Steering, not {type(steering).__name__}")
+    if downtime_limit_s is not None:
+        raise UsageError("the downtime limit is given twice: leave it to the steering")
+    return steering
 
 
 def _compressor(level: int | None) -> Compressor | None:
     if level is None:
         return None
+    level = arguments.whole("compression_level", level)
     if not MIN_LEVEL <= level <= MAX_LEVEL:
         raise UsageError(f"a compression level is {MIN_LEVEL} to {MAX_LEVEL}, not {level}")
     need_zstd()
     return Compressor(level)
 
 
-def _check_cpus(cpus: tuple[int, ...], *, isolated: bool) -> None:
+def _check_threads(isolated: bool, cpus: tuple[int, ...], channel_threads: bool | None) -> tuple[int, ...]:
+    arguments.flag("isolated", isolated)
+    if channel_threads is not None:
+        arguments.flag("channel_threads", channel_threads)
+    cpus = arguments.wholes("cpus", cpus)
     if cpus and not isolated:
         raise UsageError("CPUs can be chosen for an isolated engine only")
     missing = sorted(set(cpus) - os.sched_getaffinity(0))
     if missing:
         raise UsageError(f"CPU {missing[0]} does not exist or is not this process's to use")
+    return cpus
 
 
 def _most_threads(wanted: bool | None, on_few_cpus: int, cpus: tuple[int, ...] = ()) -> int:

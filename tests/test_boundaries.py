@@ -14,6 +14,7 @@ ROOT = Path(pagexfer.__file__).parent
 # For each room the rooms of ours that it may import, and the packages from outside that it must not.
 ALLOWED = {
     "errors": set[str](),
+    "arguments": {"errors"},
     "wire": {"errors"},
     "dirty": {"errors"},
     "attestation": {"errors", "wire"},

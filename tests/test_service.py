@@ -29,6 +29,7 @@ from pagexfer.errors import (
     ReflectionError,
     RefusalCode,
     ReplayError,
+    UsageError,
 )
 from pagexfer.svsm.service import refusal_code
 from pagexfer.wire.bundle import BundleKind
@@ -332,7 +333,8 @@ def test_answer_that_does_not_fit_the_buffer_uses_no_number(move: Move) -> None:
         (GateError("x"), RefusalCode.GUEST),
         (PageStateError("x"), RefusalCode.GUEST),
         (JournalError("x"), RefusalCode.JOURNAL),
-        (GuestError("x"), RefusalCode.INTERNAL),
+        (GuestError("x"), RefusalCode.GUEST),
+        (UsageError("x"), RefusalCode.INTERNAL),
     ],
 )
 def test_code_of_each_error(error: PagexferError, code: RefusalCode) -> None:

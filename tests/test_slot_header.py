@@ -40,6 +40,15 @@ int main(void) {
     return 0;
 }
 """
+# Uses every macro that has no struct behind it.
+WORDS = """
+#include "pgx_slot.h"
+
+typedef char check[PGX_BUFFER_STATE(0x12345603u) == PGX_BUFFER_STATE_READY
+                   && PGX_BUFFER_TURN(0x12345603u) == 0x123456
+                   && PGX_BUFFER_WORD(PGX_BUFFER_STATE_READY, 0xff123456u) == 0x12345603u
+                   && PGX_COMMAND_OFFSET == 64 && PGX_SVSM_DATA_OFFSET == 256 ? 1 : -1];
+"""
 
 
 def test_the_header_is_current() -> None:
@@ -47,23 +56,33 @@ def test_the_header_is_current() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("standard", ["c11", "c17"])
-def test_the_header_compiles(standard: str) -> None:
-    compile_c(["-std=" + standard, "-fsyntax-only", "-x", "c", "-"], f'#include "{HEADER}"\nint unused;\n')
+@pytest.mark.parametrize("standard", ["c99", "c11", "c17"])
+@pytest.mark.parametrize("place", ["hosted", "freestanding"])
+def test_the_header_compiles(standard: str, place: str) -> None:
+    alone = place == "freestanding"
+    compile_c([f"-std={standard}", *(freestanding() if alone else []), "-x", "c", "-"], WORDS)
+
+
+@needs_compiler
+@pytest.mark.skipif(not shutil.which("g++"), reason="no g++ here")
+@pytest.mark.parametrize("standard", ["c++11", "c++17"])
+def test_the_header_compiles_as_c_plus_plus(standard: str) -> None:
+    compile_c([f"-std={standard}", "-x", "c++", "-"], WORDS)
 
 
 @needs_compiler
 def test_a_layout_that_moved_does_not_compile() -> None:
     moved = header().replace("uint16_t slot_id;", "uint32_t slot_id;")
     assert moved != header()
-    with pytest.raises(subprocess.CalledProcessError):
-        compile_c(["-std=c11", "-fsyntax-only", "-x", "c", "-"], moved)
+    with pytest.raises(subprocess.CalledProcessError) as caught:
+        compile_c(["-std=c99", "-x", "c", "-"], moved)
+    assert "pgx_check_identity_line_buffers" in caught.value.stderr
 
 
 @pytest.fixture(scope="module")
 def read_command(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], list[int]]:
     program = tmp_path_factory.mktemp("c") / "read"
-    compile_c(["-std=c11", "-x", "c", "-I", str(HEADER.parent), "-o", str(program), "-"], PROGRAM)
+    compile_c(["-std=c11", "-x", "c", "-", "-o", str(program)], PROGRAM)
 
     def read(page: bytes) -> list[int]:
         done = subprocess.run([program], input=page, capture_output=True, check=True, timeout=10)
@@ -83,6 +102,16 @@ def test_every_field_is_in_its_struct() -> None:
         assert sum(struct.calcsize("<" + field.code) for field in fields) == size
 
 
+def freestanding() -> list[str]:
+    """What the compiler alone brings, as for a kernel: no C library's headers."""
+    where = [COMPILER, "-print-file-name=include"]
+    own = subprocess.run(where, text=True, capture_output=True, check=True, timeout=60).stdout.strip()
+    return ["-ffreestanding", "-nostdinc", "-isystem", own]
+
+
 def compile_c(options: list[str], source: str) -> None:
-    command = [COMPILER, "-Wall", "-Wextra", "-Werror", *options]
+    """A program where an output is named, a look at the source otherwise."""
+    look = [] if "-o" in options else ["-fsyntax-only"]
+    command = [COMPILER, "-Wall", "-Wextra", "-Werror", "-pedantic-errors", *look]
+    command += ["-I", str(HEADER.parent), *options]
     subprocess.run(command, input=source, text=True, capture_output=True, check=True, timeout=60)

@@ -45,6 +45,9 @@ class PskAttestor:
     """
 
     def __init__(self, psk: bytes) -> None:
+        given: object = psk
+        if not isinstance(given, bytes | bytearray | memoryview):
+            raise UsageError(f"a pre-shared key is bytes, not a {type(given).__name__}")
         if not MIN_PSK_BYTES <= len(psk) <= MAX_PSK_BYTES:
             raise UsageError(
                 f"a pre-shared key has {MIN_PSK_BYTES} to {MAX_PSK_BYTES} bytes, this one {len(psk)}: "

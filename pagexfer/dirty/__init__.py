@@ -1,8 +1,8 @@
 """The dirty bitmap, and the trackers that fill it."""
 
 from .bitmap import DirtyBitmap, as_run
-from .ram import PageCopies
-from .tracker import ComparingTracker, DirtyTracker, SteppedTracker
+from .ram import PageCopies, check_form
+from .tracker import ComparingTracker, DirtyTracker, SteppedTracker, collected, collected_part
 
 __all__ = [
     "ComparingTracker",
@@ -11,4 +11,7 @@ __all__ = [
     "PageCopies",
     "SteppedTracker",
     "as_run",
+    "check_form",
+    "collected",
+    "collected_part",
 ]

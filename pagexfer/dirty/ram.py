@@ -30,8 +30,11 @@ class PageCopies:
 
 
 def check_form(words: NDArray[np.uint64]) -> None:
-    """Raises LocalProtocolError where `words` is not whole pages, one after the other."""
+    """Raises LocalProtocolError where `words` is not whole pages in this machine's words, one after the other."""
+    given: object = words
+    if not isinstance(given, np.ndarray):
+        raise LocalProtocolError(f"RAM is an array of uint64, not a {type(given).__name__}")
     if words.ndim != 2 or words.shape[1] != WORDS_PER_PAGE or not len(words) or words.dtype != np.uint64:
         raise LocalProtocolError(f"RAM is uint64 of shape (pages, 512), not {words.dtype} of {words.shape}")
-    if not words.flags.c_contiguous:
-        raise LocalProtocolError("RAM has to be contiguous")
+    if not words.flags.c_contiguous or not words.flags.aligned:
+        raise LocalProtocolError("RAM has to be contiguous, and its words aligned")

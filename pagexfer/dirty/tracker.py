@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+import numpy as np
+
+from ..errors import GuestError
+from .bitmap import DirtyBitmap
+
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
-    from .bitmap import DirtyBitmap
     from .ram import PageCopies
 
 
@@ -20,7 +23,7 @@ class DirtyTracker(Protocol):
         ...
 
     def collect(self) -> DirtyBitmap:
-        """Pages written since `start` or the last `collect`, and forget them.
+        """Pages written since `start` or the last `collect`, and forget them: a bitmap of as many pages as RAM has.
 
         What it raises may have cost what was found by then: the caller takes every page as written, here and in parts.
         """
@@ -61,3 +64,28 @@ class ComparingTracker(SteppedTracker, Protocol):
         sent before it.
         """
         ...
+
+
+def collected(tracker: DirtyTracker, pages: int, name: str) -> DirtyBitmap:
+    """What `tracker`, which people call `name`, collects of RAM of `pages` pages. Raises GuestError where that is none.
+
+    A bitmap of fewer pages would say of the others that nobody wrote to them.
+    """
+    report: object = tracker.collect()
+    if not isinstance(report, DirtyBitmap):
+        raise GuestError(f"the {name} gave a {type(report).__name__}, not a DirtyBitmap")
+    if report.pages != pages:
+        raise GuestError(f"the {name} reports {report.pages} pages, RAM has {pages}")
+    return report
+
+
+def collected_part(tracker: SteppedTracker, start: int, stop: int, name: str) -> NDArray[np.int64]:
+    """As `collected`, of the pages `start` to `stop` - 1 alone."""
+    gfns: object = tracker.collect_part(start, stop)
+    if not isinstance(gfns, np.ndarray) or gfns.ndim != 1 or gfns.dtype.kind not in "iu":
+        raise GuestError(f"the {name} gave a {type(gfns).__name__}, not an array of gfns")
+    if gfns.size and not start <= int(gfns.min()) <= int(gfns.max()) < stop:
+        raise GuestError(
+            f"the {name} reports gfns {gfns.min()} to {gfns.max()} where it was asked for {start} to {stop - 1}"
+        )
+    return gfns.astype(np.int64, copy=False)

@@ -28,7 +28,10 @@ class Hypervisor(Protocol):
         ...
 
     async def resume(self) -> None:
-        """Let vCPUs run (QMP `cont`). Calling it again changes nothing."""
+        """Let vCPUs run (QMP `cont`). Calling it again changes nothing.
+
+        A vCPU runs once both this and the SVSM's `VcpuGate.release` have come, in either order, and never after one alone.
+        """
         ...
 
     async def save_device_state(self) -> bytes:
@@ -83,9 +86,16 @@ class ThrottlingHypervisor(Hypervisor, Protocol):
         ...
 
 
+def octets(call: str, given: object) -> bytes:
+    """What the hypervisor's `call` gave. Raises GuestError where that is not bytes."""
+    if not isinstance(given, bytes | bytearray | memoryview):
+        raise GuestError(f"the hypervisor's {call} gave a {type(given).__name__}, not bytes")
+    return bytes(given)
+
+
 async def saved_device_state(hypervisor: Hypervisor) -> bytes:
-    """Its device state. Raises GuestError where that is over the cap of what a destination takes."""
-    state = await hypervisor.save_device_state()
+    """Its device state. Raises GuestError where that is not bytes, or over the cap of what a destination takes."""
+    state = octets("save_device_state", await hypervisor.save_device_state())
     if len(state) > MAX_DEVICE_STATE_BYTES:
         raise GuestError(f"device state of {len(state)} bytes is over the cap of {MAX_DEVICE_STATE_BYTES}")
     return state

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import numpy as np
 import trio
 
+from ..dirty import collected
 from ..errors import (
     ChannelBroken,
     GuestError,
@@ -57,7 +58,7 @@ from .failure import (
     undecided,
     watch,
 )
-from .hypervisor import DescribedHypervisor, WatchedHypervisor, saved_device_state
+from .hypervisor import DescribedHypervisor, WatchedHypervisor, octets, saved_device_state
 from .plan import Chunk, plan_chunks
 from .progress import AuditInfo, ChannelTally, Progress, Status
 from .repair import Repair, used_up_key_as_broken
@@ -198,7 +199,7 @@ class SourceEngine:
         if not isinstance(self._hypervisor, DescribedHypervisor):
             return b""
         with hypervisor_call("describe its machine"):
-            platform = await self._hypervisor.platform()
+            platform = octets("platform", await self._hypervisor.platform())
         if len(platform) > MAX_PLATFORM_BYTES:
             raise GuestError(f"a platform of {len(platform)} bytes is over the cap of {MAX_PLATFORM_BYTES}")
         return platform
@@ -280,7 +281,7 @@ class SourceEngine:
         log = self._hypervisor.dirty_log
         if log is not None:
             with hypervisors_own("read its dirty log"):
-                dirty = await trio.to_thread.run_sync(log.collect)
+                dirty = await trio.to_thread.run_sync(collected, log, self._ram_pages, "dirty log")
             words = dirty.words.view(np.uint8).data
             for start in range(0, len(words), _HINT_BYTES):
                 await self._control_slot.exchange(

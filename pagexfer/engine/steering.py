@@ -67,6 +67,7 @@ class Steering:
         self._changed = trio.Event()
         self._cancelled = trio.Event()
         self._paused = False
+        self._engaged = False
 
     @property
     def parameters(self) -> MigrationParameters:
@@ -99,6 +100,12 @@ class Steering:
         self._cancelled.set()
 
     # The engine's side
+
+    def engage(self) -> None:
+        """From here on it steers one migration. Raises UsageError where it has steered one: it may be cancelled already."""
+        if self._engaged:
+            raise UsageError("this steering was another migration's: make one for each")
+        self._engaged = True
 
     async def wait_changed(self) -> None:
         """Until other parameters are assigned."""

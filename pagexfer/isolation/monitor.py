@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
+from ..dirty import collected
 from ..engine.failure import (
     HypervisorFailed,
     as_aborted,
@@ -24,6 +25,7 @@ from ..engine.hypervisor import (
     DescribedHypervisor,
     ThrottlingHypervisor,
     WatchedHypervisor,
+    octets,
     saved_device_state,
 )
 from ..engine.progress import MigrationInfo, Status
@@ -77,6 +79,7 @@ class EngineProcess:
         self._on_stranger = on_stranger
         self._patience_s = START_TIMEOUT_S
         self._stall_timeout_s = STALL_TIMEOUT_S
+        self._ram_pages = 0
         self._begun = trio.Event()
         self._end: Fields | None = None
         self._has_said_its_end = False
@@ -93,7 +96,7 @@ class EngineProcess:
         Raises TransferAborted or UsageError as the engine says, TransferAborted with reason "engine" where it died, said
         nothing for too long, or spoke nonsense. A cancel is passed on, and the engine's answer to it is awaited.
         """
-        self._stall_timeout_s = task.stall_timeout_s
+        self._stall_timeout_s, self._ram_pages = task.stall_timeout_s, task.ram_pages
         ours, theirs = socketpair()
         with ours:
             with theirs:
@@ -316,7 +319,7 @@ class EngineProcess:
     async def _platform(self, _payload: bytes) -> bytes:
         if not isinstance(self._hypervisor, DescribedHypervisor):
             return b""
-        return await self._hypervisor.platform()
+        return octets("platform", await self._hypervisor.platform())
 
     async def _check_platform(self, payload: bytes) -> bytes:
         if isinstance(self._hypervisor, DescribedHypervisor):
@@ -339,7 +342,7 @@ class EngineProcess:
         log = self._hypervisor.dirty_log
         if log is None:
             raise MalformedData("a dirty log was asked for where there is none")
-        bitmap = await trio.to_thread.run_sync(log.collect)
+        bitmap = await trio.to_thread.run_sync(collected, log, self._ram_pages, "dirty log")
         return bitmap.words.tobytes()
 
     async def _stop_log(self, _payload: bytes) -> bytes:

@@ -35,5 +35,8 @@ class VcpuGate(Protocol):
         ...
 
     def release(self) -> None:
-        """Lower the flags: every vCPU goes on from its state. Calling it again changes nothing."""
+        """Lower the flags: every vCPU goes on from its state. Calling it again changes nothing.
+
+        A vCPU runs once both this and the host's `Hypervisor.resume` have come, in either order, and never after one alone.
+        """
         ...

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
+import operator
 import os
 import threading
 from itertools import pairwise
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from ..dirty import DirtyBitmap
+from ..dirty import DirtyBitmap, check_form
 from ..errors import GuestError, LocalProtocolError, PageStateError
 from ..wire.constants import PAGE_SIZE, WORDS_PER_PAGE
 from ..wire.page_state import PERMISSION_BITS, PRIVATE, SHARED, STATE_MASK, VALIDATED, vmpl_shift
@@ -46,10 +47,7 @@ class GuestMemory:
     """
 
     def __init__(self, ram_fd: int, ram_bytes: int) -> None:
-        if ram_bytes <= 0 or ram_bytes % PAGE_SIZE:
-            raise PageStateError(
-                f"RAM of {ram_bytes} bytes is not a positive number of {PAGE_SIZE}-byte pages"
-            )
+        ram_bytes = _whole_pages(ram_bytes)
         mapping = mmap.mmap(ram_fd, ram_bytes, mmap.MAP_SHARED)
         self._set_up(ram_fd, np.frombuffer(mapping, dtype=np.uint64).reshape(-1, WORDS_PER_PAGE))
 
@@ -79,6 +77,7 @@ class GuestMemory:
 
         Raises PageStateError where the size is not whole pages, GuestError where this machine cannot have so much.
         """
+        ram_bytes = _whole_pages(ram_bytes)
         ram_fd = os.memfd_create(name, os.MFD_CLOEXEC)
         try:
             os.ftruncate(ram_fd, ram_bytes)
@@ -108,7 +107,12 @@ class GuestMemory:
         `store` puts octets of whole pages where the page of a gfn begins, and raises OSError where it cannot; threads may
         call it at the same time for different pages. It is called for runs of pages that had no memory when the guest was
         made: where RAM is a file, writing to that spares page faults and zeroing. Default: by way of `words`.
+
+        Raises LocalProtocolError where `words` is not whole pages of writable memory, one after the other.
         """
+        check_form(words)
+        if not words.flags.writeable:
+            raise LocalProtocolError("RAM has to be writable")
         memory = cls.__new__(cls)
         memory._set_up(-1, words)
         memory._data = data
@@ -308,6 +312,17 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
         stop = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         if start < stop:
             yield start, stop
+
+
+def _whole_pages(ram_bytes: int) -> int:
+    """A size of RAM. Raises PageStateError where it is none."""
+    try:
+        size = operator.index(ram_bytes)
+    except TypeError:
+        raise PageStateError(f"a size of RAM is a whole number, not a {type(ram_bytes).__name__}") from None
+    if size <= 0 or size % PAGE_SIZE:
+        raise PageStateError(f"RAM of {size} bytes is not a positive number of {PAGE_SIZE}-byte pages")
+    return size
 
 
 @functools.cache

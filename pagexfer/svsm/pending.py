@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..dirty import ComparingTracker, DirtyBitmap
+from ..dirty import ComparingTracker, DirtyBitmap, collected
 from ..errors import LocalProtocolError
 from ..wire.handshake import Freshness
 from .audit import Audited, PageDigests
-from .sweep import Sweep, all_if_it_fails
+from .sweep import TRACKER, Sweep, all_if_it_fails
 
 if TYPE_CHECKING:
     from ..dirty import DirtyTracker
@@ -100,7 +100,7 @@ class PendingPages:
         """What came in since the epoch began, without reading RAM: a comparing tracker has done that after the park."""
         if self._tracker is not None and self._comparing is None:
             with all_if_it_fails(self.pages, 0, self._memory.pages):
-                self.pages.union(self._tracker.collect())
+                self.pages.union(collected(self._tracker, self._memory.pages, TRACKER))
         self._take_reports(lost)
         self._look_behind_reports()
 

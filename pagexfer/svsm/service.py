@@ -15,6 +15,7 @@ from ..errors import (
     CompressionRefused,
     GateError,
     GeometryError,
+    GuestError,
     JournalError,
     KeyExhausted,
     KeyPoisoned,
@@ -264,6 +265,7 @@ _CODES: Final[tuple[tuple[type[PagexferError], RefusalCode], ...]] = (
     (RemoteProtocolError, RefusalCode.INTEGRITY),
     (GateError, RefusalCode.GUEST),
     (PageStateError, RefusalCode.GUEST),
+    (GuestError, RefusalCode.GUEST),
     (JournalError, RefusalCode.JOURNAL),
 )
 _LOCAL: Final = frozenset({RefusalCode.GUEST, RefusalCode.JOURNAL})

@@ -6,15 +6,17 @@ The host can be answered between two steps, so that it may give up meanwhile, an
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-from ..dirty import SteppedTracker
+from ..dirty import SteppedTracker, collected, collected_part
 from ..errors import LocalProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..dirty import DirtyBitmap, DirtyTracker
+
+TRACKER: Final = "guest's tracker"  # as people are told of it
 
 
 class Looked(NamedTuple):
@@ -40,10 +42,10 @@ class Sweep:
         if start < stop and isinstance(self._tracker, SteppedTracker):
             stop = min(start + self._tracker.step_pages, stop)
             with all_if_it_fails(pending, start, stop):
-                pending.set_gfns(self._tracker.collect_part(start, stop))
+                pending.set_gfns(collected_part(self._tracker, start, stop, TRACKER))
         elif start < stop and self._tracker is not None:
             with all_if_it_fails(pending, start, stop):
-                pending.union(self._tracker.collect())
+                pending.union(collected(self._tracker, self._pages, TRACKER))
         self._looked = stop
         return Looked(stop, more=stop < self._pages)
 

@@ -47,32 +47,49 @@ _CONSTANTS: Final = {
     "MAX_DEVICE_STATE_BYTES": device_state.MAX_DEVICE_STATE_BYTES,
 }
 _LINE_BYTES: Final = 64
+_DATA_WORD: Final = (
+    "/* The parts of a word of host_data or svsm_data, and the word of both. */",
+    "#define PGX_BUFFER_STATE(word) ((uint32_t)(word) & 0xff)",
+    "#define PGX_BUFFER_TURN(word) ((uint32_t)(word) >> 8)",
+    "#define PGX_BUFFER_WORD(state, turn) ((uint32_t)(turn) << 8 | (uint32_t)(state))",
+)
 
 
 def header() -> str:
     """The whole header; what a peer must do with all this is in docs/protocol.md, section 4."""
     parts = [
         "/* Mailbox slot, version 3; docs/protocol.md, section 4, is normative. All integers are little endian.",
-        "   Made by python -m pagexfer.wire.slot_header. */",
+        "   A doorbell is an eventfd: a write that would block (EAGAIN) finds it rung already, and is done.",
+        "   C99 or later, C++11 or later, also freestanding. Made by python -m pagexfer.wire.slot_header. */",
         "#ifndef PGX_SLOT_H",
         "#define PGX_SLOT_H",
         "",
-        "#include <assert.h>",
         "#include <stddef.h>",
         "#include <stdint.h>",
         "",
         f"#define PGX_SLOT_MAGIC UINT64_C({slot.SLOT_MAGIC:#x}) /* PGXSLOT3 */",
         *(f"#define PGX_{name} {value}" for name, value in _CONSTANTS.items()),
         "",
+        "/* Where the lines are in the register page. */",
+        *(f"#define PGX_{name.upper()}_OFFSET {offset}" for name, offset in _offsets().items()),
+        "",
+        *_DATA_WORD,
+        "",
         *(line for name, members in _ENUMS.items() for line in _enum(name, members)),
         *(line for name, fields in _STRUCTS.items() for line in _struct(name, fields)),
         *_register_page(),
+        "/* An array of a negative size where a layout moved: C99 has no static assertion. */",
+        "#define PGX_CHECK(name, holds) typedef char pgx_check_##name[(holds) ? 1 : -1]",
+        "",
         *(line for name, fields in _STRUCTS.items() for line in _checks(name, fields)),
         *(
-            f'static_assert(offsetof(struct pgx_registers, {name}) == {offset}, "{name}");'
-            for name, offset in _offsets().items()
+            _check(
+                f"registers_{name}", f"offsetof(struct pgx_registers, {name}) == PGX_{name.upper()}_OFFSET"
+            )
+            for name in _offsets()
         ),
-        'static_assert(sizeof(struct pgx_registers) == PGX_REGISTER_PAGE_BYTES, "registers");',
+        _check("registers", "sizeof(struct pgx_registers) == PGX_REGISTER_PAGE_BYTES"),
+        "#undef PGX_CHECK",
         "",
         "#endif",
     ]
@@ -120,9 +137,13 @@ def _checks(name: str, fields: tuple[slot.Field, ...]) -> list[str]:
     checks, offset = [], 0
     for field in fields:
         place = f"offsetof(struct pgx_{name}, {field.name}) == {offset}"
-        checks.append(f'static_assert({place}, "{name}.{field.name}");')
+        checks.append(_check(f"{name}_{field.name}", place))
         offset += struct.calcsize("<" + field.code)
-    return [*checks, f'static_assert(sizeof(struct pgx_{name}) == {offset}, "{name}");']
+    return [*checks, _check(name, f"sizeof(struct pgx_{name}) == {offset}")]
+
+
+def _check(name: str, holds: str) -> str:
+    return f"PGX_CHECK({name}, {holds});"
 
 
 if __name__ == "__main__":

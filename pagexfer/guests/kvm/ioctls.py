@@ -33,19 +33,21 @@ KVM_GET_MSRS: Final = 0xC008_AE88
 KVM_SET_MSRS: Final = 0x4008_AE89
 KVM_SET_SIGNAL_MASK: Final = 0x4004_AE8B
 KVM_SET_CPUID2: Final = 0x4008_AE90
-KVM_GET_CPUID2: Final = 0xC008_AE91
 KVM_GET_MP_STATE: Final = 0x8004_AE98
 KVM_SET_MP_STATE: Final = 0x4004_AE99
 KVM_GET_VCPU_EVENTS: Final = 0x8040_AE9F
 KVM_SET_VCPU_EVENTS: Final = 0x4040_AEA0
 KVM_GET_DEBUGREGS: Final = 0x8080_AEA1
 KVM_SET_DEBUGREGS: Final = 0x4080_AEA2
+KVM_SET_TSC_KHZ: Final = 0xAEA2  # by its argument and not by memory, hence another number than the one above
+KVM_GET_TSC_KHZ: Final = 0xAEA3
 KVM_GET_XSAVE: Final = 0x9000_AEA4
 KVM_SET_XSAVE: Final = 0x5000_AEA5
 KVM_GET_XCRS: Final = 0x8188_AEA6
 KVM_SET_XCRS: Final = 0x4188_AEA7
 KVM_GET_XSAVE2: Final = 0x9000_AECF
 
+KVM_CAP_TSC_CONTROL: Final = 60
 KVM_CAP_XSAVE2: Final = 208
 
 # Sizes that the numbers above carry in bits 16 to 29
@@ -56,12 +58,15 @@ VCPU_EVENTS_BYTES: Final = 64
 DEBUGREGS_BYTES: Final = 128
 XSAVE_BYTES: Final = 4096  # least; KVM_CAP_XSAVE2 tells of more
 XCRS_BYTES: Final = 392
-CPUID_ENTRY_BYTES: Final = 40
 
 # struct kvm_cpuid2 and struct kvm_msrs: number of entries u32, padding u32, entries
 ENTRIES_HEADER: Final = struct.Struct("<II")
+# struct kvm_cpuid_entry2: function u32, index u32, flags u32, eax ebx ecx edx u32, padding
+CPUID_ENTRY: Final = struct.Struct("<7I12x")
 # struct kvm_msr_entry: index u32, reserved u32, data u64
 MSR_ENTRY: Final = struct.Struct("<IIQ")
+# What KVM_GET_TSC_KHZ returns
+TSC_KHZ: Final = struct.Struct("<I")
 # struct kvm_regs: rax rbx rcx rdx rsi rdi rsp rbp r8 .. r15 rip rflags
 REGS: Final = struct.Struct("<18Q")
 REGS_R13: Final = 13
@@ -88,7 +93,12 @@ KVM_EXIT_IO_OUT: Final = 1
 
 assert REGS.size == REGS_BYTES
 assert DEBUGREGS.size == DEBUGREGS_BYTES
-assert CPUID_ENTRY_BYTES == 40
+assert CPUID_ENTRY.size == 40
 assert MSR_ENTRY.size == 16
 assert SREGS_CONTROL_OFFSET + SREGS_CONTROL.size + 32 == SREGS_BYTES
 assert CLOCK.size == 48
+
+
+def counted(entries: bytes, entry_bytes: int) -> bytearray:
+    """`entries` as KVM takes them, behind a header with their number."""
+    return bytearray(ENTRIES_HEADER.pack(len(entries) // entry_bytes, 0) + entries)

@@ -8,9 +8,9 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from ...dirty.kvm_log import MemorySlot
-from ...errors import GuestError
+from ...errors import GateError, GuestError
 from ...wire.constants import PAGE_SIZE
-from . import ioctls, state
+from . import cpuid, ioctls, state
 from .control import ControlPage, RunSwitch
 from .image import first_debug_registers, first_registers, first_special_registers
 from .vcpu import Vcpu, create_vcpu
@@ -87,12 +87,7 @@ class Machine:
         self.ram_slot.register(self.vm_fd)
         self.control.slot.register(self.vm_fd)
         try:
-            self.msr_indices = _msr_indices(device)
-            self.cpuid = _supported_cpuid(device)
-            self.xsave_bytes = max(
-                ioctls.XSAVE_BYTES,
-                fcntl.ioctl(self.vm_fd, ioctls.KVM_CHECK_EXTENSION, ioctls.KVM_CAP_XSAVE2),
-            )
+            self._host = _describe(device, self.vm_fd)
             run_bytes = fcntl.ioctl(device, ioctls.KVM_GET_VCPU_MMAP_SIZE, 0)
         except OSError as error:
             raise GuestError(f"KVM did not describe its vCPUs: {error.strerror}") from error
@@ -105,7 +100,7 @@ class Machine:
         for vcpu in self.vcpus:
             reset = bytearray(ioctls.SREGS_BYTES)
             try:
-                fcntl.ioctl(vcpu.fd, ioctls.KVM_SET_CPUID2, self.cpuid, True)
+                self._give_cpuid(vcpu, cpuid.of_vcpu(self._host.cpuid, vcpu.index))
                 fcntl.ioctl(vcpu.fd, ioctls.KVM_GET_SREGS, reset, True)
                 fcntl.ioctl(vcpu.fd, ioctls.KVM_SET_SREGS, first_special_registers(bytes(reset)))
                 fcntl.ioctl(vcpu.fd, ioctls.KVM_SET_REGS, first_registers(vcpu.index))
@@ -113,6 +108,8 @@ class Machine:
                 fcntl.ioctl(vcpu.fd, ioctls.KVM_SET_DEBUGREGS, debug_registers)
             except OSError as error:
                 raise GuestError(f"KVM refused the first state of a vCPU: {error.strerror}") from error
+            except GateError as error:
+                raise GuestError(str(error)) from error
             self.hold(vcpu)
 
     def hold(self, vcpu: Vcpu) -> None:
@@ -124,11 +121,15 @@ class Machine:
 
     def save_vcpu(self, vcpu: Vcpu) -> state.VcpuState:
         """Raises GateError where KVM refuses. The vCPU is out of the guest."""
-        return state.save(vcpu.fd, self.msr_indices, self.xsave_bytes)
+        return state.save(vcpu.fd, vcpu.cpuid, self._host)
 
     def load_vcpu(self, vcpu: Vcpu, saved: state.VcpuState) -> None:
         """Raises GateError where this machine cannot hold `saved`. The vCPU is out of the guest."""
-        state.load(vcpu.fd, saved, self.xsave_bytes)
+        state.check_fits(saved, self._host)
+        # Once a vCPU has run, KVM takes at most what it would give back, which by kind of KVM is not what it was given.
+        if saved.cpuid != vcpu.cpuid:
+            self._give_cpuid(vcpu, saved.cpuid)
+        state.load(vcpu.fd, saved, self._host)
 
     def set_write_rate(self, write_rate_bytes: int) -> None:
         """Pace all vCPUs together to `write_rate_bytes` per second of page writes; 0: an idle guest."""
@@ -177,6 +178,10 @@ class Machine:
             os.close(self.vm_fd)
             self.vm_fd = -1
 
+    def _give_cpuid(self, vcpu: Vcpu, given: bytes) -> None:
+        state.give_cpuid(vcpu.fd, given)
+        vcpu.cpuid = given
+
     def _apply_switch(self, *, kick: bool) -> None:
         self.switch.changed.notify_all()
         if kick:
@@ -191,6 +196,18 @@ def _create_vm(device: int) -> int:
         raise GuestError(f"KVM refused a new VM ({error.strerror}): use a simulated guest") from error
 
 
+def _describe(device: int, vm_fd: int) -> state.Host:
+    """Raises OSError where KVM does not say."""
+    xsave_bytes = fcntl.ioctl(vm_fd, ioctls.KVM_CHECK_EXTENSION, ioctls.KVM_CAP_XSAVE2)
+    scales_tsc = fcntl.ioctl(vm_fd, ioctls.KVM_CHECK_EXTENSION, ioctls.KVM_CAP_TSC_CONTROL)
+    return state.Host(
+        cpuid.offered(device),
+        _msr_indices(device),
+        max(ioctls.XSAVE_BYTES, xsave_bytes),
+        scales_tsc > 0,
+    )
+
+
 def _msr_indices(device: int) -> tuple[int, ...]:
     """Every MSR that KVM saves and restores for a guest."""
     most = state.MAX_MSRS
@@ -200,12 +217,3 @@ def _msr_indices(device: int) -> tuple[int, ...]:
     fcntl.ioctl(device, ioctls.KVM_GET_MSR_INDEX_LIST, buffer, True)
     (count,) = struct.unpack_from("<I", buffer)
     return struct.unpack_from(f"<{count}I", buffer, 4)
-
-
-def _supported_cpuid(device: int) -> bytearray:
-    """struct kvm_cpuid2 with everything that KVM can give a guest on this host."""
-    header = ioctls.ENTRIES_HEADER
-    buffer = bytearray(header.size + state.MAX_CPUID_ENTRIES * ioctls.CPUID_ENTRY_BYTES)
-    header.pack_into(buffer, 0, state.MAX_CPUID_ENTRIES, 0)
-    fcntl.ioctl(device, ioctls.KVM_GET_SUPPORTED_CPUID, buffer, True)
-    return buffer

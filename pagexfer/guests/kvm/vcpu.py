@@ -39,11 +39,13 @@ _SIGNAL_MASK: Final = struct.Struct("<IQ")
 class Vcpu:
     """vCPU number `index` of the VM behind `vm_fd`. It runs where `switch` and its own flag let it.
 
-    `runnable` is false until it has a state worth running. `fault` says why it can never run again, None while it can.
+    `cpuid` has the entries that it was given. `runnable` is false until it has a state worth running. `fault` says why it
+    can never run again, None while it can.
     """
 
     def __init__(self, vm_fd: int, index: int, run_bytes: int, switch: RunSwitch) -> None:
         self.index = index
+        self.cpuid = b""
         self.runnable = False
         self.fault: str | None = None
         self._switch = switch
