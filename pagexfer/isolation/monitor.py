@@ -289,6 +289,7 @@ class EngineProcess:
             "collect_dirty_log": self._collect_log,
             STOP_LOG: self._stop_log,
         }
+        fields: Fields
         try:
             if name == "slots":
                 await self._give(link, self._make_slots())
@@ -300,9 +301,11 @@ class EngineProcess:
                 raise MalformedData(f"a call that there is not: {name[:40]!r}")
         except (GuestError, LocalProtocolError, UsageError) as error:
             self._note_foreign(error)
-            await self._say(link, {"type": "refused", "id": number, "message": str(error)})
+            fields, answer = {"type": "refused", "id": number, "message": str(error)}, b""
         else:
-            await self._say(link, {"type": "done", "id": number}, answer)
+            fields = {"type": "done", "id": number}
+        with suppress(ChannelBroken):  # an engine that did not wait for it has left last words
+            await self._say(link, fields, answer)
 
     async def _stop(self, _payload: bytes) -> bytes:
         self.left.add(RESUME)

@@ -194,7 +194,9 @@ def _settle(
     finally:
         svsm.lock.release()
     if unfinished:
-        _LOG.warning("the session has ended, and %s did not: a call of the guest's own", ", ".join(unfinished))
+        _LOG.warning(
+            "the session has ended, and %s did not: a call of the guest's own", ", ".join(unfinished)
+        )
     return None
 
 
@@ -202,13 +204,17 @@ def _held_up(state: SessionStatus, handlers: list[str]) -> TransferAborted:
     """The end of a side whose SVSM cannot be asked any more. The one command that it is at can decide a session that is
     PARKED or VERIFIED, and no other.
     """
-    open_still = state in (SessionStatus.PARKED, SessionStatus.VERIFIED)
+    is_open = state in (SessionStatus.PARKED, SessionStatus.VERIFIED)
     return TransferAborted(
-        Outcome.UNDECIDED if open_still else Outcome.ENDED,
+        Outcome.UNDECIDED if is_open else Outcome.ENDED,
         "svsm",
-        f"the SVSM does not end what it is at ({', '.join(handlers)}): a call of the guest's gate, memory, tracker or journal "
-        f"has not returned for {HYPERVISOR_TIMEOUT_S:g} s; the guest is left as it is"
-        + ("; ask the other side before you do anything with it" if open_still else ""),
+        f"the SVSM does not end what it is at ({', '.join(handlers)}): a call of the guest's gate, memory, tracker or "
+        f"journal has not returned for {HYPERVISOR_TIMEOUT_S:g} s; "
+        + (
+            "until it does nobody can say who may run the guest: ask the other side before you do anything with it"
+            if is_open
+            else "the migration has ended all the same"
+        ),
     )
 
 
