@@ -14,6 +14,7 @@ import trio
 from pagexfer.errors import Outcome, TransferAborted
 from pagexfer.isolation import sides
 from pagexfer.isolation.mailbox import Mailbox
+from pagexfer.migration import MigrationReport
 from pagexfer.wire.slot import NO_BUFFER, Command
 
 from .isolated_engines import IsolatedMove, start_hostile_engines
@@ -225,6 +226,22 @@ async def test_a_destination_gate_that_is_slow_or_stands_still(
         held.end()
     assert not move.machine.destination.gate.running
     assert move.machine.stayed()
+
+
+async def test_a_destination_gate_that_is_slow_to_release_has_the_guest(held: _Held) -> None:
+    """Its engine lost the SVSM over it, and knows nothing."""
+    move = IsolatedMove("destination")
+    release = move.machine.destination.gate.release
+
+    def slow() -> None:
+        held.let.wait(2.5)  # longer than the engine has patience
+        release()
+
+    move.machine.destination.gate.release = slow  # type: ignore[method-assign]
+    await move.run()
+    assert isinstance(move.received.end, MigrationReport), move.received.end
+    assert move.machine.moved()
+    assert "ask the destination" in _aborted(move.sent.end, Outcome.UNDECIDED, "undecided")
 
 
 @pytest.mark.parametrize("side", ["source", "destination"])

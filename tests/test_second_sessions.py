@@ -183,6 +183,26 @@ async def test_a_guest_that_was_not_stopped_is_not_continued(how: str, isolated:
     assert move.machine.source.gate.running
 
 
+async def test_a_guest_that_was_parked_is_continued_though_its_engine_is_gone() -> None:
+    """Its gate may have paused it, for which nobody asked the hypervisor."""
+    move = _Move()
+    move.steering.parameters = MigrationParameters()
+    gate = move.machine.source.gate
+    parked = gate.parked
+
+    def park_and_kill() -> int:
+        if engine_processes():
+            os.kill(engine_processes()[0], signal.SIGKILL)
+        return parked()
+
+    gate.parked = park_and_kill  # type: ignore[method-assign]
+    await move.run(isolated=True)
+    assert isinstance(move.sent, TransferAborted)
+    assert (move.sent.outcome, move.sent.reason) == (Outcome.ENDED, "engine")
+    assert move.calls == ["resume"]
+    assert gate.running
+
+
 async def test_what_an_engine_has_undone_is_not_undone_again() -> None:
     """The guest may be another session's by then."""
     move = _Move()

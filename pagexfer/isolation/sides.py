@@ -14,6 +14,7 @@ import trio
 
 from ..engine.failure import (
     HYPERVISOR_TIMEOUT_S,
+    RESUME,
     THROTTLE,
     as_aborted,
     call_back_at_the_end,
@@ -76,6 +77,8 @@ async def send_isolated(
     """Have a process of its own send `guest`. Raises as `SourceEngine.run` does."""
 
     def abort() -> None:
+        if svsm.state is SessionStatus.PARKED:
+            engine.left.add(RESUME)  # a gate may know no other way to park than its hypervisor's pause
         if svsm.state not in _DECIDED:
             svsm.abort()
 
