@@ -120,7 +120,7 @@ class SmallMachine:
         """Whether the guest runs at the source alone, and never ran at the destination."""
         return (
             self.source.gate.running
-            and self.source.hypervisor.calls[-1] == "resume"
+            and self.source.hypervisor.calls[-1:] in ([], ["resume"])  # what was not stopped is not continued
             and not self.destination.gate.running
             and "resume" not in self.destination.hypervisor.calls
         )

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+import pytest
 import trio
+import trio.testing
 
-from pagexfer import MigrationParameters, Status, Steering
+from pagexfer import MigrationParameters, Status, Steering, TransferAborted
 from pagexfer.engine.convergence import THROTTLE_INITIAL, Costs, Decision
 from pagexfer.engine.course import Course
 from pagexfer.engine.progress import Progress
+from pagexfer.errors import GuestError
 from pagexfer.wire.constants import PAGE_SIZE
 
 from .engine_guests import TestHypervisor
-
-if TYPE_CHECKING:
-    import pytest
 
 _PAGES = 100_000
 _LIMIT_S = 1.0
@@ -88,3 +86,41 @@ async def test_a_pause_lifts_the_throttle_and_lasts(monkeypatch: pytest.MonkeyPa
     await case.epoch(_MANY)
     assert case.hypervisor.throttles == [THROTTLE_INITIAL, 0, THROTTLE_INITIAL]
     assert await case.epoch(_FEW) is Decision.SWITCHOVER
+
+
+async def test_a_throttle_that_failed_is_lifted() -> None:
+    """It may have slowed the guest down before it failed."""
+    case = _Case()
+    throttle = case.hypervisor.throttle
+
+    async def fail(percentage: int) -> None:
+        await throttle(percentage)
+        raise GuestError("the monitor said no")
+
+    case.hypervisor.throttle = fail  # type: ignore[method-assign]
+    for _ in range(2):
+        await case.epoch(_MANY)
+    with pytest.raises(GuestError):
+        await case.epoch(_MANY)
+    case.hypervisor.throttle = throttle  # type: ignore[method-assign]
+    await case.course.lift_throttle()
+    assert case.hypervisor.throttles == [THROTTLE_INITIAL, 0]
+    await case.course.lift_throttle()
+    assert case.hypervisor.throttles == [THROTTLE_INITIAL, 0]
+
+
+def test_a_black_out_that_is_too_long_names_the_longest_step() -> None:
+    """And not the one that it ended in: what held it up may have held up the event loop as well."""
+    clock = trio.testing.MockClock(autojump_threshold=0)
+
+    async def run() -> None:
+        case = _Case()
+        with case.course.blackout():
+            case.course.step("stopping the guest")
+            clock.jump(4)
+            case.course.step("waiting for the destination")
+            await trio.sleep_forever()
+
+    with pytest.raises(TransferAborted) as aborted:
+        trio.run(run, clock=clock)
+    assert str(aborted.value) == "black-out did not end within 6 s: stopping the guest took 4.0 s"

@@ -71,7 +71,7 @@ async def move(
 
 def ended(ends: list[MigrationReport | TransferAborted], line: str) -> None:
     """The source ended for what its own guest gave, said it in that line, and its peer heard it too."""
-    for end, begin in zip(ends, ("", "at the source: "), strict=True):
+    for end, begin in zip(ends, ("", "the source says: "), strict=True):
         assert isinstance(end, TransferAborted), end
         assert (end.outcome, end.reason, str(end)) == (Outcome.ENDED, "guest", begin + line)
 

@@ -197,7 +197,7 @@ async def test_a_disk_that_is_full_at_switchover(psk: str, side: str) -> None:
     own, other = texts.pop(side), texts.popitem()[1]
     assert "the journal could not be written" in own
     assert "File too large" in own
-    assert f"at the {side}: the journal could not be written" in other
+    assert f"the {side} says: the journal could not be written" in other
     assert "File too large" not in other
     if side == "source":
         assert (code, report["error"]["reason"]) == (Outcome.ENDED, "journal")

@@ -58,6 +58,7 @@ class Course:
         self._throttle = 0
         self._precopy = trio.CancelScope()
         self._precopy_began = math.inf
+        self._steps: list[tuple[float, str]] = []  # of black-out: when each began
 
     # What was measured
 
@@ -132,8 +133,10 @@ class Course:
     def blackout(self) -> Iterator[None]:
         """Around black-out. Raises TransferAborted where it lasts longer than limit and stall timeout together.
 
-        Timeouts of single waits are not enough: a peer that takes a byte now and then would keep the guest parked.
+        Timeouts of single waits are not enough: a peer that takes a byte now and then would keep the guest parked. Whose
+        fault it is says the step that took longest: this side's hypervisor may be slow, or the destination.
         """
+        self.step("parking the vCPUs")
         longest_s = self._pressure.downtime_limit_s + self._stall_timeout_s
         with trio.move_on_after(longest_s) as scope:
             yield
@@ -141,8 +144,18 @@ class Course:
             raise TransferAborted(
                 Outcome.ENDED,
                 "timeout",
-                f"black-out did not end within {longest_s:g} s: the destination is too slow",
+                f"black-out did not end within {longest_s:g} s: {self._longest_step()}",
             )
+
+    def step(self, what: str) -> None:
+        """In black-out, `what` begins now."""
+        self._steps.append((trio.current_time(), what))
+
+    def _longest_step(self) -> str:
+        ends = [*(began for began, _ in self._steps[1:]), trio.current_time()]
+        lengths = [(end - began, what) for (began, what), end in zip(self._steps, ends, strict=True)]
+        seconds, what = max(lengths)
+        return f"{what} took {seconds:.1f} s"
 
     # What holds meanwhile
 
@@ -175,6 +188,9 @@ class Course:
     async def _set_throttle(self, percentage: int) -> None:
         if self._throttling is None or percentage == self._throttle:
             return
+        self._throttle = max(
+            self._throttle, percentage
+        )  # a call that fails may have slowed it down all the same
         with hypervisor_call("throttle the guest"):
             await self._throttling.throttle(percentage)
         self._throttle = percentage

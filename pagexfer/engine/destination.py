@@ -167,6 +167,7 @@ class DestinationEngine:
         self._all_open = trio.Event()
         self._handing_over = trio.Event()
         self._device_state = bytearray()
+        self._loading_since: float | None = None
         self._ready = False  # the source may have released the start token
         self._running = False
 
@@ -404,12 +405,14 @@ class DestinationEngine:
 
     async def _get_ready(self, link: DestinationChannel) -> None:
         """The SVSM found everything complete; READY once the hypervisor has taken its own state over."""
+        self._loading_since = trio.current_time()
         try:
             with hypervisor_call("load the devices"):
                 await self._hypervisor.load_device_state(bytes(self._device_state))
         except GuestError as error:
             cause = foreign_cause(error)
             raise TransferAborted(Outcome.ENDED, "device-state", str(error), cause) from error
+        self._loading_since = None
         self._ready = True
         await link.answer(BundleKind.READY)
 
@@ -444,7 +447,13 @@ class DestinationEngine:
             aborted = await self._control.last_words() or aborted
         if self._control is not None and not isinstance(aborted, PeerFailed):
             await say_farewell(self._control, aborted)
-        if refusal is not None and self._ready:
+        # A source that has waited for long enough goes without a word: what it waited for is known here.
+        if self._loading_since is not None and aborted.reason in ("connection", "timeout"):
+            loading_s = trio.current_time() - self._loading_since
+            line = f"{aborted}; the hypervisor here had been loading the devices for {loading_s:.1f} s"
+            aborted = TransferAborted(aborted.outcome, aborted.reason, line)
+        # An SVSM that is lost says nothing of who runs the guest.
+        if isinstance(refusal, SvsmRefused) and self._ready:
             aborted = stuck_at_destination(aborted)
         self._finish(Status.CANCELLED if aborted is _CANCELLED else Status.FAILED)
         if aborted is _CANCELLED:

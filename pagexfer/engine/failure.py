@@ -23,12 +23,13 @@ from ..errors import (
 from ..wire.constants import PAGE_SIZE
 from ..wire.control import Failed
 from ..wire.handshake import parse_hello_untrusted, split_reply_untrusted
+from .hypervisor import WatchedHypervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Collection, Iterator
 
     from .control import Control
-    from .hypervisor import Hypervisor, WatchedHypervisor
+    from .hypervisor import Hypervisor
 
 Value = TypeVar("Value")
 
@@ -38,6 +39,11 @@ _FAREWELL_TIMEOUT_S: Final = 2.0
 HYPERVISOR_TIMEOUT_S: Final = 30.0
 # What a side saw itself says less than the words that the peer has sent, or has left on the control connection.
 SECOND_HAND: Final = ("connection", "destination-failed")
+
+# What a source may have to undo at its hypervisor, by the names of the monitor's calls.
+RESUME: Final = "resume"
+STOP_LOG: Final = "stop_dirty_log"
+THROTTLE: Final = "throttle"
 
 _STUCK: Final = "and the guest does not go on here"
 
@@ -160,15 +166,20 @@ def hypervisor_call(what: str) -> Iterator[None]:
 
 
 async def let_go_on(
-    hypervisor: Hypervisor, lift_throttle: Callable[[], Awaitable[None]]
+    hypervisor: Hypervisor, lift_throttle: Callable[[], Awaitable[None]], left: Collection[str]
 ) -> GuestError | None:
-    """Undo at a source what its hypervisor did. Returns why the guest does not run, where it does not."""
+    """Undo at a source what this session had its hypervisor do. Returns why the guest does not run, where it does not.
+
+    `left` names what is to be done: RESUME, STOP_LOG. A guest that this session did not stop may stand still for a
+    reason of its own.
+    """
     log = hypervisor.dirty_log
     try:
-        with hypervisor_call("continue the guest"):
-            await hypervisor.resume()
+        if RESUME in left:
+            with hypervisor_call("continue the guest"):
+                await hypervisor.resume()
         await lift_throttle()
-        if log is not None:
+        if log is not None and STOP_LOG in left:
             with hypervisors_own("stop its dirty log"):
                 await trio.to_thread.run_sync(log.stop)
     except GuestError as error:
@@ -176,7 +187,15 @@ async def let_go_on(
     return None
 
 
-def stuck_at_source(aborted: TransferAborted, why: GuestError) -> TransferAborted:
+def is_disturbed(hypervisor: Hypervisor, error: BaseException) -> bool:
+    """Whether a watched machine's own trouble ended the move: its `resume` leaves it so, and says if it stands still."""
+    return isinstance(hypervisor, WatchedHypervisor) and any(
+        isinstance(leaf, GuestError) or (isinstance(leaf, TransferAborted) and leaf.reason == "guest")
+        for leaf in _leaves(error)
+    )
+
+
+def stuck_at_source(aborted: TransferAborted, why: PagexferError) -> TransferAborted:
     """`aborted` where the guest does not go on at the source either; an isolated engine may have said that too."""
     if _STUCK in str(aborted):
         return aborted

@@ -22,7 +22,10 @@ from ..errors import (
     MalformedData,
     Outcome,
     PagexferError,
+    RefusalCode,
+    SvsmRefused,
     TransferAborted,
+    UsageError,
 )
 from ..wire.bundle import BundleKind
 from ..wire.constants import FIRST_EPOCH, PAGE_SIZE, SESSION_ID_BYTES
@@ -37,13 +40,16 @@ from ..wire.control import (
 )
 from ..wire.framing import ConnectionHello, FrameType, Purpose
 from ..wire.handshake import Role, parse_established_untrusted
-from ..wire.slot import Command, SlotStatus
+from ..wire.slot import Command, SessionStatus, SlotStatus
+from .audit import audit, predict_audit
 from .channel import SourceChannel
 from .control import Control, PeerFailed
 from .convergence import Costs, Decision
 from .course import Course
 from .failure import (
+    RESUME,
     SECOND_HAND,
+    STOP_LOG,
     as_aborted,
     call_back,
     call_back_at_the_end,
@@ -51,6 +57,7 @@ from .failure import (
     first_failure,
     hypervisor_call,
     hypervisors_own,
+    is_disturbed,
     let_go_on,
     say_farewell,
     stuck_at_source,
@@ -60,7 +67,7 @@ from .failure import (
 )
 from .hypervisor import DescribedHypervisor, WatchedHypervisor, octets, saved_device_state
 from .plan import Chunk, plan_chunks
-from .progress import AuditInfo, ChannelTally, Progress, Status
+from .progress import ChannelTally, Progress, Status
 from .repair import Repair, used_up_key_as_broken
 from .streams import STALL_TIMEOUT_S, connect
 from .threads import carrier
@@ -78,8 +85,6 @@ PARK_TIMEOUT_S: Final = 5.0
 READY_TIMEOUT_S: Final = 10.0
 PROGRESS_PERIOD_S: Final = 0.2
 _PARK_POLL_S: Final = 0.0002
-# The quickest of some trials says what the audit takes once no vCPU runs beside it.
-_AUDIT_TRIALS: Final = 3
 # Bytes of dirty log in one HINT command: 2 GiB of RAM.
 _HINT_BYTES: Final = 1 << 16
 
@@ -132,24 +137,30 @@ class SourceEngine:
         )
         self._epoch = FIRST_EPOCH
         self._carry = carrier(options.channels, options.most_threads)
+        self._left_at_hypervisor: set[str] = set()  # what of ours is to be undone there
+        self._start_asked = False
         self._completed = False
 
     async def run(self, host: str, port: int) -> MigrationInfo:
         """Migrate to the destination at `host`:`port`; returns the final figures.
 
         Raises TransferAborted with the outcome: ENDED or REFUSED with the guest running here again, UNDECIDED after the
-        start token. Cancelling it, or its steering, before the start token lets the guest go on here.
+        start token. Cancelling it, or its steering, before the start token lets the guest go on here. Raises UsageError,
+        with nothing done, where the guest is another session's or has left.
         """
         control: Control | None = None
         try:
+            hello = await self._prepare()
             control = Control(await connect(host, port, self._options.stall_timeout_s), Role.DESTINATION)
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._migrate, control, host, port, nursery.cancel_scope)
+                nursery.start_soon(self._migrate, control, hello, host, port, nursery.cancel_scope)
                 nursery.start_soon(self._report)
                 nursery.start_soon(self._course.follow, self._channels)
                 nursery.start_soon(self._end_on_cancel)
                 if isinstance(self._hypervisor, WatchedHypervisor):
                     nursery.start_soon(watch, self._hypervisor)
+        except UsageError:
+            raise  # of `_prepare`: there is nothing to give up
         except BaseException as error:
             if not self._completed:
                 with trio.CancelScope(shield=True):
@@ -160,8 +171,20 @@ class SourceEngine:
 
     # Phases
 
-    async def _migrate(self, control: Control, host: str, port: int, done: trio.CancelScope) -> None:
-        session = await self._handshake(control)
+    async def _prepare(self) -> bytes:
+        """Make the guest this session's, before anybody is connected to or the hypervisor is touched; returns the hello."""
+        try:
+            _, hello = await self._control_slot.exchange(Command.PREPARE, self._options.channels)
+        except SvsmRefused as refused:
+            if refused.code is RefusalCode.STATE:
+                raise UsageError("this guest is being moved already, or has left") from None
+            raise
+        return hello
+
+    async def _migrate(
+        self, control: Control, hello: bytes, host: str, port: int, done: trio.CancelScope
+    ) -> None:
+        session = await self._handshake(control, hello)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(control.listen)
             await self._open_channels(control, session, host, port)
@@ -181,11 +204,10 @@ class SourceEngine:
             nursery.cancel_scope.cancel()
         done.cancel()
 
-    async def _handshake(self, control: Control) -> bytes:
+    async def _handshake(self, control: Control, hello: bytes) -> bytes:
         await control.connection.send_frame(
             FrameType.HELLO, ConnectionHello(Purpose.CONTROL, 0, bytes(SESSION_ID_BYTES)).pack()
         )
-        _, hello = await self._control_slot.exchange(Command.PREPARE, self._options.channels)
         await control.send(Prepare(hello))
         reply = (await control.receive_first(Accept)).handshake
         _, proof = await self._control_slot.exchange(Command.SETUP, package=reply)
@@ -218,6 +240,7 @@ class SourceEngine:
     async def _precopy(self, control: Control, repair: Repair) -> None:
         log = self._hypervisor.dirty_log
         if log is not None:
+            self._left_at_hypervisor.add(STOP_LOG)
             with hypervisors_own("start its dirty log"):
                 await trio.to_thread.run_sync(log.start)
         audit_s: float | None = None
@@ -226,7 +249,9 @@ class SourceEngine:
             began = trio.current_time()
             pending, chunks = await self._begin_epoch()
             if audit_s is None:  # the first epoch looks for nothing: all of RAM is to be sent
-                audit_s = await self._predict_audit()
+                audit_s = (
+                    await predict_audit(self._control_slot, self._ram_pages) if self._options.audit else 0.0
+                )
             else:
                 # An SVSM that compares RAM with what was sent does so in black-out too.
                 took_s = trio.current_time() - began
@@ -240,34 +265,47 @@ class SourceEngine:
     async def _blackout(self, control: Control, repair: Repair) -> None:
         """Park the guest and send everything that is left of its memory."""
         self._progress.park(trio.current_time())
+        self._left_at_hypervisor.add(
+            RESUME
+        )  # a gate may know no other way to park than its hypervisor's pause
         await self._park()
+        self._course.step("stopping the guest")
         # The hypervisor's stop after the park, which it has no part in, and before the last epoch: until then its devices
         # may write to pages that they share with the guest.
         with hypervisor_call("stop the guest"):
             await self._hypervisor.stop()
         await self._course.lift_throttle()
+        self._course.step("looking for what was written last")
         pending, chunks = await self._begin_epoch()
-        if self._options.audit and await self._audit():
-            pending, chunks = await self._begin_epoch()
+        if self._options.audit:
+            self._course.step("comparing RAM with what was sent")
+            self._progress.audit = await audit(self._control_slot)
+            if self._progress.audit.pages:
+                pending, chunks = await self._begin_epoch()
+        self._course.step("sending the last pages")
         await self._transfer(control, repair, pending, chunks)
         while self._lost_pages:
             pending, chunks = await self._begin_epoch()
             await self._transfer(control, repair, pending, chunks)
 
     async def _hand_over(self) -> None:
+        self._course.step("saving the devices")
         with hypervisor_call("save the devices"):
             device_state = await saved_device_state(self._hypervisor)
+        self._course.step("sending the states of devices and vCPUs")
         first = self._channels[0]
         await first.device_state(device_state)
         for vcpu in range(self._vcpus):
             await first.vcpu_state(vcpu)
         await first.token(BundleKind.MANIFEST)
+        self._course.step("waiting for the destination")
         stall_timeout = self._options.stall_timeout_s
         await self._await_answer(first, BundleKind.READY, min(READY_TIMEOUT_S, stall_timeout))
         await trio.lowlevel.checkpoint_if_cancelled()
         # From here on only the destination's sealed answer says who runs the guest. Neither a cancel nor the end of the
         # control connection, which may well arrive first, cuts it off; the timeouts bound the shield.
         with trio.CancelScope(shield=True):
+            self._start_asked = True
             await first.token(BundleKind.START_TOKEN)
             await self._await_answer(first, BundleKind.RUNNING, stall_timeout)
             await self._control_slot.command(Command.FINISH)
@@ -296,29 +334,6 @@ class SourceEngine:
             np.frombuffer(counts, dtype="<u4"), answer.result2, self._ram_pages, self._options.channels
         )
         return answer.result, chunks
-
-    async def _predict_audit(self) -> float:
-        """Seconds that the audit is expected to take, from trials on a part of RAM; 0 where none will be."""
-        if not self._options.audit:
-            return 0.0
-        trials = []
-        for _ in range(_AUDIT_TRIALS):
-            began = trio.current_time()
-            answer = await self._control_slot.command(Command.AUDIT)
-            trials.append((trio.current_time() - began) / max(answer.result, 1))
-        return min(trials) * self._ram_pages
-
-    async def _audit(self) -> int:
-        """Have the SVSM hash all of RAM; returns the pages that it found changed and not reported."""
-        began, found = trio.current_time(), 0
-        while True:
-            answer = await self._control_slot.command(Command.AUDIT)
-            found += answer.result2
-            await trio.lowlevel.checkpoint()
-            if answer.status is not SlotStatus.INCOMPLETE:
-                break
-        self._progress.audit = AuditInfo(1000 * (trio.current_time() - began), found)
-        return found
 
     async def _transfer(self, control: Control, repair: Repair, pending: int, chunks: list[Chunk]) -> None:
         """Send one epoch over all channels and have the destination close it."""
@@ -438,17 +453,22 @@ class SourceEngine:
             await self._control_slot.command(Command.ABORT)
         except PagexferError as refused:
             refusal = refused
-        decided = refusal is None
-        stuck = await let_go_on(self._hypervisor, self._course.lift_throttle) if decided else None
+        # A refused ABORT may have ended the session all the same, where a gate does not let its vCPUs go.
+        started = self._start_asked and self._control_slot.session is not SessionStatus.ABORTED
+        if is_disturbed(self._hypervisor, error):
+            self._left_at_hypervisor.add(RESUME)
+        stuck: PagexferError | None = refusal if isinstance(refusal, SvsmRefused) else None
+        if refusal is None:
+            stuck = await let_go_on(self._hypervisor, self._course.lift_throttle, self._left_at_hypervisor)
         failure = first_failure(error) or svsm_lost(refusal)
         aborted = self._cancelled if failure is None else as_aborted(failure)
         if control is not None and aborted.reason in SECOND_HAND:
             aborted = await control.last_words() or aborted
         if control is not None and not isinstance(aborted, PeerFailed):
             await say_farewell(control, aborted)
-        if not decided:
+        if refusal is not None and started:
             aborted = undecided(aborted)
-        if stuck is not None:
+        elif stuck is not None:
             aborted = stuck_at_source(aborted, stuck)
         self._finish(Status.CANCELLED if aborted is self._cancelled else Status.FAILED)
         if failure is None and aborted is self._cancelled:

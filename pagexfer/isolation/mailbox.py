@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import time
 from typing import TYPE_CHECKING, Final
 
 from ..errors import UsageError
@@ -20,10 +21,15 @@ if TYPE_CHECKING:
 
 # include/uapi/linux/fcntl.h; without them the host could take memory away under the SVSM, which would die of it.
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+# How long a command is waited for that is under way when a mailbox ends, where nobody says how long.
+END_TIMEOUT_S: Final = 5.0
 
 
 class Mailbox:
-    """`count` slots of one geometry, which `open` fills in order. A context manager that ends their handlers."""
+    """`count` slots of one geometry, which `open` fills in order. A context manager that ends their handlers.
+
+    At its end a handler may still be at a command; it serves none after that.
+    """
 
     def __init__(
         self,
@@ -39,6 +45,7 @@ class Mailbox:
         self._cpus = cpus
         self._slot_bytes = SlotGeometry(0, buffers, buffer_bytes).slot_bytes
         self._bells: list[int] = []
+        self._stopped = False
         self.handlers: list[Handler] = []
         self.memory_fd = os.memfd_create("mailbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
@@ -57,16 +64,30 @@ class Mailbox:
         start = len(self.handlers) * self._slot_bytes
         memory = self._memory[start : start + self._slot_bytes]
         slot = SlotMemory.format(memory, SlotGeometry(slot_id, self._buffers, self._buffer_bytes))
+        cpu = self._cpus[len(self.handlers) % len(self._cpus)] if self._cpus else None
         try:
-            to_svsm, to_host = (os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC) for _ in range(2))
+            to_svsm, to_host = self._bell(), self._bell()
+            handler = Handler(slot, serve(slot), to_svsm, to_host, self._on_death, cpu)
         except OSError as error:
             raise UsageError(f"no doorbell for slot {slot_id}: {error.strerror}; see 'ulimit -n'") from None
-        self._bells += (to_svsm, to_host)
-        cpu = self._cpus[len(self.handlers) % len(self._cpus)] if self._cpus else None
-        handler = Handler(slot, serve(slot), to_svsm, to_host, self._on_death, cpu)
         self.handlers.append(handler)
         handler.start()
         return [to_svsm, to_host]
+
+    def stop(self, timeout_s: float = END_TIMEOUT_S) -> list[str]:
+        """Serve no slot any more; returns the names of the handlers that are at a command that does not end in time."""
+        self._stopped = True
+        for handler in self.handlers:
+            handler.stop()
+        end = time.monotonic() + timeout_s
+        for handler in self.handlers:
+            handler.thread.join(max(end - time.monotonic(), 0.0))
+        return [handler.thread.name for handler in self.handlers if handler.thread.is_alive()]
+
+    def _bell(self) -> int:
+        bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._bells.append(bell)
+        return bell
 
     def __enter__(self) -> Self:
         return self
@@ -77,7 +98,7 @@ class Mailbox:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for handler in self.handlers:
-            handler.stop()
+        if not self._stopped:
+            self.stop()
         for descriptor in (*self._bells, self.memory_fd):
             os.close(descriptor)

@@ -12,6 +12,9 @@ import trio
 
 from ..dirty import collected
 from ..engine.failure import (
+    RESUME,
+    STOP_LOG,
+    THROTTLE,
     HypervisorFailed,
     as_aborted,
     call_back,
@@ -89,6 +92,8 @@ class EngineProcess:
         self._aborted: TransferAborted | None = None
         self._foreign: BaseException | None = None
         self.latest: MigrationInfo | None = None
+        # What a source's engine had the hypervisor do and did not undo, by the calls that would.
+        self.left: set[str] = set()
 
     async def run(self, task: Task) -> MigrationInfo:
         """Until the engine's end; returns its final figures.
@@ -277,16 +282,17 @@ class EngineProcess:
     async def _answer(self, link: Link, number: int, name: str, payload: bytes) -> None:
         calls: dict[str, Callable[[bytes], Awaitable[bytes]]] = {
             "stop": self._stop,
-            "resume": self._resume,
-            "throttle": self._throttle,
+            RESUME: self._resume,
+            THROTTLE: self._throttle,
             "describe_platform": self._platform,
             "check_platform": self._check_platform,
             "save_device_state": self._save,
             "load_device_state": self._load,
             "start_dirty_log": self._start_log,
             "collect_dirty_log": self._collect_log,
-            "stop_dirty_log": self._stop_log,
+            STOP_LOG: self._stop_log,
         }
+        fields: Fields
         try:
             if name == "slots":
                 await self._give(link, self._make_slots())
@@ -298,22 +304,29 @@ class EngineProcess:
                 raise MalformedData(f"a call that there is not: {name[:40]!r}")
         except (GuestError, LocalProtocolError, UsageError) as error:
             self._note_foreign(error)
-            await self._say(link, {"type": "refused", "id": number, "message": str(error)})
+            fields, answer = {"type": "refused", "id": number, "message": str(error)}, b""
         else:
-            await self._say(link, {"type": "done", "id": number}, answer)
+            fields = {"type": "done", "id": number}
+        with suppress(ChannelBroken):  # an engine that did not wait for it has left last words
+            await self._say(link, fields, answer)
 
     async def _stop(self, _payload: bytes) -> bytes:
+        self.left.add(RESUME)
         await self._hypervisor.stop()
         return b""
 
     async def _resume(self, _payload: bytes) -> bytes:
         await self._hypervisor.resume()
+        self.left.discard(RESUME)
         return b""
 
     async def _throttle(self, payload: bytes) -> bytes:
         if not isinstance(self._hypervisor, ThrottlingHypervisor) or len(payload) != 1 or payload[0] > 99:
             raise MalformedData("a throttle was asked for that there is not")
+        self.left.add(THROTTLE)
         await self._hypervisor.throttle(payload[0])
+        if payload[0] == 0:
+            self.left.discard(THROTTLE)
         return b""
 
     async def _platform(self, _payload: bytes) -> bytes:
@@ -335,6 +348,7 @@ class EngineProcess:
 
     async def _start_log(self, _payload: bytes) -> bytes:
         if self._hypervisor.dirty_log is not None:
+            self.left.add(STOP_LOG)
             await trio.to_thread.run_sync(self._hypervisor.dirty_log.start)
         return b""
 
@@ -348,6 +362,7 @@ class EngineProcess:
     async def _stop_log(self, _payload: bytes) -> bytes:
         if self._hypervisor.dirty_log is not None:
             await trio.to_thread.run_sync(self._hypervisor.dirty_log.stop)
+            self.left.discard(STOP_LOG)
         return b""
 
     def _result(self) -> MigrationInfo:

@@ -5,6 +5,7 @@ Whatever the engine says of its end, who may run the guest is what the SVSM's ow
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from ..engine.failure import (
+    HYPERVISOR_TIMEOUT_S,
+    RESUME,
+    THROTTLE,
     as_aborted,
     call_back_at_the_end,
     cause_of,
@@ -34,7 +38,7 @@ from .mailbox import Mailbox
 from .monitor import EngineProcess
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from ..engine.hypervisor import Hypervisor
     from ..engine.progress import MigrationInfo
@@ -43,12 +47,22 @@ if TYPE_CHECKING:
     from ..svsm.source import SourceSvsm
     from .task import Task
 
+_LOG: Final = logging.getLogger("pagexfer")
 BUFFERS: Final = 2
 BUFFER_BYTES: Final = 1 << 21
 # A destination takes the largest bundle that there may be.
 RECEIVING_BUFFER_BYTES: Final = 1 << 22
+# Commands that are carried out beside others have the lock for moments.
+_LOCK_TIMEOUT_S: Final = 1.0
+# States of either side that no end of its engine changes.
+_DECIDED: Final = (SessionStatus.STARTED, SessionStatus.FINISHED, SessionStatus.RUNNING)
 _NOT_COMPLETE: Final = TransferAborted(
     Outcome.ENDED, "engine", "the engine says that the move is complete, and it is not"
+)
+_UNAWARE: Final = TransferAborted(
+    Outcome.ENDED,
+    "engine",
+    "the engine's process lost track of who may run the guest, and the SVSM ended the migration",
 )
 _CANCELLED: Final = TransferAborted(
     Outcome.ENDED, "cancelled", "the source's operator cancelled the migration"
@@ -64,10 +78,15 @@ async def send_isolated(
 ) -> MigrationInfo:
     """Have a process of its own send `guest`. Raises as `SourceEngine.run` does."""
 
+    def abort() -> None:
+        if svsm.state is SessionStatus.PARKED:
+            engine.left.add(RESUME)  # a gate may know no other way to park than its hypervisor's pause
+        if svsm.state not in _DECIDED:
+            svsm.abort()
+
     def give_up() -> None:
         with svsm.lock:
-            if svsm.state not in (SessionStatus.STARTED, SessionStatus.FINISHED):
-                svsm.abort()
+            abort()
 
     channels = task.options.channels
     with Mailbox(1 + channels, BUFFERS, BUFFER_BYTES, give_up, task.cpus) as mailbox:
@@ -84,20 +103,24 @@ async def send_isolated(
             steering,
         )
         info, error = await _run(engine, task)
-    # No slot is served any more: the state is the last one.
+        with trio.CancelScope(shield=True):
+            held_up = await trio.to_thread.run_sync(_settle, mailbox, svsm, abort)
+    # No slot is served any more: the state is the last one, unless a command is still under way.
     with trio.CancelScope(shield=True):
-        give_up()
         steering.waits(paused=False)
         stuck: GuestError | None = None
-        if svsm.state is SessionStatus.ABORTED:
+        if svsm.state not in _DECIDED and (held_up is None or held_up.outcome is Outcome.ENDED):
             # An engine that died undid nothing.
-            stuck = await let_go_on(guest.hypervisor, partial(_lift_throttle, guest.hypervisor))
+            lift_throttle = partial(_lift_throttle, guest.hypervisor, engine.left)
+            stuck = await let_go_on(guest.hypervisor, lift_throttle, engine.left)
     if svsm.state is SessionStatus.FINISHED:
         return _completed(engine, info, task, on_progress)
     if svsm.state is SessionStatus.STARTED:
         if isinstance(error, TransferAborted) and error.outcome is Outcome.UNDECIDED:
             raise error
         raise undecided(_cause(error)) from error
+    if held_up is not None:
+        raise held_up from error
     if stuck is not None:
         raise stuck_at_source(_cause(error), stuck) from cause_of(stuck, error or stuck)
     raise _failure(error)
@@ -113,10 +136,13 @@ async def receive_isolated(
 ) -> MigrationInfo:
     """Have a process of its own receive into `guest`. Raises as `DestinationEngine.run` does."""
 
+    def fail() -> None:
+        if svsm.state not in _DECIDED:
+            svsm.fail()
+
     def give_up() -> None:
         with svsm.lock:
-            if svsm.state is not SessionStatus.RUNNING:
-                svsm.fail()
+            fail()
 
     with Mailbox(1 + MAX_CHANNELS, BUFFERS, RECEIVING_BUFFER_BYTES, give_up, task.cpus) as mailbox:
 
@@ -139,9 +165,10 @@ async def receive_isolated(
             Steering(),
         )
         info, error = await _run(engine, task)
-    # No slot is served any more: the state is the last one.
+        with trio.CancelScope(shield=True):
+            held_up = await trio.to_thread.run_sync(_settle, mailbox, svsm, fail)
+    # No slot is served any more: the state is the last one, unless a command is still under way.
     with trio.CancelScope(shield=True):
-        give_up()
         if svsm.state is SessionStatus.RUNNING:
             # The engine may have died between the SVSM's release and the hypervisor's.
             try:
@@ -151,7 +178,49 @@ async def receive_isolated(
                 raise stuck_at_destination(stuck) from cause_of(stuck, stuck)
     if svsm.state is SessionStatus.RUNNING:
         return _completed(engine, info, task, on_progress)
+    if held_up is not None:
+        raise held_up from error
     raise _failure(error)
+
+
+def _settle(
+    mailbox: Mailbox, svsm: SourceSvsm | DestinationSvsm, end_session: Callable[[], None]
+) -> TransferAborted | None:
+    """Serve no slot any more, and end the session unless it is decided; commands that are under way are waited for first.
+
+    In a thread, so that the program's event loop does not stand still for the guest's own code, say its gate. Returns how
+    this side ends where a command does not end, and keeps the SVSM.
+    """
+    unfinished = mailbox.stop(HYPERVISOR_TIMEOUT_S)
+    if not svsm.lock.acquire(timeout=_LOCK_TIMEOUT_S):
+        return None if svsm.state in _DECIDED else _held_up(svsm.state, unfinished)
+    try:
+        end_session()
+    finally:
+        svsm.lock.release()
+    if unfinished:
+        _LOG.warning(
+            "the session has ended, and %s did not: a call of the guest's own", ", ".join(unfinished)
+        )
+    return None
+
+
+def _held_up(state: SessionStatus, handlers: list[str]) -> TransferAborted:
+    """The end of a side whose SVSM cannot be asked any more. The one command that it is at can decide a session that is
+    PARKED or VERIFIED, and no other.
+    """
+    is_open = state in (SessionStatus.PARKED, SessionStatus.VERIFIED)
+    return TransferAborted(
+        Outcome.UNDECIDED if is_open else Outcome.ENDED,
+        "svsm",
+        f"the SVSM does not end what it is at ({', '.join(handlers)}): a call of the guest's gate, memory, tracker or "
+        f"journal has not returned for {HYPERVISOR_TIMEOUT_S:g} s; "
+        + (
+            "until it does nobody can say who may run the guest: ask the other side before you do anything with it"
+            if is_open
+            else "the migration has ended all the same"
+        ),
+    )
 
 
 async def _run(engine: EngineProcess, task: Task) -> tuple[MigrationInfo | None, BaseException | None]:
@@ -162,8 +231,8 @@ async def _run(engine: EngineProcess, task: Task) -> tuple[MigrationInfo | None,
         return None, error
 
 
-async def _lift_throttle(hypervisor: Hypervisor) -> None:
-    if isinstance(hypervisor, ThrottlingHypervisor):
+async def _lift_throttle(hypervisor: Hypervisor, left: Collection[str]) -> None:
+    if isinstance(hypervisor, ThrottlingHypervisor) and THROTTLE in left:
         with hypervisor_call("throttle the guest"):
             await hypervisor.throttle(0)
 
@@ -188,21 +257,17 @@ def _failure(error: BaseException | None) -> BaseException:
     failure = first_failure(error) if error is not None else _NOT_COMPLETE
     if error is not None and failure is None:
         return error
-    if isinstance(failure, UsageError):
-        return failure
-    cause = _cause(error)
-    # The SVSM's state says more.
-    return (
-        TransferAborted(Outcome.ENDED, "engine", str(cause)) if cause.outcome is Outcome.UNDECIDED else cause
-    )
+    return failure if isinstance(failure, UsageError) else _cause(error)
 
 
 def _cause(error: BaseException | None) -> TransferAborted:
-    """How the engine ended, in one line, whatever it was."""
+    """How the engine ended, in one line, whatever it was. What it says of who may run the guest is left out."""
     if error is None:
         return _NOT_COMPLETE
     try:
         failure = first_failure(error)
     except BaseException as defect:
         return TransferAborted(Outcome.ENDED, "internal", one_line(repr(defect)))
+    if isinstance(failure, TransferAborted) and failure.outcome is Outcome.UNDECIDED:
+        return _UNAWARE
     return _CANCELLED if failure is None else as_aborted(failure)

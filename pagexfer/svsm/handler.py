@@ -25,7 +25,6 @@ FALLBACK_MS: Final = 1000
 # often.
 LOOKS: Final = 12
 MAX_PAUSE: Final = 64
-_END_TIMEOUT_S: Final = 5.0
 
 
 class Handler:
@@ -33,6 +32,9 @@ class Handler:
 
     `cpu` pins the thread. Where the thread dies of a defect, or is killed, `on_death` is called in it, the command that it
     was at is answered as a fault, and the slot serves nothing any more.
+
+    The thread has doorbells of its own and closes them at its very end: a command may take longer than anybody waits for
+    it, and what it was given may be closed by then, and the numbers other files'.
     """
 
     def __init__(
@@ -46,8 +48,8 @@ class Handler:
     ) -> None:
         self._slot = slot
         self._service = service
-        self._to_svsm = to_svsm
-        self._to_host = to_host
+        self._wakes = to_svsm  # its maker's, who closes it after `stop`
+        self._to_svsm, self._to_host = _copies(to_svsm, to_host)
         self._on_death = on_death
         self._cpu = cpu
         self._stopping = False
@@ -56,15 +58,28 @@ class Handler:
 
     def start(self) -> None:
         """Begin to serve."""
-        self.thread.start()
+        try:
+            self.thread.start()
+        except RuntimeError:  # there can be no more threads
+            self._close()
+            raise
 
     def stop(self) -> None:
-        """Serve nothing any more. Returns once the command that is being carried out is done."""
+        """Serve nothing any more: `thread` ends once the command that is being carried out is done."""
         self._stopping = True
-        _ring(self._to_svsm)
-        self.thread.join(_END_TIMEOUT_S)
+        _ring(self._wakes)
 
     def _run(self) -> None:
+        try:
+            self._live()
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        os.close(self._to_svsm)
+        os.close(self._to_host)
+
+    def _live(self) -> None:
         ended = False
         try:
             if self._cpu is not None:
@@ -101,6 +116,15 @@ class Handler:
             elif bell.poll(FALLBACK_MS):
                 with suppress(BlockingIOError):
                     os.eventfd_read(self._to_svsm)
+
+
+def _copies(first: int, second: int) -> tuple[int, int]:
+    copy = os.dup(first)
+    try:
+        return copy, os.dup(second)
+    except OSError:
+        os.close(copy)
+        raise
 
 
 def _ring(bell: int) -> None:
