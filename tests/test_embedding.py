@@ -303,7 +303,11 @@ DESTINATION: list[tuple[dict[str, Any], str]] = [
     ({"on_listening": None}, "on_listening must be a function"),
     ({"on_stranger": "line"}, "on_stranger must be a function, and not an async one, not str"),
 ]
-wrong = partial(pytest.mark.parametrize, ("given", "line"), ids=lambda value: str(value)[:40])
+wrong = partial(
+    pytest.mark.parametrize,
+    ("given", "line"),
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else value[:40],
+)
 
 
 @wrong(BOTH + SOURCE)

@@ -58,7 +58,11 @@ class Reception:
                 if not self._places.value and self._silent:
                     # Whoever is one of ours speaks at once, and must not wait for those that never do.
                     self._silent.pop(next(iter(self._silent))).cancel()
-                await self._places.acquire()
+                try:
+                    await self._places.acquire()
+                except trio.Cancelled:
+                    connection.close()
+                    raise
                 nursery.start_soon(self._receive, connection)
 
     async def _receive(self, connection: Connection) -> None:
