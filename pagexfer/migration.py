@@ -26,6 +26,7 @@ from .engine.steering import DOWNTIME_LIMIT_S, MigrationParameters, Steering
 from .engine.streams import STALL_TIMEOUT_S, listen
 from .engine.threads import most_threads
 from .errors import LedgerRefused, MalformedData, TransferAborted, UsageError
+from .guests.guest import GuestElsewhere
 from .isolation.sides import BUFFER_BYTES, BUFFERS, receive_isolated, send_isolated
 from .isolation.task import Task
 from .svsm.commands import destination_channel, destination_control, source_channel, source_control
@@ -33,6 +34,7 @@ from .svsm.compression import MAX_LEVEL, MIN_LEVEL, Compressor, need_zstd
 from .svsm.destination import DestinationSvsm
 from .svsm.export import usual_bundle_pages
 from .svsm.journal import FileJournal
+from .svsm.processes import process_of
 from .svsm.source import SourceSvsm
 from .wire.constants import GUEST_ID_BYTES, MAX_BUNDLE_DATA_PAGES, MAX_CHANNELS
 from .wire.ledger import guest_id_of
@@ -245,9 +247,15 @@ async def receive_guest(
     _check_cpus(cpus, isolated=isolated)
     if accept_compression:
         need_zstd()
+    process = process_of(guest.process_id) if isinstance(guest, GuestElsewhere) else None
     kept = None if journal is None else FileJournal.for_session(journal)
     svsm = DestinationSvsm(
-        guest.memory, guest.gate, attestor, accept_compression=accept_compression, journal=kept
+        guest.memory,
+        guest.gate,
+        attestor,
+        accept_compression=accept_compression,
+        journal=kept,
+        process=process,
     )
     if isolated:
         task = Task(

@@ -100,7 +100,7 @@ def test_bad_usage(tmp_path: Path) -> None:
     source = journal(tmp_path / "s", Role.SOURCE, State.STARTED)
     other = journal(tmp_path / "o", Role.DESTINATION, State.FAILED, session=bytes(16))
     garbage = tmp_path / "garbage"
-    garbage.write_bytes(bytes(88))
+    garbage.write_bytes(bytes(128))
     for arguments, word in [
         ((), "JOURNALS"),
         ((source, other), "two sessions"),

@@ -13,6 +13,7 @@ import click
 from ..errors import JournalError, Outcome, UsageError
 from ..svsm.journal import abandon as abandon_journal
 from ..svsm.journal import read_journal
+from ..svsm.processes import lives
 from ..svsm.recovery import MayRun, judge, judge_both
 from .output import note, print_answer
 
@@ -59,8 +60,12 @@ def _read(path: Path) -> tuple[JournalRecord, bool]:
     return read_journal(path)
 
 
+def _lives(record: JournalRecord) -> bool | None:
+    return None if record.process is None else lives(record.process)
+
+
 def _report_one(record: JournalRecord, active: bool) -> tuple[dict[str, object], bool]:
-    verdict = judge(record, active=active)
+    verdict = judge(record, active=active, lives=_lives(record))
     return {
         "role": record.role.name.lower(),
         "session": record.session.hex(),
@@ -75,7 +80,7 @@ def _report_one(record: JournalRecord, active: bool) -> tuple[dict[str, object],
 def _report_both(found: list[tuple[JournalRecord, bool]]) -> tuple[dict[str, object], bool]:
     active = any(live for _, live in found)
     source, destination = sorted((record for record, _ in found), key=lambda record: record.role)
-    verdict = judge_both(source, destination, active=active)
+    verdict = judge_both(source, destination, active=active, lives=_lives(destination))
     return {
         "session": source.session.hex(),
         "guest-id": source.guest_id.hex(),

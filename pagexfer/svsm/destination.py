@@ -66,6 +66,7 @@ if TYPE_CHECKING:
 
     from ..attestation import Attestor, Claims
     from ..wire.handshake import Freshness
+    from ..wire.journal import GuestProcess
     from .gate import VcpuGate
     from .journal import Journal
     from .memory import GuestMemory
@@ -94,6 +95,8 @@ class DestinationSvsm:
 
     Slots may be served by threads of their own: every call is made with `lock` held, but for `import_untrusted`, which
     takes it where it needs it, so that channels open in parallel.
+
+    `process` is the one that has the guest, where it outlives this one: the journal names it.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class DestinationSvsm:
         *,
         accept_compression: bool = False,
         journal: Journal | None = None,
+        process: GuestProcess | None = None,
     ) -> None:
         self.lock = threading.Lock()
         self.staging = StagingPool()
@@ -114,7 +118,7 @@ class DestinationSvsm:
         self._attestor = attestor
         self._accept_compression = accept_compression
         self._decompressor = Decompressor()
-        self._journal = SessionJournal(Role.DESTINATION, journal)
+        self._journal = SessionJournal(Role.DESTINATION, journal, process)
         self._machine = StateMachine(DESTINATION, self._journal.before_entering)
         self._attempts = Attempts()
         self._session: Established | None = None

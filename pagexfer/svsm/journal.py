@@ -13,17 +13,22 @@ import errno
 import fcntl
 import os
 import stat
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ..errors import JournalError, MalformedData, UsageError
 from ..wire.handshake import Role
 from ..wire.journal import JOURNAL_BYTES, JOURNALED, JournalRecord, parse_journal_untrusted
 from ..wire.slot import SessionStatus as State
+from .processes import lives
+from .recovery import how_to_end
 
 if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
     from typing import Self
+
+    from ..wire.journal import GuestProcess
 
 # What cannot be written down is not done. For the other statuses the record before leaves whoever asks with no wrong
 # answer, and a guest that goes on, a move that is complete or a session that has failed is not undone by a full disk:
@@ -44,9 +49,10 @@ class Journal(Protocol):
 class SessionJournal:
     """What one session writes down, each status before it is entered; nothing where there is no journal."""
 
-    def __init__(self, role: Role, journal: Journal | None) -> None:
+    def __init__(self, role: Role, journal: Journal | None, process: GuestProcess | None = None) -> None:
         self._role = role
         self._journal = journal
+        self._process = process
         self._ids: tuple[bytes, bytes] | None = None
 
     def begin(self, session: bytes, guest_id: bytes) -> None:
@@ -66,7 +72,7 @@ class SessionJournal:
     def insist(self, status: State) -> None:
         """Make sure that `status` stands in the journal. Raises JournalError where it does not."""
         if self._journal is not None and self._ids is not None:
-            self._journal.record(JournalRecord(self._role, status, *self._ids))
+            self._journal.record(JournalRecord(self._role, status, *self._ids, self._process))
 
 
 class FileJournal:
@@ -197,7 +203,7 @@ def abandon(path: Path) -> None:
     """Make the journal of a destination that died VERIFIED say FAILED, so that the source may run the guest.
 
     The operator's word instead of an abort token: nothing authenticates it. Raises UsageError where the journal is not that
-    of such a destination or its process still lives, JournalError where it cannot be written.
+    of such a destination or a process still has the guest, JournalError where it cannot be written.
     """
     with FileJournal(path) as journal:
         last = journal.last
@@ -208,7 +214,12 @@ def abandon(path: Path) -> None:
                 f"only a destination that is VERIFIED can be abandoned; {path} is of a {last.role.name.lower()} that is "
                 f"{last.status.name}"
             )
-        journal.record(JournalRecord(last.role, State.FAILED, last.session, last.guest_id))
+        if last.process is not None and lives(last.process):
+            raise UsageError(
+                f"process {last.process.id} still has the whole guest, and could run it: end it "
+                f"({how_to_end(last.process)}), and ask again"
+            )
+        journal.record(replace(last, status=State.FAILED))
 
 
 def _open_existing(path: Path) -> int | None:
