@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .attestation import Attestor, Claims
     from .engine.progress import MigrationInfo
     from .guests.guest import Guest
+    from .svsm.journal import LedgerStore
     from .svsm.memory import GuestMemory
     from .svsm.service import SlotService
     from .wire.handshake import Freshness
@@ -222,6 +223,7 @@ async def receive_guest(
     stall_timeout_s: float = STALL_TIMEOUT_S,
     accept_compression: bool = False,
     journal: Path | None = None,
+    ledger_store: LedgerStore | None = None,
     isolated: bool = False,
     cpus: tuple[int, ...] = (),
     channel_threads: bool | None = None,
@@ -234,6 +236,9 @@ async def receive_guest(
     `on_listening` gets the port, which the kernel chooses for 0; `on_stranger` one line for each connection that was not
     the source's; `journal`, `isolated`, `cpus` and `channel_threads` are as for `send_guest`. A source that compresses
     pages is refused, with reason "compression", without `accept_compression`.
+
+    `ledger_store` gets the report's `ledger` before the guest may run here, so that no crash loses the record of this move.
+    What it cannot keep ends the migration, as with a journal.
 
     When it returns, the guest runs here. Raises UsageError where address or journal cannot be used, and TransferAborted
     where the migration failed: the guest then never runs here, except with outcome UNDECIDED.
@@ -256,6 +261,7 @@ async def receive_guest(
         accept_compression=accept_compression,
         journal=kept,
         process=process,
+        store=ledger_store,
     )
     if isolated:
         task = Task(

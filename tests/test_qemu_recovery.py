@@ -140,6 +140,4 @@ async def test_a_guest_that_runs_outlives_the_command_that_received_it(tmp_path:
             assert refused.returncode == Outcome.USAGE
             assert "RUNNING" in one_line(refused.stderr)
         code, report = await asked(theirs)
-        assert report["what-to-do"].endswith(
-            f"process {process.id}, which had it, is gone, and it died with that"
-        )
+        assert f"process {process.id}, which had it, is gone, and it died with that" in report["what-to-do"]

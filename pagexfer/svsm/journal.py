@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import stat
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -24,6 +25,7 @@ from .processes import lives
 from .recovery import how_to_end
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -44,6 +46,38 @@ class Journal(Protocol):
     def record(self, record: JournalRecord) -> None:
         """Keep `record`: durable when it returns. Raises JournalError where that cannot be said."""
         ...
+
+
+class LedgerStore(Protocol):
+    """Port to where a destination keeps the guest's ledger: beside its place until the move is complete."""
+
+    def keep(self, session: bytes, ledger: bytes) -> None:
+        """Keep the ledger with the record of this move: durable when it returns. Raises OSError where that cannot be said.
+
+        The guest runs here afterwards, unless `drop` is called.
+        """
+        ...
+
+    def drop(self) -> None:
+        """The guest never runs here: forget what was kept, or was to be. Raises nothing."""
+        ...
+
+
+@contextmanager
+def keeping(store: LedgerStore | None, session: bytes, ledger: bytes) -> Iterator[None]:
+    """Keep the ledger before what is done inside, and drop it where that fails. Raises JournalError where it cannot be."""
+    if store is None:
+        yield
+        return
+    try:
+        try:
+            store.keep(session, ledger)
+        except OSError as error:
+            raise JournalError(f"the ledger cannot be written: {error.strerror or error}") from error
+        yield
+    except BaseException:
+        store.drop()
+        raise
 
 
 class SessionJournal:
@@ -134,7 +168,7 @@ class FileJournal:
             replaced, self._current, self._next = self._current, self._next, None
             if replaced is not None:
                 os.close(replaced)
-            _sync_folder(self.path)
+            sync_folder(self.path)
         except (OSError, UsageError) as error:  # the latter where a stranger holds the next file's lock
             reason = error.strerror if isinstance(error, OSError) else error
             raise JournalError(f"cannot write the journal {self.path}: {reason}") from error
@@ -222,6 +256,15 @@ def abandon(path: Path) -> None:
         journal.record(replace(last, status=State.FAILED))
 
 
+def sync_folder(path: Path) -> None:
+    """Make durable that the file at `path` has its name. Raises OSError."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 def _open_existing(path: Path) -> int | None:
     """A descriptor of the regular file at `path`, None where there is nothing. Raises OSError or UsageError."""
     try:
@@ -257,11 +300,3 @@ def _is_locked(descriptor: int) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -57,6 +57,9 @@ class PairVerdict:
 _STILL_RUNS: Final = (
     "a process still uses this journal and may go on: wait for its end, or end it, and ask again"
 )
+_LEDGER: Final = (
+    "; 'pagexfer recover --ledger FILE' finishes what a killed 'receive --ledger FILE' left beside FILE"
+)
 _CONTRADICTION: Final = (
     "these records contradict each other, so one of them is an old one: let neither side run the guest"
 )
@@ -126,7 +129,8 @@ def judge(record: JournalRecord, *, active: bool, lives: bool | None = None) -> 
     verdict = _ONE[record.role][record.status]
     if record.role is Role.SOURCE:
         return verdict
-    return replace(verdict, advice=verdict.advice + _about_destination(record, lives))
+    ledger = _LEDGER if record.status is State.RUNNING and not active else ""
+    return replace(verdict, advice=verdict.advice + _about_destination(record, lives) + ledger)
 
 
 def judge_both(
