@@ -277,7 +277,8 @@ class Model:
             return side._replace(todo=())
         # A destination that cannot go on fails.
         failing = self._failing(side)
-        return failing._replace(todo=_entering(Role.DESTINATION, side.state, State.FAILED))
+        verified = State.VERIFIED if step.state is State.VERIFIED else side.state
+        return failing._replace(todo=_entering(Role.DESTINATION, verified, State.FAILED))
 
     def _crashes(self, world: World) -> Iterator[Move]:
         source, destination = world.source, world.destination
@@ -346,6 +347,8 @@ def record_of(side: Source | Destination) -> JournalRecord | None:
 
 def _entering(role: Role, state: State, target: State) -> Steps:
     enter = Step(Do.ENTER, target)
+    if target is State.FAILED and state in (State.IDLE, State.KEYED, State.IMPORTING):
+        return (enter,)  # KEYED says the same
     return (
         (Step(Do.JOURNAL, target), enter) if target is not state and target in JOURNALED[role] else (enter,)
     )

@@ -151,7 +151,15 @@ def test_aborted_is_written_when_the_session_is_given_up(journaled: JournaledMov
     journaled.pair.source.abort()
     journaled.pair.destination.fail()
     assert journaled.source.statuses() == [State.KEYED, State.ABORTED]
-    assert journaled.destination.statuses() == [State.KEYED, State.FAILED]
+    assert journaled.destination.statuses() == [State.KEYED]  # which says the same, and may be replaced
+
+
+def test_failed_is_written_wherever_verified_may_have_been(journaled: JournaledMove) -> None:
+    journaled.destination.full = {State.VERIFIED}
+    journaled.pair.until_manifest()
+    with pytest.raises(JournalError):
+        journaled.pair.manifest()
+    assert journaled.destination.statuses() == [State.KEYED, State.VERIFIED, State.FAILED]
 
 
 def test_nothing_is_written_of_a_session_without_a_name(journaled: JournaledMove) -> None:

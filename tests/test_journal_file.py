@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SESSION, GUEST = b"s" * 16, b"g" * 16
-REPLACEABLE = {State.KEYED, State.ABORTED, State.FAILED}
+REPLACEABLE = {State.KEYED, State.ABORTED}
 
 
 def record(status: State, role: Role = Role.SOURCE) -> JournalRecord:

@@ -35,9 +35,11 @@ if TYPE_CHECKING:
 # What cannot be written down is not done. For the other statuses the record before leaves whoever asks with no wrong
 # answer, and a guest that goes on, a move that is complete or a session that has failed is not undone by a full disk:
 # KEYED says the same as ABORTED and FAILED, and STARTED sends to a destination that is RUNNING, or FAILED, durably.
+# FAILED is written down only after VERIFIED: without that, KEYED says all, and no source can be STARTED.
 _DURABLE_FIRST: Final = frozenset({State.KEYED, State.STARTED, State.VERIFIED, State.RUNNING})
-# Records that a new session may replace: they say of the old one that its guest stayed at the source.
-_REPLACEABLE: Final = frozenset({State.KEYED, State.ABORTED, State.FAILED})
+# Records that a new session may replace: they say of the old one that its guest stayed at the source, which needs them not.
+# A destination that FAILED was VERIFIED, and a source that is STARTED may have but this record to go on by.
+_REPLACEABLE: Final = frozenset({State.KEYED, State.ABORTED})
 
 
 class Journal(Protocol):
@@ -88,6 +90,7 @@ class SessionJournal:
         self._journal = journal
         self._process = process
         self._ids: tuple[bytes, bytes] | None = None
+        self._verified = False
 
     def begin(self, session: bytes, guest_id: bytes) -> None:
         """The session has a name from here on; what came before is nobody's to recover."""
@@ -95,8 +98,11 @@ class SessionJournal:
 
     def before_entering(self, status: State) -> None:
         """For `StateMachine`. Raises JournalError where `status` must not be entered without a record of it."""
-        if status not in JOURNALED[self._role]:
+        if status not in JOURNALED[self._role] or (status is State.FAILED and not self._verified):
             return
+        self._verified |= (
+            status is State.VERIFIED
+        )  # also where the disk says that it was not written: it may have been
         try:
             self.insist(status)
         except JournalError:
@@ -148,9 +154,14 @@ class FileJournal:
         if last is None or last.status in _REPLACEABLE:
             return journal
         journal.close()
+        needed = (
+            "move it away, as a source may need its word"
+            if last.status is State.FAILED
+            else "see what it says"
+        )
         raise UsageError(
             f"the journal {path} is still needed: it says {last.status.name} of a {last.role.name.lower()}'s session; "
-            f"run 'pagexfer recover {path}', and give a new move a file of its own"
+            f"run 'pagexfer recover {path}', {needed}, and give a new move a file of its own"
         )
 
     def record(self, record: JournalRecord) -> None:
