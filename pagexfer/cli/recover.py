@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 @click.option(
     "--abandon",
     is_flag=True,
-    help="Make a dead destination that is VERIFIED FAILED for good, so that the source may run the guest.",
+    help="Make a dead destination that is VERIFIED FAILED for good, so that the source may run the guest. Refused while "
+    "a process there (QEMU) still has it.",
 )
 @click.option(
     "--ledger",
