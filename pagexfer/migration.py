@@ -27,6 +27,7 @@ from .engine.steering import DOWNTIME_LIMIT_S, MigrationParameters, Steering
 from .engine.streams import STALL_TIMEOUT_S, listen
 from .engine.threads import most_threads
 from .errors import LedgerRefused, MalformedData, TransferAborted, UsageError
+from .guests.guest import GuestElsewhere
 from .isolation.sides import (
     BUFFER_BYTES,
     BUFFERS,
@@ -41,6 +42,7 @@ from .svsm.destination import DestinationSvsm
 from .svsm.export import usual_bundle_pages
 from .svsm.journal import FileJournal
 from .svsm.memory import GuestMemory
+from .svsm.processes import process_of
 from .svsm.source import SourceSvsm
 from .wire.constants import GUEST_ID_BYTES, MAX_BUNDLE_DATA_PAGES, MAX_CHANNELS
 from .wire.handshake import AttestorKind
@@ -54,6 +56,7 @@ if TYPE_CHECKING:
     from .attestation import Attestor, Claims
     from .engine.progress import MigrationInfo
     from .guests.guest import Guest
+    from .svsm.journal import LedgerStore
     from .svsm.service import SlotService
     from .wire.handshake import Freshness
 
@@ -240,6 +243,7 @@ async def receive_guest(
     stall_timeout_s: float = STALL_TIMEOUT_S,
     accept_compression: bool = False,
     journal: Path | None = None,
+    ledger_store: LedgerStore | None = None,
     isolated: bool = False,
     cpus: tuple[int, ...] = (),
     channel_threads: bool | None = None,
@@ -257,6 +261,9 @@ async def receive_guest(
     It waits for a source without limit: put it in a deadline, as of `trio.fail_after`, where that is too long. A guest that
     was received, or sent away, is not received into again: for its way back, make a fresh one.
 
+    `ledger_store` gets the report's `ledger` before the guest may run here, so that no crash loses the record of this move.
+    What it cannot keep ends the migration, as with a journal.
+
     When it returns, the guest runs here. Raises UsageError where address or journal cannot be used, and TransferAborted
     where the migration failed: the guest then never runs here, except with outcome UNDECIDED.
 
@@ -273,9 +280,16 @@ async def receive_guest(
     arguments.flag("accept_compression", accept_compression)
     if accept_compression:
         need_zstd()
+    process = process_of(guest.process_id) if isinstance(guest, GuestElsewhere) else None
     kept = None if journal is None else FileJournal.for_session(journal)
     svsm = DestinationSvsm(
-        guest.memory, guest.gate, attestor, accept_compression=accept_compression, journal=kept
+        guest.memory,
+        guest.gate,
+        attestor,
+        accept_compression=accept_compression,
+        journal=kept,
+        process=process,
+        store=ledger_store,
     )
     if isolated:
         task = Task(

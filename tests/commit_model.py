@@ -67,6 +67,10 @@ class Destination(NamedTuple):
     state: State = State.IDLE
     journal: State | None = None
     alive: bool = True
+    machine: bool = (
+        True  # what holds the guest's memory; with `Setting.outside` it outlives the SVSM's process
+    )
+    abandoned: bool = False  # the operator said that it never ran, and never will
     ran: bool = False  # the guest ran here, if for a moment: what it did is done
     key: bool = True  # it can still seal an answer
     todo: Steps = ()
@@ -91,6 +95,7 @@ class Design(NamedTuple):
     order: Callable[[str, Steps], Steps] = _as_it_is
     abort_token_from: frozenset[State] = frozenset({State.VERIFIED, State.FAILED})
     fail_keeps_key: bool = True
+    abandons_machines_that_live: bool = False
 
 
 class Setting(NamedTuple):
@@ -103,6 +108,9 @@ class Setting(NamedTuple):
     sees_life: bool = (
         True  # `recover` can see that the destination's process lives (False: it got a copy of the file)
     )
+    # The destination's guest is in a process of its own (QEMU). One that was left behind may be continued by somebody who
+    # asks nobody. As long as its journal says VERIFIED that is a fork in any design; from its abandoning on it must not be.
+    outside: bool = False
 
 
 Move = tuple[str, World]
@@ -118,7 +126,7 @@ class Model:
         yield from self._source_moves(world)
         yield from self._destination_moves(world)
         if self.setting.crashes:
-            yield from _crashes(world)
+            yield from self._crashes(world)
         if self.setting.operator:
             yield from self._operator_moves(world)
 
@@ -269,19 +277,41 @@ class Model:
             return side._replace(todo=())
         # A destination that cannot go on fails.
         failing = self._failing(side)
-        return failing._replace(todo=_entering(Role.DESTINATION, side.state, State.FAILED))
+        verified = State.VERIFIED if step.state is State.VERIFIED else side.state
+        return failing._replace(todo=_entering(Role.DESTINATION, verified, State.FAILED))
+
+    def _crashes(self, world: World) -> Iterator[Move]:
+        source, destination = world.source, world.destination
+        if source.alive:
+            yield "source: crashes", world._replace(source=crashed_source(source))
+        if destination.alive:
+            crashed = crashed_destination(destination, machine=self.setting.outside)
+            yield "destination: crashes", world._replace(destination=crashed)
+        elif destination.machine:
+            gone = crashed_destination(destination)
+            yield "destination: its machine ends", world._replace(destination=gone)
 
     # The operator
 
     def _operator_moves(self, world: World) -> Iterator[Move]:
         source, destination = world.source, world.destination
-        if not destination.alive and destination.journal is State.VERIFIED:
-            yield "operator: abandons", _with(world, destination._replace(journal=State.FAILED))
+        if self.can_abandon(destination):
+            yield "operator: abandons", _with(world, abandoned(destination))
+        if destination.abandoned and destination.machine:
+            yield (
+                "somebody: continues the destination's machine",
+                _with(world, destination._replace(ran=True)),
+            )
         runners = self.recovered(world)
         if not source.alive and Role.SOURCE in runners:
             yield "operator: lets the source run", _with(world, source._replace(runs=True))
         if not destination.alive and Role.DESTINATION in runners:
             yield "operator: lets the destination run", _with(world, destination._replace(ran=True))
+
+    def can_abandon(self, side: Destination) -> bool:
+        """Whether `recover --abandon` does it."""
+        free = not side.machine or self.design.abandons_machines_that_live
+        return free and not side.alive and side.journal is State.VERIFIED
 
     def recovered(self, world: World) -> set[Role]:
         """Whom `recover` lets run, given one journal, or the other, or both: more than one would be a fork."""
@@ -317,6 +347,8 @@ def record_of(side: Source | Destination) -> JournalRecord | None:
 
 def _entering(role: Role, state: State, target: State) -> Steps:
     enter = Step(Do.ENTER, target)
+    if target is State.FAILED and state in (State.IDLE, State.KEYED, State.IMPORTING):
+        return (enter,)  # KEYED says the same
     return (
         (Step(Do.JOURNAL, target), enter) if target is not state and target in JOURNALED[role] else (enter,)
     )
@@ -326,21 +358,25 @@ def _with(world: World, side: Source | Destination) -> World:
     return world._replace(source=side) if isinstance(side, Source) else world._replace(destination=side)
 
 
-def _crashes(world: World) -> Iterator[Move]:
-    if world.source.alive:
-        yield "source: crashes", world._replace(source=crashed_source(world.source))
-    if world.destination.alive:
-        yield "destination: crashes", world._replace(destination=crashed_destination(world.destination))
-
-
 def crashed_source(side: Source) -> Source:
     """Only the journal is left."""
     return Source(journal=side.journal, alive=False, runs=False)
 
 
-def crashed_destination(side: Destination) -> Destination:
-    """Only the journal is left, and what the guest did while it ran."""
-    return Destination(journal=side.journal, alive=False, ran=side.ran, key=False)
+def crashed_destination(side: Destination, *, machine: bool = False) -> Destination:
+    """Only the journal is left, what the guest did while it ran, and with `machine` the guest itself."""
+    return Destination(
+        journal=side.journal,
+        alive=False,
+        machine=machine,
+        abandoned=side.abandoned,
+        ran=side.ran,
+        key=False,
+    )
+
+
+def abandoned(side: Destination) -> Destination:
+    return side._replace(journal=State.FAILED, abandoned=True)
 
 
 class Counterexample(AssertionError):

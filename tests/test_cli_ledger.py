@@ -401,6 +401,20 @@ def test_a_ledger_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "ledger"]
 
 
+def test_a_ledger_is_on_the_disk_and_then_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        synced.append(tmp_path / os.readlink(f"/proc/self/fd/{descriptor}"))
+        assert (tmp_path / "ledger").exists() is (synced[-1] == tmp_path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_ledger(tmp_path / "ledger", b"first")
+    assert [path.parent for path in synced] == [tmp_path, tmp_path.parent]
+
+
 def test_no_ledger_of_other_moves_is_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "ledger"
     guest = RECORDS[0].body.guest_id.hex()

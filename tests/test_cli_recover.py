@@ -100,7 +100,7 @@ def test_bad_usage(tmp_path: Path) -> None:
     source = journal(tmp_path / "s", Role.SOURCE, State.STARTED)
     other = journal(tmp_path / "o", Role.DESTINATION, State.FAILED, session=bytes(16))
     garbage = tmp_path / "garbage"
-    garbage.write_bytes(bytes(88))
+    garbage.write_bytes(bytes(128))
     for arguments, word in [
         ((), "JOURNALS"),
         ((source, other), "two sessions"),
@@ -133,6 +133,7 @@ def psk(tmp_path: Path) -> str:
         ("send", Role.SOURCE, State.FINISHED),
         ("receive", Role.DESTINATION, State.VERIFIED),
         ("receive", Role.DESTINATION, State.RUNNING),
+        ("receive", Role.DESTINATION, State.FAILED),
     ],
 )
 def test_a_record_that_is_still_needed_is_not_overwritten(
@@ -143,6 +144,7 @@ def test_a_record_that_is_still_needed_is_not_overwritten(
     done = run(command, *address, "--psk-file", psk, "--journal", path, *GUEST)
     assert done.returncode == 2
     assert f"run 'pagexfer recover {path}'" in one_line(done.stderr)
+    assert ("move it away, as a source may need its word" in done.stderr) is (status is State.FAILED)
     assert read_journal(tmp_path / "j")[0].status is status
 
 

@@ -28,6 +28,7 @@ from .commit_model import (
     Setting,
     Steps,
     World,
+    abandoned,
     crashed_destination,
     crashed_source,
     explore,
@@ -52,9 +53,8 @@ def recover_fails(model: Model, world: World) -> str:
     if len(runners) > 1:
         return "recover lets both sides run"
     world = World(crashed_source(world.source), crashed_destination(world.destination))
-    if world.destination.journal is State.VERIFIED and not model.recovered(world):
-        abandoned = world.destination._replace(journal=State.FAILED)
-        world = world._replace(destination=abandoned)
+    if model.can_abandon(world.destination) and not model.recovered(world):
+        world = world._replace(destination=abandoned(world.destination))
     runners = model.recovered(world)
     if len(runners) != 1:
         return "recover names no side" if not runners else "recover lets both sides run"
@@ -115,10 +115,13 @@ def in_every_world(model: Model, world: World) -> str:
 
 HOSTILE = Setting()
 BLIND = Setting(sees_life=False)
+OUTSIDE = Setting(outside=True)
 FAIR = Setting(hostile=False, disks_fail=False, operator=False)
 
 
-@pytest.mark.parametrize("setting", [HOSTILE, BLIND], ids=["sees-life", "copied-journal"])
+@pytest.mark.parametrize(
+    "setting", [HOSTILE, BLIND, OUTSIDE], ids=["sees-life", "copied-journal", "guest-in-a-process-of-its-own"]
+)
 def test_never_two_sides_and_after_a_crash_always_one(
     setting: Setting, record_property: Callable[[str, object], None]
 ) -> None:
@@ -220,6 +223,19 @@ def test_a_defect_makes_both_sides_run(name: str) -> None:
     with pytest.raises(Counterexample) as caught:
         explore(Model(_DEFECTS[name], HOSTILE), both_run)
     print(caught.value)
+
+
+def test_a_machine_that_outlives_its_abandoning_makes_both_sides_run() -> None:
+    with pytest.raises(Counterexample, match="operator: abandons") as caught:
+        explore(Model(Design(abandons_machines_that_live=True), OUTSIDE), both_run)
+    print(caught.value)
+
+
+def test_a_guest_that_is_the_destinations_goes_on_there_without_its_svsm() -> None:
+    """It crashed between the record of RUNNING and the release of the vCPUs: whoever follows `recover` lets it run."""
+    worlds = explore(Model(Design(), OUTSIDE), both_run)
+    left = World().destination._replace(journal=State.RUNNING, alive=False, key=False)
+    assert {left, left._replace(ran=True)} <= {world.destination for world in worlds}
 
 
 def test_without_a_record_of_verified_recover_names_no_side() -> None:

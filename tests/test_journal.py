@@ -11,6 +11,7 @@ from pagexfer.svsm.source import SourceSvsm
 from pagexfer.testing import SvsmPair
 from pagexfer.wire.bundle import HEADER_BYTES, MAX_BUNDLE_BYTES, BundleKind
 from pagexfer.wire.handshake import Role
+from pagexfer.wire.ledger import parse_ledger_untrusted
 from pagexfer.wire.slot import SessionStatus as State
 
 from .small_guests import ATTESTOR, Move
@@ -42,11 +43,22 @@ class Probe:
         self._journaled = journaled
         self.moments: list[Moment] = []
         self.full: set[State] = set()
+        self.kept: list[tuple[State, bytes, bytes]] = []
+        self.no_room_for_ledger = False
 
     def record(self, record: JournalRecord) -> None:
         self.moments.append(Moment(self._journaled, record))
         if record.status in self.full:
             raise JournalError("no space left on device")
+
+    def keep(self, session: bytes, ledger: bytes) -> None:
+        """`LedgerStore`: a moment like any other."""
+        self.kept.append((self._journaled.pair.destination.state, session, ledger))
+        if self.no_room_for_ledger:
+            raise OSError(28, "No space left on device")
+
+    def drop(self) -> None:
+        self.kept.clear()
 
     def statuses(self) -> list[State]:
         return [moment.status for moment in self.moments]
@@ -71,6 +83,7 @@ class JournaledMove:
             tracker=self.move.guest.tracker,
             source_journal=self.source,
             destination_journal=self.destination,
+            store=self.destination,
         )
 
     def until_ready(self) -> None:
@@ -138,7 +151,15 @@ def test_aborted_is_written_when_the_session_is_given_up(journaled: JournaledMov
     journaled.pair.source.abort()
     journaled.pair.destination.fail()
     assert journaled.source.statuses() == [State.KEYED, State.ABORTED]
-    assert journaled.destination.statuses() == [State.KEYED, State.FAILED]
+    assert journaled.destination.statuses() == [State.KEYED]  # which says the same, and may be replaced
+
+
+def test_failed_is_written_wherever_verified_may_have_been(journaled: JournaledMove) -> None:
+    journaled.destination.full = {State.VERIFIED}
+    journaled.pair.until_manifest()
+    with pytest.raises(JournalError):
+        journaled.pair.manifest()
+    assert journaled.destination.statuses() == [State.KEYED, State.VERIFIED, State.FAILED]
 
 
 def test_nothing_is_written_of_a_session_without_a_name(journaled: JournaledMove) -> None:
@@ -269,6 +290,47 @@ def test_a_guest_that_goes_on_or_has_moved_needs_no_room_on_a_disk(journaled: Jo
     other.pair.source.abort()
     assert other.move.guest.gate.running
     other.move.close()
+
+
+# The ledger
+
+
+def test_the_ledger_is_kept_before_the_guest_runs(journaled: JournaledMove) -> None:
+    journaled.until_ready()
+    assert not journaled.destination.kept
+    journaled.pair.start()
+    session = journaled.pair.destination.session
+    assert journaled.destination.kept == [(State.VERIFIED, session, journaled.pair.destination.ledger)]
+    assert len(parse_ledger_untrusted(journaled.pair.destination.ledger)) == 1
+    journaled.pair.running()
+    journaled.pair.finish()
+    assert journaled.destination.kept
+
+
+def test_a_ledger_that_cannot_be_kept_is_as_a_journal_that_cannot_be_written(
+    journaled: JournaledMove,
+) -> None:
+    journaled.until_ready()
+    journaled.destination.no_room_for_ledger = True
+    with pytest.raises(JournalError, match="the ledger cannot be written: No space left on device"):
+        journaled.pair.start()
+    source_goes_on_and_no_ledger_is_left(journaled)
+
+
+def test_a_move_that_fails_leaves_no_ledger(journaled: JournaledMove) -> None:
+    journaled.until_ready()
+    journaled.destination.full = {State.RUNNING}
+    with pytest.raises(JournalError):
+        journaled.pair.start()
+    source_goes_on_and_no_ledger_is_left(journaled)
+
+
+def source_goes_on_and_no_ledger_is_left(journaled: JournaledMove) -> None:
+    assert not journaled.destination.kept
+    assert not journaled.move.gate.running
+    assert journaled.pair.destination.state is State.FAILED
+    journaled.pair.send(journaled.pair.seal_answer(BundleKind.ABORT_TOKEN))
+    assert journaled.move.guest.gate.running
 
 
 # A destination that fails once it may have said READY

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -17,6 +18,7 @@ import pytest
 
 from pagexfer.errors import JournalError, UsageError
 from pagexfer.svsm.journal import FileJournal, abandon, read_journal
+from pagexfer.svsm.processes import process_of
 from pagexfer.wire.handshake import Role
 from pagexfer.wire.journal import JOURNALED, JournalRecord
 from pagexfer.wire.slot import SessionStatus as State
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SESSION, GUEST = b"s" * 16, b"g" * 16
-REPLACEABLE = {State.KEYED, State.ABORTED, State.FAILED}
+REPLACEABLE = {State.KEYED, State.ABORTED}
 
 
 def record(status: State, role: Role = Role.SOURCE) -> JournalRecord:
@@ -229,6 +231,27 @@ def test_a_destination_that_died_verified_can_be_made_to_have_failed(path: Path)
     assert read_journal(path) == (record(State.FAILED, Role.DESTINATION), False)
     with pytest.raises(UsageError, match="FAILED"):
         abandon(path)
+
+
+def test_a_destination_is_not_abandoned_while_a_process_has_its_guest(path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        held = replace(record(State.VERIFIED, Role.DESTINATION), process=process_of(process.pid))
+        keep(path, held)
+        line = f"process {process.pid} still has the whole guest, .* or kill {process.pid}\\), and ask again"
+        with pytest.raises(UsageError, match=line):
+            abandon(path)
+        assert read_journal(path) == (held, False)
+        process.kill()
+    abandon(path)
+    assert read_journal(path) == (replace(held, status=State.FAILED), False)
+
+
+def test_where_nobody_can_see_its_process_the_operators_word_is_taken(path: Path) -> None:
+    elsewhere = replace(process_of(os.getpid()), boot=bytes(16))
+    held = replace(record(State.VERIFIED, Role.DESTINATION), process=elsewhere)
+    keep(path, held)
+    abandon(path)
+    assert read_journal(path) == (replace(held, status=State.FAILED), False)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from pagexfer.errors import UsageError
 from pagexfer.svsm.recovery import FINAL, MayRun, judge, judge_both
 from pagexfer.wire.handshake import Role
-from pagexfer.wire.journal import JOURNALED, JournalRecord
+from pagexfer.wire.journal import JOURNALED, GuestProcess, JournalRecord
 from pagexfer.wire.slot import SessionStatus as State
 
 SESSION, GUEST = b"s" * 16, b"g" * 16
@@ -74,6 +74,55 @@ def test_a_contradiction_while_a_process_lives_may_be_a_matter_of_time() -> None
     source, destination = record(Role.SOURCE, State.KEYED), record(Role.DESTINATION, State.RUNNING)
     assert "still uses" in judge_both(source, destination, active=True).advice
     assert "contradict" in judge_both(source, destination, active=False).advice
+
+
+# A guest in a process of its own
+
+HELD = GuestProcess(b"b" * 16, 1, 4711, 1)
+
+
+@pytest.mark.parametrize("lives", [True, False, None])
+@pytest.mark.parametrize("status", THEIRS)
+def test_a_process_that_has_the_guest_is_named_and_changes_no_answer(
+    status: State, lives: bool | None
+) -> None:
+    inside = record(Role.DESTINATION, status)
+    outside = JournalRecord(inside.role, status, SESSION, GUEST, HELD)
+    one = judge(outside, active=False, lives=lives)
+    assert one.may_run is judge(inside, active=False).may_run
+    told = [one.advice]
+    for ours in BOTH:
+        both = judge_both(record(Role.SOURCE, ours), outside, active=False, lives=lives)
+        assert both.runner is judge_both(record(Role.SOURCE, ours), inside, active=False).runner
+        told += [both.advice] if "contradict" not in both.advice else []
+    for advice in told:
+        assert advice.isprintable()
+        assert "its process is dead" not in advice
+        assert "destination's process is dead" not in advice
+        assert lives is False or "process 4711" in advice
+
+
+def test_what_becomes_of_a_process_that_has_the_guest() -> None:
+    verified, running, failed = (
+        JournalRecord(Role.DESTINATION, status, SESSION, GUEST, HELD)
+        for status in (State.VERIFIED, State.RUNNING, State.FAILED)
+    )
+    for held, lives, said in [
+        (
+            verified,
+            True,
+            "end it ('quit' at its monitor, or kill 4711), then run 'pagexfer recover --abandon'",
+        ),
+        (verified, False, "is gone: run 'pagexfer recover --abandon'"),
+        (verified, None, "nobody can see whether it lives: make sure that it is gone ('quit' at its monitor"),
+        (running, True, "'cont' at its monitor lets it go on"),
+        (running, False, "is gone, and it died with that"),
+        (running, None, "may still run it"),
+        (failed, True, "still has a copy of it: end that"),
+        (failed, None, "may have a copy of it: make sure that it is gone"),
+    ]:
+        assert said in judge(held, active=False, lives=lives).advice
+        assert said in judge_both(record(Role.SOURCE, State.STARTED), held, active=False, lives=lives).advice
 
 
 @pytest.mark.parametrize("changes", [{"session": bytes(16)}, {"guest_id": bytes(16)}])

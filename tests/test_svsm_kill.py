@@ -45,10 +45,10 @@ _WAITING: Final = ("svsm",)
 # was sent, and a dead destination's whatever came: there each side in its turn tells all that both would. At the manifest
 # it is the source that dies, as the destination then becomes VERIFIED by itself and has to go back on it.
 _SOURCE: Final = {
-    "channel-open": (Outcome.ENDED, "KEYED", "FAILED"),
-    "first-barrier": (Outcome.ENDED, "KEYED", "FAILED"),
-    "epoch-token": (Outcome.ENDED, "KEYED", "FAILED"),
-    "device-state": (Outcome.ENDED, "KEYED", "FAILED"),
+    "channel-open": (Outcome.ENDED, "KEYED", "KEYED"),
+    "first-barrier": (Outcome.ENDED, "KEYED", "KEYED"),
+    "epoch-token": (Outcome.ENDED, "KEYED", "KEYED"),
+    "device-state": (Outcome.ENDED, "KEYED", "KEYED"),
     "manifest": (Outcome.ENDED, "KEYED", "FAILED"),
     "ready": (Outcome.ENDED, "KEYED", "FAILED"),
     "start-token": (Outcome.COMPLETED, "STARTED", "RUNNING"),

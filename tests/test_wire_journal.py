@@ -9,7 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pagexfer.wire.handshake import Role
-from pagexfer.wire.journal import JOURNAL_BYTES, JOURNALED, JournalRecord, parse_journal_untrusted
+from pagexfer.wire.journal import (
+    JOURNAL_BYTES,
+    JOURNALED,
+    GuestProcess,
+    JournalRecord,
+    parse_journal_untrusted,
+)
 from pagexfer.wire.slot import SessionStatus
 
 from .wire_vectors import Vector, data_of, is_refused, load, name_of, only_whole, value_or_malformed
@@ -17,19 +23,30 @@ from .wire_vectors import Vector, data_of, is_refused, load, name_of, only_whole
 VECTORS = load("journal")
 
 ids = st.binary(min_size=16, max_size=16)
+numbers = st.integers(0, (1 << 64) - 1)
+processes = st.none() | st.builds(GuestProcess, ids, numbers, numbers.filter(bool), numbers)
 records = st.sampled_from([(role, status) for role in Role for status in sorted(JOURNALED[role])]).flatmap(
-    lambda pair: st.builds(JournalRecord, st.just(pair[0]), st.just(pair[1]), ids, ids)
+    lambda pair: st.builds(
+        JournalRecord,
+        st.just(pair[0]),
+        st.just(pair[1]),
+        ids,
+        ids,
+        processes if pair[0] is Role.DESTINATION else st.none(),
+    )
 )
 
 
-@pytest.mark.parametrize("vector", VECTORS["records"], ids=name_of)
+@pytest.mark.parametrize("vector", VECTORS["records"] + VECTORS["records_with_a_process"], ids=name_of)
 def test_record_of_vector(vector: Vector) -> None:
     fields = vector["fields"]
+    boot, *others = fields.get("process", [""])
     record = JournalRecord(
         Role(fields["role"]),
         SessionStatus(fields["status"]),
         bytes.fromhex(fields["session"]),
         bytes.fromhex(fields["guest_id"]),
+        GuestProcess(bytes.fromhex(boot), *others) if boot else None,
     )
     assert parse_journal_untrusted(data_of(vector)) == record
     assert record.pack() == data_of(vector)
@@ -63,6 +80,6 @@ def test_every_damaged_bit_is_found(record: JournalRecord, bit: int) -> None:
     is_refused(parse_journal_untrusted, bytes(damaged))
 
 
-@given(st.binary(max_size=100) | st.binary(min_size=JOURNAL_BYTES, max_size=JOURNAL_BYTES))
+@given(st.binary(max_size=140) | st.binary(min_size=JOURNAL_BYTES, max_size=JOURNAL_BYTES))
 def test_any_bytes_are_a_record_or_malformed(data: bytes) -> None:
     value_or_malformed(parse_journal_untrusted, data)

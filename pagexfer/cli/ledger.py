@@ -21,6 +21,7 @@ from ..attestation.policy_file import load_policies
 from ..attestation.snp import AMD_ROOTS
 from ..attestation.snp.attestor import as_claims, verify_evidence
 from ..errors import LedgerRefused, MalformedData, Outcome, UsageError
+from ..svsm.journal import sync_folder
 from ..svsm.ledger import VALID_FROM, VALID_UNTIL, record_hash, verify_chain
 from ..wire.handshake import AttestorKind, Role
 from ..wire.ledger import MAX_LEDGER_BYTES, parse_ledger_untrusted
@@ -186,7 +187,7 @@ def keep_ledger(path: Path, data: bytes) -> Path:
 
 
 def write_ledger(path: Path, data: bytes) -> None:
-    """Put the ledger into a file that its owner alone can read, whole or not at all. Raises OSError."""
+    """Put the ledger into a file that its owner alone can read, durably, whole or not at all. Raises OSError."""
     descriptor, name = _temporary(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -197,6 +198,7 @@ def write_ledger(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+    sync_folder(path)
 
 
 class _Verifier:

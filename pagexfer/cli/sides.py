@@ -13,7 +13,7 @@ from ..guests.checked import prove, start
 from ..guests.qemu import QemuGuest
 from ..migration import receive_guest, send_guest
 from .attestor import describe_peer
-from .ledger import keep_ledger
+from .kept_ledger import KeptLedger
 from .output import ProgressLine, note, print_report
 
 if TYPE_CHECKING:
@@ -97,24 +97,27 @@ async def receive_side(
     as_json: bool,
 ) -> int:
     """Receive one guest, let it run, and check a test guest; prints the report and returns the exit code."""
+    kept = None if ledger is None else KeptLedger(ledger)
 
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
-        done = await receive_guest(
-            guest,
-            *address,
-            attestor,
-            accept_compression=accept_compression,
-            journal=journal,
-            isolated=isolated,
-            cpus=cpus,
-            channel_threads=channel_threads,
-            on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
-            on_progress=show,
-            on_stranger=note,
-        )
-        if ledger is not None:
-            _keep(done.ledger, ledger)
-        return done
+        try:
+            return await receive_guest(
+                guest,
+                *address,
+                attestor,
+                accept_compression=accept_compression,
+                journal=journal,
+                ledger_store=kept,
+                isolated=isolated,
+                cpus=cpus,
+                channel_threads=channel_threads,
+                on_listening=lambda port: note(f"listening at {address[0]}:{port}"),
+                on_progress=show,
+                on_stranger=note,
+            )
+        finally:
+            if kept is not None:
+                kept.finish()
 
     async def aftermath(outcome: Outcome) -> Proof | None:
         if isinstance(guest, QemuGuest) or outcome is not Outcome.COMPLETED:
@@ -174,16 +177,6 @@ async def _run(
     if isinstance(why, dict):
         note(str(why["message"]))
     return outcome
-
-
-def _keep(moves: bytes, path: Path) -> None:
-    try:
-        place = keep_ledger(path, moves)
-        if place != path:
-            note(f"{path} has other moves and stays as it is: the ledger of this guest is {place}")
-    except OSError as error:
-        # The guest runs here, whatever becomes of the file: that is what the exit code says.
-        note(f"the guest runs here, but its ledger is lost: cannot write {path}: {error.strerror}")
 
 
 async def _cancel_on_signal(scope: trio.CancelScope) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from ..dirty import DirtyTracker
@@ -37,4 +37,17 @@ class Guest(Protocol):
     @property
     def hypervisor(self) -> Hypervisor:
         """The host side."""
+        ...
+
+
+@runtime_checkable
+class GuestElsewhere(Guest, Protocol):
+    """A guest in a process of its own, which goes on to have it where the one that migrates it dies.
+
+    A destination's journal says so, and `recover` then looks for that process.
+    """
+
+    @property
+    def process_id(self) -> int:
+        """The process that has the guest's memory."""
         ...

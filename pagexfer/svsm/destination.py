@@ -55,7 +55,7 @@ from .compression import Decompressor
 from .content import ContentTable
 from .hand_over import HandOver, parse_vcpu_untrusted
 from .handshake import Attempts, DestinationAttempt, Established
-from .journal import SessionJournal
+from .journal import SessionJournal, keeping
 from .ledger import append, check_next, next_body
 from .staging import StagingPool
 from .states import DESTINATION, Event, StateMachine
@@ -66,8 +66,9 @@ if TYPE_CHECKING:
 
     from ..attestation import Attestor, Claims
     from ..wire.handshake import Freshness
+    from ..wire.journal import GuestProcess
     from .gate import VcpuGate
-    from .journal import Journal
+    from .journal import Journal, LedgerStore
     from .memory import GuestMemory
     from .sealing import Opener
 
@@ -94,6 +95,8 @@ class DestinationSvsm:
 
     Slots may be served by threads of their own: every call is made with `lock` held, but for `import_untrusted`, which
     takes it where it needs it, so that channels open in parallel.
+
+    `process` is the one that has the guest, where it outlives this one: the journal names it. `store` gets the ledger.
     """
 
     def __init__(
@@ -104,6 +107,8 @@ class DestinationSvsm:
         *,
         accept_compression: bool = False,
         journal: Journal | None = None,
+        process: GuestProcess | None = None,
+        store: LedgerStore | None = None,
     ) -> None:
         self.lock = threading.Lock()
         self.staging = StagingPool()
@@ -114,7 +119,8 @@ class DestinationSvsm:
         self._attestor = attestor
         self._accept_compression = accept_compression
         self._decompressor = Decompressor()
-        self._journal = SessionJournal(Role.DESTINATION, journal)
+        self._journal = SessionJournal(Role.DESTINATION, journal, process)
+        self._store = store
         self._machine = StateMachine(DESTINATION, self._journal.before_entering)
         self._attempts = Attempts()
         self._session: Established | None = None
@@ -443,7 +449,9 @@ class DestinationSvsm:
         records = parse_ledger_untrusted(self._ledger)
         body = next_body(records, session.proofs, manifest)
         ledger = append(records, body, session.proofs, signature, session.ledger_key)
-        self._machine.advance(Event.START)
+        # From RUNNING on nobody else has the record of this move (R12).
+        with keeping(self._store, session.keys.session, ledger):
+            self._machine.advance(Event.START)
         self._ledger = ledger
         self._gate.release()
         self._memory.disclaim()

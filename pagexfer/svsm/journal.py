@@ -13,24 +13,33 @@ import errno
 import fcntl
 import os
 import stat
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ..errors import JournalError, MalformedData, UsageError
 from ..wire.handshake import Role
 from ..wire.journal import JOURNAL_BYTES, JOURNALED, JournalRecord, parse_journal_untrusted
 from ..wire.slot import SessionStatus as State
+from .processes import lives
+from .recovery import how_to_end
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
     from typing import Self
 
+    from ..wire.journal import GuestProcess
+
 # What cannot be written down is not done. For the other statuses the record before leaves whoever asks with no wrong
 # answer, and a guest that goes on, a move that is complete or a session that has failed is not undone by a full disk:
 # KEYED says the same as ABORTED and FAILED, and STARTED sends to a destination that is RUNNING, or FAILED, durably.
+# FAILED is written down only after VERIFIED: without that, KEYED says all, and no source can be STARTED.
 _DURABLE_FIRST: Final = frozenset({State.KEYED, State.STARTED, State.VERIFIED, State.RUNNING})
-# Records that a new session may replace: they say of the old one that its guest stayed at the source.
-_REPLACEABLE: Final = frozenset({State.KEYED, State.ABORTED, State.FAILED})
+# Records that a new session may replace: they say of the old one that its guest stayed at the source, which needs them not.
+# A destination that FAILED was VERIFIED, and a source that is STARTED may have but this record to go on by.
+_REPLACEABLE: Final = frozenset({State.KEYED, State.ABORTED})
 
 
 class Journal(Protocol):
@@ -41,13 +50,47 @@ class Journal(Protocol):
         ...
 
 
+class LedgerStore(Protocol):
+    """Port to where a destination keeps the guest's ledger: beside its place until the move is complete."""
+
+    def keep(self, session: bytes, ledger: bytes) -> None:
+        """Keep the ledger with the record of this move: durable when it returns. Raises OSError where that cannot be said.
+
+        The guest runs here afterwards, unless `drop` is called.
+        """
+        ...
+
+    def drop(self) -> None:
+        """The guest never runs here: forget what was kept, or was to be. Raises nothing."""
+        ...
+
+
+@contextmanager
+def keeping(store: LedgerStore | None, session: bytes, ledger: bytes) -> Iterator[None]:
+    """Keep the ledger before what is done inside, and drop it where that fails. Raises JournalError where it cannot be."""
+    if store is None:
+        yield
+        return
+    try:
+        try:
+            store.keep(session, ledger)
+        except OSError as error:
+            raise JournalError(f"the ledger cannot be written: {error.strerror or error}") from error
+        yield
+    except BaseException:
+        store.drop()
+        raise
+
+
 class SessionJournal:
     """What one session writes down, each status before it is entered; nothing where there is no journal."""
 
-    def __init__(self, role: Role, journal: Journal | None) -> None:
+    def __init__(self, role: Role, journal: Journal | None, process: GuestProcess | None = None) -> None:
         self._role = role
         self._journal = journal
+        self._process = process
         self._ids: tuple[bytes, bytes] | None = None
+        self._verified = False
 
     def begin(self, session: bytes, guest_id: bytes) -> None:
         """The session has a name from here on; what came before is nobody's to recover."""
@@ -55,8 +98,11 @@ class SessionJournal:
 
     def before_entering(self, status: State) -> None:
         """For `StateMachine`. Raises JournalError where `status` must not be entered without a record of it."""
-        if status not in JOURNALED[self._role]:
+        if status not in JOURNALED[self._role] or (status is State.FAILED and not self._verified):
             return
+        self._verified |= (
+            status is State.VERIFIED
+        )  # also where the disk says that it was not written: it may have been
         try:
             self.insist(status)
         except JournalError:
@@ -66,7 +112,7 @@ class SessionJournal:
     def insist(self, status: State) -> None:
         """Make sure that `status` stands in the journal. Raises JournalError where it does not."""
         if self._journal is not None and self._ids is not None:
-            self._journal.record(JournalRecord(self._role, status, *self._ids))
+            self._journal.record(JournalRecord(self._role, status, *self._ids, self._process))
 
 
 class FileJournal:
@@ -108,9 +154,14 @@ class FileJournal:
         if last is None or last.status in _REPLACEABLE:
             return journal
         journal.close()
+        needed = (
+            "move it away, as a source may need its word"
+            if last.status is State.FAILED
+            else "see what it says"
+        )
         raise UsageError(
             f"the journal {path} is still needed: it says {last.status.name} of a {last.role.name.lower()}'s session; "
-            f"run 'pagexfer recover {path}', and give a new move a file of its own"
+            f"run 'pagexfer recover {path}', {needed}, and give a new move a file of its own"
         )
 
     def record(self, record: JournalRecord) -> None:
@@ -128,7 +179,7 @@ class FileJournal:
             replaced, self._current, self._next = self._current, self._next, None
             if replaced is not None:
                 os.close(replaced)
-            _sync_folder(self.path)
+            sync_folder(self.path)
         except (OSError, UsageError) as error:  # the latter where a stranger holds the next file's lock
             reason = error.strerror if isinstance(error, OSError) else error
             raise JournalError(f"cannot write the journal {self.path}: {reason}") from error
@@ -197,7 +248,7 @@ def abandon(path: Path) -> None:
     """Make the journal of a destination that died VERIFIED say FAILED, so that the source may run the guest.
 
     The operator's word instead of an abort token: nothing authenticates it. Raises UsageError where the journal is not that
-    of such a destination or its process still lives, JournalError where it cannot be written.
+    of such a destination or a process still has the guest, JournalError where it cannot be written.
     """
     with FileJournal(path) as journal:
         last = journal.last
@@ -208,7 +259,21 @@ def abandon(path: Path) -> None:
                 f"only a destination that is VERIFIED can be abandoned; {path} is of a {last.role.name.lower()} that is "
                 f"{last.status.name}"
             )
-        journal.record(JournalRecord(last.role, State.FAILED, last.session, last.guest_id))
+        if last.process is not None and lives(last.process):
+            raise UsageError(
+                f"process {last.process.id} still has the whole guest, and could run it: end it "
+                f"({how_to_end(last.process)}), and ask again"
+            )
+        journal.record(replace(last, status=State.FAILED))
+
+
+def sync_folder(path: Path) -> None:
+    """Make durable that the file at `path` has its name. Raises OSError."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _open_existing(path: Path) -> int | None:
@@ -246,11 +311,3 @@ def _is_locked(descriptor: int) -> bool:
     except BlockingIOError:
         return True
     return False
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..dirty import DirtyTracker
     from ..svsm.compression import Compressor
     from ..svsm.gate import VcpuGate
-    from ..svsm.journal import Journal
+    from ..svsm.journal import Journal, LedgerStore
     from ..svsm.memory import GuestMemory
     from ..wire.bundle import BundleHeader
 
@@ -81,6 +81,7 @@ class SvsmPair:
         intercept: Callable[[Message], Iterable[Message]] = lambda message: (message,),
         source_journal: Journal | None = None,
         destination_journal: Journal | None = None,
+        store: LedgerStore | None = None,
     ) -> None:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
         self.source = SourceSvsm(
@@ -100,6 +101,7 @@ class SvsmPair:
             destination_attestor or attestor,
             accept_compression=accept_compression,
             journal=destination_journal,
+            store=store,
         )
         self._audit = audit
         self.channels = channels

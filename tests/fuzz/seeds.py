@@ -32,7 +32,7 @@ _VECTORS: Final = {
     "reply": ("handshake", "replies", "refused_replies"),
     "proof": ("handshake", "proofs", "refused_proofs"),
     "end": ("handshake", "ends", "refused_ends"),
-    "journal": ("journal", "records", "refused_records"),
+    "journal": ("journal", "records", "records_with_a_process", "refused_records"),
     "ledger": ("ledger", "ledgers", "refused_ledgers"),
     "bundle": ("bundles", "bundles", "refused_headers"),
     "device-part": ("bundles", "device_parts", "refused_device_parts"),

@@ -395,19 +395,21 @@ def journal_record(
     status: int,
     *,
     magic: bytes = b"PGXJ",
-    version: int = 1,
+    version: int = 2,
     session: bytes = b"",
     guest_id: bytes = b"",
+    process: tuple[bytes, int, int, int] = (bytes(16), 0, 0, 0),
 ) -> bytes:
     """A record whose check holds, whatever its fields say."""
     body = struct.pack(
-        "<4sHBB16s16s",
+        "<4sHBB16s16s16sQQQ",
         magic,
         version,
         role,
         status,
         session or noise("session id", 16),
         guest_id or noise("guest id", 16),
+        *process,
     )
     return body + hashlib.sha384(body).digest()
 
@@ -416,6 +418,7 @@ def journal() -> Json:
     """Source: KEYED 3, STARTED 6, FINISHED 7, ABORTED 8. Destination: KEYED 3, VERIFIED 10, RUNNING 11, FAILED 12."""
     kept = {1: (3, 6, 7, 8), 2: (3, 10, 11, 12)}
     started = journal_record(1, 6)
+    process = (noise("boot id", 16), 4026531836, 4711, 1 << 33)
     foreign = {
         f"role {role}, status {status}": journal_record(role, status)
         for role in kept
@@ -437,20 +440,37 @@ def journal() -> Json:
             for role, statuses in kept.items()
             for status in statuses
         ],
+        "records_with_a_process": [
+            {
+                "name": f"destination in another process, status {status}",
+                "fields": {
+                    "role": 2,
+                    "status": status,
+                    "session": noise("session id", 16).hex(),
+                    "guest_id": noise("guest id", 16).hex(),
+                    "process": [process[0].hex(), *process[1:]],
+                },
+                **coded(journal_record(2, status, process=process)),
+            }
+            for status in kept[2]
+        ],
         "refused_records": [
             *(bad(name, data) for name, data in foreign.items()),
             bad("empty", b""),
-            bad("all zero", bytes(88)),
+            bad("all zero", bytes(128)),
             bad("role 0", journal_record(0, 3)),
             bad("role 3", journal_record(3, 3)),
             bad("status 255", journal_record(1, 255)),
             bad("magic", journal_record(1, 6, magic=b"PGXH")),
             bad("version 0", journal_record(1, 6, version=0)),
-            bad("version 2", journal_record(1, 6, version=2)),
+            bad("version 1", journal_record(1, 6, version=1)),
+            bad("version 3", journal_record(1, 6, version=3)),
+            bad("source in another process", journal_record(1, 6, process=process)),
+            bad("process without an id", journal_record(2, 10, process=(process[0], 1, 0, 1))),
             bad("trailing byte", started + b"\0"),
             *(
                 bad(f"byte {index} damaged", patched(started, index, bytes([started[index] ^ 1])))
-                for index in (6, 7, 8, 24, 39, 40, 87)
+                for index in (6, 7, 8, 24, 39, 40, 56, 64, 72, 79, 80, 127)
             ),
         ],
     }

@@ -43,7 +43,7 @@ _IDLE_MIGRATION: Final = (None, "none", "completed", "cancelled", "failed")
 
 
 class QemuGuest:
-    """`Guest` of kind "qemu". Made by `attach`.
+    """`GuestElsewhere` of kind "qemu". Made by `attach`.
 
     Its tracker finds pages that are not as they were sent, so nobody has to be believed about writes.
     """
@@ -57,7 +57,9 @@ class QemuGuest:
         gate: QemuGate,
         hypervisor: QemuHypervisor,
         machine: QemuMachine,
+        process_id: int,
     ) -> None:
+        self.process_id = process_id
         self.memory = memory
         self.tracker = tracker
         self.gate = gate
@@ -101,6 +103,7 @@ class QemuGuest:
         await _check_idle(qmp, machine, incoming=incoming)
         models = tuple([await _model(qmp, cpu) for cpu in records(await qmp.execute("query-cpus-fast"))])
         name = text(await qmp.execute("qom-get", {"path": "/machine", "property": "type"}))
+        process_id = qmp.process_id
         backends = await find_backends(qmp)
         cleanup.callback(close_backends, backends)
         memory = GuestMemory.over(map_backends(backends), lambda: data_gfns(backends), writer(backends))
@@ -118,7 +121,7 @@ class QemuGuest:
             )  # while it waits this says: do not run by yourself after the device state
         gate = QemuGate(machine, models)
         hypervisor = QemuHypervisor(qmp, machine, Platform.of(name, models, backends), backends)
-        return cls(memory, tracker, gate, hypervisor, machine)
+        return cls(memory, tracker, gate, hypervisor, machine, process_id)
 
 
 async def _follow(qmp: QmpClient, machine: QemuMachine) -> None:
