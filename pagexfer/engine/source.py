@@ -265,9 +265,8 @@ class SourceEngine:
     async def _blackout(self, control: Control, repair: Repair) -> None:
         """Park the guest and send everything that is left of its memory."""
         self._progress.park(trio.current_time())
-        self._left_at_hypervisor.add(
-            RESUME
-        )  # a gate may know no other way to park than its hypervisor's pause
+        # A gate may know no other way to park than its hypervisor's pause.
+        self._left_at_hypervisor.add(RESUME)
         await self._park()
         self._course.step("stopping the guest")
         # The hypervisor's stop after the park, which it has no part in, and before the last epoch: until then its devices
