@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,12 +17,16 @@ from pagexfer.errors import (
     PageStateError,
     RemoteProtocolError,
 )
+from pagexfer.isolation.sides import RECEIVING_BUFFER_BYTES
+from pagexfer.svsm.commands import destination_channel
 from pagexfer.svsm.destination import DestinationSvsm, Imported
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.testing import BytesGate, SvsmPair
+from pagexfer.testing.slot import HostSlot
 from pagexfer.wire.bundle import MAX_BUNDLE_BYTES, BundleKind
-from pagexfer.wire.constants import MAX_STATE_BYTES, PAGE_SIZE
+from pagexfer.wire.constants import MAX_BUNDLE_DATA_PAGES, MAX_STATE_BYTES, PAGE_SIZE
 from pagexfer.wire.page_state import PRIVATE, SHARED, SIZE_2M, VALIDATED, VMSA
+from pagexfer.wire.slot import Command, SlotStatus
 from pagexfer.wire.slot import SessionStatus as State
 
 from .small_guests import ATTESTOR, PAGES, VCPUS, Move
@@ -122,6 +127,24 @@ def test_the_largest_vcpu_state_moves() -> None:
     move.guest.gate.states[0] = bytes(MAX_STATE_BYTES)
     move.pair.migrate()
     assert move.gate.states[0] == bytes(MAX_STATE_BYTES)
+
+
+def test_the_largest_bundle_fits_a_destinations_slot() -> None:
+    move = Move(pages=1024, channels=1)
+    pair = move.pair
+    pair.source._bundle_pages = MAX_BUNDLE_DATA_PAGES
+    pair.handshake()
+    pair.open_channels()
+    pair.source.begin_epoch()
+    buffer = memoryview(bytearray(MAX_BUNDLE_BYTES))
+    exported = pair.source.export(0, 0, 1024, buffer)
+    assert exported.pages == MAX_BUNDLE_DATA_PAGES
+    serve = partial(destination_channel, svsm=pair.destination, channel=0)
+    answer, _ = HostSlot(0, serve, RECEIVING_BUFFER_BYTES).call(
+        Command.IMPORT, package=bytes(buffer[: exported.length])
+    )
+    assert answer.status is SlotStatus.OK
+    assert np.array_equal(move.memory.words[:512], move.guest.memory.words[:512])
 
 
 def test_every_page_state_arrives() -> None:
