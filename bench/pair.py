@@ -188,4 +188,6 @@ def _side(pipe: Connection, namespace: str, work: Callable[[], object]) -> None:
         end = why(error)
         if end is None:
             raise
-        sys.exit(end[1])  # which multiprocessing prints
+        # Before this process lets go of the pipe, whose end has it killed.
+        print(end[1], file=sys.stderr, flush=True)
+        sys.exit(end[0])

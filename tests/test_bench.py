@@ -342,7 +342,7 @@ def test_links_more_channels_converge_where_one_does_not(tmp_path: Path) -> None
         "--flows",
         "40",
         "--rates",
-        "400",
+        "1000",
         "--downtime-limit",
         "150ms",
         "--repeats",
@@ -353,7 +353,7 @@ def test_links_more_channels_converge_where_one_does_not(tmp_path: Path) -> None
     one, four = measured["links"][0]["figures"]
     assert (one["channels"], one["converged"], one["downtime_ms"]) == (1, 0, None)
     assert (four["channels"], four["converged"]) == (4, 1)
-    assert "not at 400 MB/s" in measured["tables"][0]["note"]
+    assert "not at 1000 MB/s" in measured["tables"][0]["note"]
     assert len(measured["links"]) == 2 or measured["shared_link_skipped"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -239,7 +239,7 @@ async def test_a_thread_that_scribbles_into_the_slots(
         scribblers[0].start()
 
     try:
-        await pair.migrate(after_bytes(1, 1 << 20), begin)
+        await pair.migrate(after_bytes(1, 1 << 16), begin)
     finally:
         ended.set()
         scribblers[0].join()

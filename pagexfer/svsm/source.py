@@ -15,7 +15,7 @@ from ..errors import IntegrityError, LocalProtocolError, NotReady, PagexferError
 from ..wire.bundle import BundleKind
 from ..wire.constants import FINAL_EPOCH, MAX_CHANNELS
 from ..wire.handshake import Role
-from ..wire.ledger import parse_ledger_untrusted
+from ..wire.ledger import SIGNATURE_BYTES, parse_ledger_untrusted
 from ..wire.slot import SessionStatus as State
 from ..wire.token import Manifest, pack_start
 from .compression import pack
@@ -381,12 +381,11 @@ class SourceSvsm:
         if self._pending.pages.any():
             raise NotReady("a page changed after the manifest: abort")
         assert self._session is not None
-        body = next_body(self._records, self._session.proofs, self._manifest)
-        signature = self._session.ledger_key.sign(Role.SOURCE, body)
-        token = pack_start(self._manifest, signature)
-        self._sealer(0).require_room(len(token))
+        self._sealer(0).require_room(len(pack_start(self._manifest, bytes(SIGNATURE_BYTES))))
         self._machine.advance(Event.START)
-        return self._seal(BundleKind.START_TOKEN, FINAL_EPOCH, token, out)
+        body = next_body(self._records, self._session.proofs, self._manifest)
+        signature = self._session.ledger_key.sign(Role.SOURCE, body)  # which the key does once
+        return self._seal(BundleKind.START_TOKEN, FINAL_EPOCH, pack_start(self._manifest, signature), out)
 
     def accept_untrusted(self, package: memoryview) -> BundleKind:
         """Open the destination's READY, RUNNING or abort token. A forged one ends the session (R8)."""
