@@ -221,7 +221,9 @@ def draw(link: Link, figures: list[Figure], path: Path) -> None:
     downtimes.set(ylabel="downtime, ms", title=f"{link.name}: downtime")
     rates = sorted({f.write_mb_per_s for f in figures})
     for axes in (times, downtimes):
-        axes.set(xlabel="guest writes, MB/s", xscale="log", xlim=(rates[0] / 1.2, rates[-1] * 1.2))
+        # Limits first: a single rate that is a power of ten has none of its own on a logarithmic axis.
+        axes.set(xlabel="guest writes, MB/s", xlim=(rates[0] / 1.2, rates[-1] * 1.2))
+        axes.set_xscale("log")
         axes.set_ylim(0, axes.get_ylim()[1])
         axes.set_xticks(rates, [str(rate) for rate in rates], rotation=45)
         axes.set_xticks([], minor=True)

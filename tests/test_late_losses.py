@@ -30,8 +30,10 @@ _PATIENCE_S = 20.0  # less than that
 End = MigrationReport | TransferAborted
 
 
-async def _migrate(machine: SmallMachine, point: Callable[[Frame], bool], cut: int | None) -> tuple[End, End]:
-    """Both ends of a migration over two channels; connection `cut` is lost when `point` comes by."""
+async def _migrate(
+    machine: SmallMachine, point: Callable[[Frame], bool], cut: int | None, channels: int = 2
+) -> tuple[End, End]:
+    """Both ends of a migration; connection `cut` is lost when `point` comes by."""
     ends: dict[str, End] = {}
 
     async def receive(task_status: trio.TaskStatus[int]) -> None:
@@ -55,7 +57,7 @@ async def _migrate(machine: SmallMachine, point: Callable[[Frame], bool], cut: i
                 )
                 port = await network.start(proxy.serve)
                 try:
-                    ends["sent"] = await send_guest(machine.source, HOST, port, ATTESTOR, channels=2)
+                    ends["sent"] = await send_guest(machine.source, HOST, port, ATTESTOR, channels=channels)
                 except TransferAborted as aborted:
                     ends["sent"] = aborted
             network.cancel_scope.cancel()
@@ -72,11 +74,12 @@ async def test_only_channel_0_is_needed_once_states_are_sent(kind: BundleKind) -
 
 async def test_a_token_before_the_barriers_breaks_the_protocol(monkeypatch: pytest.MonkeyPatch) -> None:
     async def nothing(_channel: SourceChannel, _epoch: int) -> None:
-        await trio.lowlevel.checkpoint()
+        return
 
     monkeypatch.setattr(SourceChannel, "barrier", nothing)
     machine = SmallMachine()
-    for end in await _migrate(machine, lambda _frame: False, None):
+    # Over one channel all bundles are there before the token; over two the SVSM may miss some first.
+    for end in await _migrate(machine, lambda _frame: False, None, channels=1):
         assert isinstance(end, TransferAborted)
         assert (end.outcome, end.reason) == (Outcome.ENDED, "protocol")
         assert "before every channel's BARRIER" in str(end)
