@@ -221,11 +221,10 @@ async def test_a_thread_that_scribbles_into_the_slots(
     pair: SimulatedPair, side: int, first: int, size: int
 ) -> None:
     """Also between check and use: what the SVSM believes it has copied before."""
-    ended = threading.Event()
+    ended, begun = threading.Event(), threading.Event()
     scribblers: list[threading.Thread] = []
 
-    def scribble() -> None:
-        memory = _mailboxes()[side]
+    def scribble(memory: memoryview) -> None:
         random = Random(side)
         slot_bytes = SlotMemory(memory).geometry.slot_bytes
         pause_s = 0.0002 if size != 64 else 0.0  # a status line is read as soon as it was written
@@ -234,10 +233,13 @@ async def test_a_thread_that_scribbles_into_the_slots(
                 start = slot * slot_bytes + first
                 for _ in range(64):
                     memory[start + random.randrange(size or 1 << 16)] = random.randrange(256)
+            begun.set()
 
     def begin() -> None:
-        scribblers.append(threading.Thread(target=scribble))
+        # Everything goes through this process: nothing moves on before the slots are being written to.
+        scribblers.append(threading.Thread(target=scribble, args=(_mailboxes()[side],)))
         scribblers[0].start()
+        begun.wait()
 
     try:
         await pair.migrate(after_bytes(1, 1 << 16), begin)
