@@ -89,7 +89,9 @@ async def test_source_svsm_killed_at(psk: str, point: str) -> None:
         assert report["error"]["reason"] in _REASONS
         assert "progressed" not in report["guest"]
     code, verdict = await trio.to_thread.run_sync(recover, *journals(psk))
-    assert [verdict["source-state"], verdict["destination-state"]] == states
+    found = [verdict["source-state"], verdict["destination-state"]]
+    # What follows the device state, up to the manifest, may have left before the death is known of.
+    assert found == states or (point, found) == ("device-state", ["KEYED", "FAILED"])
     runner = "the destination" if outcome is Outcome.COMPLETED else "the source"
     assert (code, verdict["may-run"]) == (Outcome.COMPLETED, runner)
 
