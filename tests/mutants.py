@@ -5,7 +5,6 @@ that holds always.
 from __future__ import annotations
 
 import hashlib
-import threading
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -37,6 +36,8 @@ from pagexfer.wire.device_state import parse_device_part_untrusted
 from pagexfer.wire.handshake import AttestorKind
 from pagexfer.wire.slot import SessionStatus as State
 from pagexfer.wire.token import EpochTotals
+
+from .held_mutants import as_if_nothing_were_sealed, leaves_an_ended_session, replaced
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,13 +78,6 @@ class Mutation:
         with ExitStack() as stack:
             self.apply(stack)
             yield
-
-
-def _replaced(owner: object, name: str, new: object) -> Callable[[ExitStack], None]:
-    def apply(stack: ExitStack) -> None:
-        stack.enter_context(patch.object(owner, name, new))
-
-    return apply
 
 
 # R1
@@ -430,52 +424,11 @@ def _found_nothing(
     return np.arange(start, start)
 
 
-# What a bundle that takes long to be sealed must keep from happening
-
-
-def _as_if_nothing_were_sealed(name: str) -> Callable[[ExitStack], None]:
-    """For one method of the source."""
-    method = getattr(SourceSvsm, name)
-
-    def blind(svsm: SourceSvsm, *arguments: object) -> object:
-        sealing, svsm._sealing = svsm._sealing, 0
-        try:
-            return method(svsm, *arguments)
-        finally:
-            svsm._sealing = sealing
-
-    return _replaced(SourceSvsm, name, blind)
-
-
-def _leaves_an_ended_session(stack: ExitStack) -> None:
-    """A bundle's session is looked at before it is sealed, and not once more after it."""
-    export, require = SourceSvsm.export, SourceSvsm._require_epoch
-    looked = threading.local()
-
-    def export_after_one_look(
-        svsm: SourceSvsm, channel: int, start: int, stop: int, out: memoryview
-    ) -> Exported:
-        looked.at = False
-        try:
-            return export(svsm, channel, start, stop, out)
-        finally:
-            looked.at = None
-
-    def look_once(svsm: SourceSvsm) -> None:
-        if not getattr(looked, "at", None):
-            require(svsm)
-        if getattr(looked, "at", None) is False:
-            looked.at = True
-
-    stack.enter_context(patch.object(SourceSvsm, "export", export_after_one_look))
-    stack.enter_context(patch.object(SourceSvsm, "_require_epoch", look_once))
-
-
-_any_epoch = _replaced(DestinationSvsm, "_check_epoch", lambda _self, _header: None)
-_nothing_compared = _replaced(PendingPages, "compared", True)
-_audit_is_blind = _replaced(PageDigests, "changed", _found_nothing)
-_comparison_is_blind = _replaced(ContentTracker, "collect_part", _found_nothing)
-_sweep_is_over = _replaced(Sweep, "require_closed", lambda _self: None)
+_any_epoch = replaced(DestinationSvsm, "_check_epoch", lambda _self, _header: None)
+_nothing_compared = replaced(PendingPages, "compared", True)
+_audit_is_blind = replaced(PageDigests, "changed", _found_nothing)
+_comparison_is_blind = replaced(ContentTracker, "collect_part", _found_nothing)
+_sweep_is_over = replaced(Sweep, "require_closed", lambda _self: None)
 
 MUTATIONS: Final = (
     Mutation("R1", "destination: seen bitmap never says that a page came", _nothing_seen),
@@ -487,12 +440,12 @@ MUTATIONS: Final = (
     Mutation("R4", "bundles while an epoch is being begun", _sweep_is_over, ("R1",)),
     Mutation("R4", "the host's dirty log believed", _hint_believed, ("R6",)),
     Mutation(
-        "R4", "epoch token while a bundle is being sealed", _as_if_nothing_were_sealed("epoch_token"), ("R2",)
+        "R4", "epoch token while a bundle is being sealed", as_if_nothing_were_sealed("epoch_token"), ("R2",)
     ),
     Mutation(
         "R4",
         "an epoch begins while a bundle is being sealed",
-        _as_if_nothing_were_sealed("collect_part"),
+        as_if_nothing_were_sealed("collect_part"),
         ("R1",),
     ),
     Mutation("R5", "parked at the first word", _park_believed),
@@ -510,7 +463,7 @@ MUTATIONS: Final = (
     Mutation("R8", "the session goes on after a bad bundle", _goes_on_after_a_bad_bundle),
     Mutation("R8", "keys are not wiped", _nothing_wiped),
     Mutation("R8", "a stranger ends the session", _stranger_ends_it),
-    Mutation("R8", "a bundle leaves a session that ended as it was sealed", _leaves_an_ended_session),
+    Mutation("R8", "a bundle leaves a session that ended as it was sealed", leaves_an_ended_session),
     Mutation("R9", "the counter is not raised", _counter_not_raised),
     Mutation(
         "R9", "source: what a lost connection did not bring is forgotten", _losses_forgotten, ("R1", "R3")
@@ -526,7 +479,7 @@ MUTATIONS: Final = (
     Mutation(
         "R13",
         "an audit while a bundle is being sealed",
-        _as_if_nothing_were_sealed("audit"),
+        as_if_nothing_were_sealed("audit"),
         ("R1", "R4", "R6"),
     ),
     Mutation("R13", "a comparing tracker finds nothing", _comparison_is_blind, ("R4",)),
