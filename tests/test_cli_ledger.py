@@ -489,11 +489,8 @@ def test_mistakes_are_told_before_a_guest_is_made(tmp_path: Path) -> None:
     bad = run("send", "--to", "127.0.0.1:9", "--psk-file", key, "--ledger", str(tmp_path / "bad"), *GUEST)
     assert bad.returncode == 2
     assert "not the ledger of a guest" in bad.stderr
-    for kept, said in (
-        ("psk", "exists and is not a ledger"),
-        (".", "is a directory"),
-        ("fifo", "not a file"),
-    ):
+    answers = {"psk": "exists and is not a ledger", ".": "is a directory", "fifo": "not a file"}
+    for kept, said in answers.items():
         path = tmp_path / kept
         if kept == "fifo":
             os.mkfifo(path)

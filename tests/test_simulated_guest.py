@@ -438,8 +438,7 @@ time.sleep(60)
 """
 
 
-# The parent's parent adopts orphans, as the first process of a container does, and is in their session. So the kernel
-# does not wake the stopped ones, as it does with a process group that nobody is left to continue.
+# The parent's parent, in their session, adopts orphans: so the kernel wakes no stopped ones, as in an orphaned process group.
 _PR_SET_CHILD_SUBREAPER = 36
 _GRANDPARENT = """
 import ctypes, subprocess, sys
