@@ -438,7 +438,7 @@ time.sleep(60)
 """
 
 
-# The parent's parent, in their session, adopts orphans: so the kernel wakes no stopped ones, as in an orphaned process group.
+# The parent's parent, in their session, adopts orphans: so the kernel wakes no stopped ones, as in an orphaned group.
 _PR_SET_CHILD_SUBREAPER = 36
 _GRANDPARENT = """
 import ctypes, subprocess, sys
