@@ -11,8 +11,9 @@ import trio
 import trio.testing
 
 from pagexfer import MigrationParameters, Outcome, Steering, TransferAborted, UsageError
+from pagexfer.attestation.psk import PskAttestor
 from pagexfer.dirty import DirtyBitmap
-from pagexfer.errors import GateError, GuestError
+from pagexfer.errors import GateError, GuestError, PolicyRefused
 from pagexfer.migration import MigrationReport, receive_guest, send_guest
 
 from .engine_guests import DestinationGuest, SmallMachine
@@ -23,6 +24,8 @@ from .small_guests import ATTESTOR, PAGES
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from pathlib import Path
+
+    from pagexfer.attestation.attestor import Attestor
 
 _PAUSING = MigrationParameters(pause_before_switchover=True)
 _MINE = "this guest is being moved already, or has left"
@@ -96,12 +99,19 @@ class _Move:
             await trio.sleep(0.001)
 
 
-async def _refused(move: _Move, *, isolated: bool) -> None:
+class _NoMove(PskAttestor):
+    """Of a guest that may not move any more."""
+
+    def check_move(self, move: int) -> None:
+        raise PolicyRefused(f"the policy's rule maximum_moves: move {move}")
+
+
+async def _refused(move: _Move, attestor: Attestor = ATTESTOR, *, isolated: bool) -> None:
     """Send its guest once more: nobody is connected to."""
     listeners = await trio.open_tcp_listeners(0, host=HOST)
     port = listeners[0].socket.getsockname()[1]
     with pytest.raises(UsageError) as refused, trio.fail_after(60):
-        await send_guest(move.machine.source, HOST, port, ATTESTOR, channels=1, isolated=isolated)
+        await send_guest(move.machine.source, HOST, port, attestor, channels=1, isolated=isolated)
     assert str(refused.value) == _MINE
     with trio.move_on_after(0) as nobody:
         await listeners[0].accept()
@@ -116,6 +126,8 @@ async def test_a_guest_that_has_left_is_not_touched(isolated: bool) -> None:
     assert move.machine.moved()
     log, calls = move.log.stops, list(move.calls)
     await _refused(move, isolated=isolated)
+    # That it has left says more than a policy.
+    await _refused(move, _NoMove(b"a pre-shared key of 32 bytes ..."), isolated=isolated)
     assert (move.log.stops, move.calls) == (log, calls)
     assert move.machine.moved()
 

@@ -201,13 +201,17 @@ class GuestMemory:
         Raises LocalProtocolError where it is another's, or was moved; with `vacant`, as a destination needs it, also where
         a guest is in it, which shows in its page states.
         """
-        if self._claimed:
-            raise LocalProtocolError("another session moves this guest, or has moved it")
+        self.require_unclaimed()
         if vacant and self.states.any():
             raise LocalProtocolError("there is a guest in this RAM already")
         self._claimed = True
         self._sessions += 1
         return self._sessions
+
+    def require_unclaimed(self) -> None:
+        """Raises LocalProtocolError where another session moves this guest, or has moved it."""
+        if self._claimed:
+            raise LocalProtocolError("another session moves this guest, or has moved it")
 
     def disclaim(self) -> None:
         """The session that claimed this guest has ended, and the guest goes on here."""

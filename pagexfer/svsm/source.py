@@ -132,6 +132,7 @@ class SourceSvsm:
         PolicyRefused where it has moved as often as it may.
         """
         self._machine.require(Event.PREPARE)
+        self._memory.require_unclaimed()  # a guest that has left makes no other move, however many it might
         self._attestor.check_move(len(self._records) + 1)
         if not 1 <= channels <= MAX_CHANNELS:
             raise LocalProtocolError(f"a session has 1 to {MAX_CHANNELS} channels, not {channels}")
