@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from pagexfer.testing.proxy import after_bytes, at_bundle, at_frame
+from pagexfer.testing.proxy import at_bundle, at_frame
 from pagexfer.wire.bundle import BundleKind
 from pagexfer.wire.framing import FrameType
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FAULT_POINTS: Final[dict[str, Callable[[], Callable[[Frame], bool]]]] = {
     "channel-open": lambda: at_bundle(BundleKind.CHANNEL_OPEN, 2),
-    "mid-epoch": lambda: after_bytes(1, 1 << 20),
+    "mid-epoch": lambda: at_bundle(BundleKind.PAGES, 2),
     "first-barrier": lambda: at_frame(FrameType.BARRIER, channel=1),
     "last-barrier": lambda: at_frame(FrameType.BARRIER, 2, channel=2),
     "epoch-token": lambda: at_bundle(BundleKind.EPOCH_TOKEN),

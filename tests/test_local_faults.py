@@ -95,7 +95,7 @@ async def test_a_journal_that_cannot_be_written(
     assert (sent.reason, received.reason) == ("journal", "journal")
     assert str(received).endswith(f"(cannot write the journal {path}: No space left on device)")
     assert str(sent) == (
-        "the destination says: the journal could not be written: look at its disk and its folder"
+        "the destination says: the journal or the ledger could not be written: look at its disk and its folder"
     )
 
 

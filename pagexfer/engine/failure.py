@@ -72,7 +72,10 @@ _REFUSALS: Final = {
         "a vCPU, a page or its state was refused: both sides need the same kind of guest, the destination room for RAM",
     ),
     RefusalCode.INTERNAL: ("internal", "internal fault of the SVSM"),
-    RefusalCode.JOURNAL: ("journal", "the journal could not be written: look at its disk and its folder"),
+    RefusalCode.JOURNAL: (
+        "journal",
+        "the journal or the ledger could not be written: look at its disk and its folder",
+    ),
 }
 
 

@@ -69,16 +69,6 @@ def at_frame(
     return _nth(lambda frame: frame.type is frame_type and frame.channel == channel, number)
 
 
-def after_bytes(channel: int | None, count: int) -> Callable[[Frame], bool]:
-    """The frame with the `count`th byte that the source sends on a connection."""
-    return _nth(
-        lambda frame: (
-            frame.channel == channel and frame.direction is Direction.FORWARD and frame.end >= count
-        ),
-        1,
-    )
-
-
 class _Link:
     """One connection of the migration: the two TCP connections that the proxy joins."""
 
