@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from threading import Timer
-from time import monotonic, sleep
-from typing import TYPE_CHECKING, Any, Final
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from bench import hosts_figures
 from bench.__main__ import main
 from bench.hosts_line import (
     MAX_LINE_BYTES,
@@ -41,100 +33,29 @@ from bench.hosts_runs import receive_plain, side_process
 from bench.pair import SideFailed
 from pagexfer import PskAttestor
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from .bench_hosts import (
+    HOST,
+    PATIENCE_S,
+    PSK,
+    SMALL,
+    hosts,
+    key_file,
+    listener,
+    session_members,
+    source_arguments,
+)
 
-HOST: Final = "127.0.0.1"
-PSK: Final = b"a pre-shared key of 32 bytes ..."
-PATIENCE_S: Final = 120.0
-SMALL: Final = ("--ram", "4MiB", "--channels", "1,2")
+if TYPE_CHECKING:
+    from pathlib import Path
+
 # More rounds than anybody waits for: such a series ends because something ends it.
 ENDLESS: Final = (*SMALL, "--repeats", "1000")
 WELCOME: Final = Welcome("", 1 << 30, "none", "3", "6", "any", 1)
 
 
-@dataclass
-class Process:
-    """One side, the leader of a session of its own: all of its processes can be found by that."""
-
-    process: subprocess.Popen[str]
-    lines: list[str]
-
-    def line_with(self, text: str) -> str:
-        """The next line of standard error that contains `text`."""
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip("\n"))
-            if text in line:
-                return self.lines[-1]
-        pytest.fail(f"no {text!r} in {self.lines}")
-
-    def end(self) -> tuple[int, str]:
-        """Exit code and standard output, once it ended and nothing is left of it."""
-        assert self.process.stderr is not None
-        assert self.process.stdout is not None
-        self.lines += self.process.stderr.read().splitlines()
-        output = self.process.stdout.read()
-        code = self.process.wait()
-        patience = monotonic() + PATIENCE_S
-        while _session(self.process.pid):  # of a child's child nobody tells us
-            assert monotonic() < patience, "processes are left"
-            sleep(0.005)
-        assert not any("Traceback" in line for line in self.lines), self.lines
-        return code, output
-
-
-@contextmanager
-def hosts(*arguments: str, namespace: str = "") -> Iterator[Process]:
-    """The command; whatever is still there of it in the end is killed."""
-    inside = ["ip", "netns", "exec", namespace] if namespace else []
-    command = [*inside, sys.executable, "-m", "bench", "hosts", *arguments]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        patience = Timer(PATIENCE_S, _kill, [process.pid])
-        patience.start()
-        try:
-            yield Process(process, [])
-        finally:
-            patience.cancel()
-            _kill(process.pid)
-
-
-def _kill(session: int) -> None:
-    for process in _session(session):
-        with suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-
-
-def _session(session: int) -> list[int]:
-    """All processes of a session that are more than a zombie."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        with suppress(OSError, ValueError):
-            state, _, _, of = entry.joinpath("stat").read_text().rpartition(") ")[2].split()[:4]
-            if int(of) == session and state not in "ZX":
-                found.append(int(entry.name))
-    return found
-
-
 @pytest.fixture
 def psk(tmp_path: Path) -> str:
-    path = tmp_path / "psk"
-    path.touch(mode=0o600)
-    path.write_bytes(PSK)
-    return str(path)
-
-
-@contextmanager
-def listener(psk: str, *arguments: str) -> Iterator[tuple[Process, int]]:
-    with hosts("--listen", f"{HOST}:0", "--psk-file", psk, *arguments) as process:
-        said = process.line_with("listening at ")
-        yield process, int(said.split(",")[0].rpartition(":")[2])
-
-
-def source_arguments(psk: str, port: int, *arguments: str) -> tuple[str, ...]:
-    return "--to", f"{HOST}:{port}", "--psk-file", psk, *arguments
+    return key_file(tmp_path)
 
 
 def test_two_processes_measure_all_pairs(psk: str, tmp_path: Path) -> None:
@@ -257,7 +178,7 @@ def test_a_run_whose_process_is_killed_is_told_to_the_source(psk: str) -> None:
         join(control, line_key(PskAttestor(PSK)), 2)
         send_line(control, Run("move", 4 << 20, 1))
         receive_line(control, Listening, PATIENCE_S)
-        for process in _session(destination.process.pid):
+        for process in session_members(destination.process.pid):
             if process != destination.process.pid:
                 os.kill(process, signal.SIGKILL)
         with pytest.raises(SideFailed, match="the other side says: a process ended without a result"):
@@ -469,122 +390,3 @@ def test_plain_tcp_that_is_cut_is_a_failure() -> None:
         with socket.create_connection((HOST, pipe.recv()), PATIENCE_S) as source:
             source.sendall(b"a part")
         assert pipe.recv() == Failed("not all bytes of plain TCP came")
-
-
-# Figures
-
-
-def pair(channels: int, seconds: float, *, converged: bool = True) -> hosts_figures.Pair:
-    return hosts_figures.Pair(
-        1,
-        channels,
-        1 << 30,
-        0.1,
-        hosts_figures.Plain(0.5, (0.25, 0.25), 1),
-        hosts_figures.Sealed(seconds, (0.5, 0.75), 2, converged, 10.0, 2, 1 << 31, 0.0),
-    )
-
-
-def test_figures_are_of_pairs_and_of_moves_that_converged() -> None:
-    one, two, four = hosts_figures.figures(
-        [
-            pair(2, 1.0),
-            pair(1, 2.0),
-            pair(2, 0.5),
-            pair(2, 9.0, converged=False),
-            pair(4, 9.0, converged=False),
-        ]
-    )
-    assert (one.channels, two.channels, four.channels) == (1, 2, 4)
-    assert (two.runs, two.converged) == (3, 2)
-    assert two.of_tcp is not None
-    assert (two.of_tcp.median, two.of_tcp.minimum, two.of_tcp.maximum) == pytest.approx((0.75, 0.5, 1.0))
-    assert two.cpu_s_per_gib[1].median == pytest.approx(0.75)
-    assert two.sent_of_ram.median == pytest.approx(2.0)
-    assert (four.gb_per_s, four.of_tcp, four.downtime_ms) == (None, None, None)
-    assert "0 of 1" in hosts_figures.table("title", [four]).text()
-    assert "No move converged" in hosts_figures.advice([four])
-
-
-def test_a_slow_network_has_rates_with_digits_too() -> None:
-    (slow,) = hosts_figures.figures([pair(1, 80.0)])
-    plain, sealed = hosts_figures.table("title", [slow]).rows
-    assert (plain[2], sealed[2]) == ("2.15", "0.0134")
-
-
-def test_the_advice_is_the_fewest_channels_that_are_as_good() -> None:
-    found = hosts_figures.figures([pair(1, 2.0), pair(2, 1.02), pair(4, 1.0), pair(8, 1.5)])
-    assert hosts_figures.advice(found).startswith(
-        "RAM moved fastest over 4 channels; the fewest that come within 5% of that: 2."
-    )
-
-
-def test_a_plot_without_a_move_that_converged_is_one(tmp_path: Path) -> None:
-    hosts_figures.draw(hosts_figures.figures([pair(4, 9.0, converged=False)]), tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").exists()
-
-
-# Two network namespaces
-
-
-@pytest.fixture
-def link() -> Iterator[tuple[str, str, str]]:
-    """Two network namespaces with a pair of devices between them, and the address of the second."""
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
-    if shutil.which("ip") is None or shutil.which("tc") is None:
-        pytest.skip("there is no ip or no tc: both are part of iproute2")
-    near, far = (f"pagexfer-hosts-{os.getpid()}-{end}" for end in "ab")
-    try:
-        for command in (
-            f"ip netns add {near}",
-            f"ip netns add {far}",
-            f"ip link add a0 netns {near} type veth peer name b0 netns {far}",
-            f"ip -n {near} address add 10.93.1.1/30 dev a0",
-            f"ip -n {far} address add 10.93.1.2/30 dev b0",
-            f"ip -n {near} link set a0 up",
-            f"ip -n {far} link set b0 up",
-        ):
-            _need(command)
-        yield near, far, "10.93.1.2"
-    finally:
-        for name in (near, far):
-            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
-
-
-def _need(command: str) -> None:
-    done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"{command}: {done.stderr.strip()}")
-
-
-def measured_over(link: tuple[str, str, str], psk: str, result: Path) -> dict[str, Any]:
-    near, far, address = link
-    with hosts("--listen", "0.0.0.0:4460", "--psk-file", psk, "--once", namespace=far) as destination:
-        assert destination.line_with("listening at ") == (
-            "hosts: listening at 0.0.0.0:4460, runs at port 4461, guests of up to 4096 MiB"
-        )
-        to = "--to", f"{address}:4460", "--psk-file", psk, "--json", str(result)
-        with hosts(*to, *SMALL, "--repeats", "1", namespace=near) as source:
-            assert source.end()[0] == 0
-        assert destination.end()[0] == 0
-        assert "hosts: 10.93.1.1: all measured" in destination.lines
-    measured: dict[str, Any] = json.loads(result.read_text())
-    return measured
-
-
-def test_two_hosts_with_a_network_between_them(link: tuple[str, str, str], psk: str, tmp_path: Path) -> None:
-    # One packet in 20 MB/s more than the link takes waits, and one that finds no place is sent again.
-    _need(f"tc -n {link[0]} qdisc add dev a0 root tbf rate 20mbps burst 64kb limit 64kb")
-    measured = measured_over(link, psk, tmp_path / "hosts.json")
-    assert measured["complete"]
-    for run in measured["runs"]:
-        assert run["plain"]["seconds"] > 0.8 * (4 << 20) / 20e6
-        assert run["sealed"]["seconds"] > 0.8 * (4 << 20) / 20e6
-    assert sum(run[kind]["sent_again"] for run in measured["runs"] for kind in ("plain", "sealed")) > 0
-
-
-def test_a_delay_is_seen_in_the_round_trip(link: tuple[str, str, str], psk: str, tmp_path: Path) -> None:
-    _need(f"tc -n {link[0]} qdisc add dev a0 root netem delay 5ms")
-    measured = measured_over(link, psk, tmp_path / "hosts.json")
-    assert 5 <= measured["round_trip_ms"] < 100
