@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -113,3 +115,17 @@ def users_of(package: str, folder: Path) -> list[Path]:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_is_two_files(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 500
+
+
+@pytest.mark.parametrize(
+    ("process", "without"),
+    [
+        ("isolation.engine_process", {"cryptography", "pagexfer.svsm", "pagexfer.attestation"}),
+        ("guests.simulated_vcpu.__main__", {"cryptography", "trio", "pagexfer.svsm", "pagexfer.engine"}),
+    ],
+)
+def test_a_process_has_no_code_of_what_it_must_not_do(process: str, without: set[str]) -> None:
+    """Whatever its modules import in turn, and what the package's front door would."""
+    print_modules = f"import sys, pagexfer.{process}; print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", print_modules], capture_output=True, text=True, check=True)
+    assert not without & set(ended.stdout.split())

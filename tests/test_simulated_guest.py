@@ -18,8 +18,8 @@ import trio
 from pagexfer.errors import GateError, GuestError
 from pagexfer.guests.pattern import PATTERN_GFN, STATUS_GFN, Layout, Status, read_status
 from pagexfer.guests.simulated import SimulatedGuest
-from pagexfer.guests.simulated.pace import MAX_BATCH_PAGES, burst_bytes
-from pagexfer.guests.simulated.registers import REGISTERS_BYTES, Registers
+from pagexfer.guests.simulated_vcpu.pace import MAX_BATCH_PAGES, burst_bytes
+from pagexfer.guests.simulated_vcpu.registers import REGISTERS_BYTES, Registers
 from pagexfer.wire.constants import PAGE_SIZE
 
 if TYPE_CHECKING:

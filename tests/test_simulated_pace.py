@@ -7,7 +7,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pagexfer.guests.simulated.pace import MAX_BATCH_PAGES, Pace, burst_bytes
+from pagexfer.guests.simulated_vcpu.pace import MAX_BATCH_PAGES, Pace, burst_bytes
 from pagexfer.wire.constants import PAGE_SIZE
 
 

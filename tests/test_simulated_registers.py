@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pagexfer.errors import GateError, MalformedData
 from pagexfer.guests.pattern import PATTERN_GFN, Layout
-from pagexfer.guests.simulated.registers import REGISTERS_BYTES, Registers, parse_registers_untrusted
+from pagexfer.guests.simulated_vcpu.registers import REGISTERS_BYTES, Registers, parse_registers_untrusted
 
 _MIB = 1 << 20
 _U64 = st.integers(0, 2**64 - 1)

@@ -12,7 +12,7 @@ from pagexfer.guests.kvm import hypervisor, ioctls
 from pagexfer.guests.kvm import state as kvm_state
 from pagexfer.guests.pattern import Layout
 from pagexfer.guests.qemu.device_state import Platform
-from pagexfer.guests.simulated.registers import Registers
+from pagexfer.guests.simulated_vcpu.registers import Registers
 from pagexfer.wire.monitor import as_fields, pack_message
 from pagexfer.wire.slot import COMMAND_OFFSET, STATUS_OFFSET
 

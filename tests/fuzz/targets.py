@@ -25,7 +25,7 @@ from pagexfer.guests.kvm import state as kvm_state
 from pagexfer.guests.kvm.hypervisor import parse_device_state_untrusted
 from pagexfer.guests.qemu.device_state import split_state_untrusted
 from pagexfer.guests.qemu.messages import parse_message_untrusted
-from pagexfer.guests.simulated.registers import parse_registers_untrusted
+from pagexfer.guests.simulated_vcpu.registers import parse_registers_untrusted
 from pagexfer.svsm.compression import Decompressor
 from pagexfer.svsm.device_state import Carried
 from pagexfer.svsm.hand_over import pack_vcpu, parse_vcpu_untrusted

@@ -6,12 +6,12 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from ...errors import GateError, MalformedData
-from .registers import Registers, parse_registers_untrusted
+from ..simulated_vcpu.registers import Registers, parse_registers_untrusted
 
 if TYPE_CHECKING:
     import socket
 
-    from .control import ControlPage
+    from ..simulated_vcpu.control import ControlPage
 
 
 class SimulatedGate:

@@ -22,10 +22,10 @@ from ...dirty.byte_map import ByteMapTracker
 from ...errors import GateError, GuestError
 from ...svsm.memory import GuestMemory
 from ..pattern import PATTERN_GFN, STATUS_GFN, Layout, RamCheck, check_ram, fill, read_status
-from .control import MAX_RATE, ControlPage
+from ..simulated_vcpu.control import MAX_RATE, ControlPage
+from ..simulated_vcpu.registers import Registers
 from .gate import SimulatedGate
 from .hypervisor import KIND, SimulatedHypervisor
-from .registers import Registers
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -180,7 +180,7 @@ class SimulatedGuest:
         arguments = [str(number) for number in (vcpu, *inherited)]
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pagexfer.guests.simulated.vcpu", *arguments],
+                [sys.executable, "-m", "pagexfer.guests.simulated_vcpu", *arguments],
                 pass_fds=inherited,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

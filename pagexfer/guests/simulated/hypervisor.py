@@ -16,12 +16,12 @@ import trio
 from ...errors import GuestError
 from ..duty_cycle import check_percentage
 from ..platform import check_kind, describe_kind
-from .control import MAX_RATE
+from ..simulated_vcpu.control import MAX_RATE
 
 if TYPE_CHECKING:
     import subprocess
 
-    from .control import ControlPage
+    from ..simulated_vcpu.control import ControlPage
 
 KIND: Final = "simulated"
 
