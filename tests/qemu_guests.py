@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 from contextlib import contextmanager
@@ -16,7 +18,14 @@ if TYPE_CHECKING:
 
     from pagexfer.guests.qemu import QemuGuest
 
+
+def _version(program: str) -> str:
+    return subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+
+
 QEMU = shutil.which("qemu-system-x86_64")
+# From QEMU 8.1 on a memfd is no memory that pagexfer can move.
+MOVES_MEMFDS = QEMU is not None and tuple(map(int, re.findall(r"\d+", _version(QEMU))[:2])) < (8, 1)
 needs_qemu = pytest.mark.skipif(QEMU is None, reason="qemu-system-x86_64 is not installed")
 
 # Real-mode code, for each round: raise the dword at 0x7e00, then the first dword of each page from 0x20000 to 0x7ffff, and
@@ -25,7 +34,7 @@ _CODE = bytes.fromhex(
     "fa6631c08ed88ee066ff06007ebb00208ec32666a100006640663b06007e740566ff06047e2666a3000081c3000181fb008075dcebd2"
 )
 _ROUNDS_WORD = (0x7, 0xE00 // 8)
-_HUGE = ",hugetlb=on,hugetlbsize=2M"
+_HUGE_FILES = Path("/dev/hugepages")
 _FREE_HUGE_PAGES = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 
 
@@ -37,10 +46,11 @@ def qemu(
     share: str = "on",
     sizes: tuple[int, int] = (16, 16),
     huge: bool = False,
+    memfd: bool = MOVES_MEMFDS,
     mem_path: str | None = None,
     others: bool = False,
 ) -> Iterator[Path]:
-    """A QEMU with `sizes` MiB in two shared backends, the second one a memfd (of huge pages, with `huge`).
+    """A QEMU with `sizes` MiB in two shared backends, the second one a memfd where it may be (of huge pages, with `huge`).
 
     The first one's file is `m0` in `folder`, or `mem_path`. With `others` there is a second monitor, `other` in `folder`.
 
@@ -49,6 +59,11 @@ def qemu(
     folder.mkdir(exist_ok=True)
     disk, monitor = folder / "boot", folder / "qmp"
     monitors = [monitor, folder / "other"] if others else [monitor]
+    second = _HUGE_FILES / f"{os.getpid()}-{folder.name}" if huge else folder / "m1"
+    if memfd:
+        kind = f"memory-backend-memfd{',hugetlb=on,hugetlbsize=2M' if huge else ''}"
+    else:
+        kind = f"memory-backend-file,mem-path={second}"
     disk.write_bytes(_CODE.ljust(510, b"\0") + b"\x55\xaa" + bytes(1440 * 1024 - 512))
     command = [
         str(QEMU),
@@ -57,7 +72,7 @@ def qemu(
             "-object",
             f"memory-backend-file,id=m0,size={sizes[0]}M,share={share},mem-path={mem_path or folder / 'm0'}",
         ),
-        *("-object", f"memory-backend-memfd,id=m1,size={sizes[1]}M,share={share}{_HUGE if huge else ''}"),
+        *("-object", f"{kind},id=m1,size={sizes[1]}M,share={share}"),
         *("-numa", "node,memdev=m0", "-numa", "node,memdev=m1"),
         *("-drive", f"if=floppy,format=raw,readonly=on,file={disk}", "-boot", "a"),
         *(option for path in monitors for option in ("-qmp", f"unix:{path},server=on,wait=off")),
@@ -72,11 +87,17 @@ def qemu(
     finally:
         process.kill()
         process.wait()
+        second.unlink(missing_ok=True)
 
 
-def free_huge_pages() -> int:
-    """Pages of 2 MiB that may be had."""
-    return int(_FREE_HUGE_PAGES.read_text()) if _FREE_HUGE_PAGES.exists() else 0
+def needs_huge_pages(pages: int) -> pytest.MarkDecorator:
+    """Of 2 MiB, which a QEMU has as a memfd or as a file."""
+    reserved = _FREE_HUGE_PAGES.exists() and int(_FREE_HUGE_PAGES.read_text()) >= pages
+    where = "/proc/sys/vm/nr_hugepages" if MOVES_MEMFDS else f"/proc/sys/vm/nr_hugepages, {_HUGE_FILES}"
+    return pytest.mark.skipif(
+        not reserved or not (MOVES_MEMFDS or _HUGE_FILES.is_mount()),
+        reason=f"no {pages} huge pages of 2 MiB: see {where}",
+    )
 
 
 def _listens(path: Path) -> bool:

@@ -22,7 +22,7 @@ from pagexfer.guests.qemu.device_state import Platform
 from pagexfer.guests.qemu.qmp import QmpClient
 from pagexfer.guests.qemu.values import record
 
-from .qemu_guests import errors, free_huge_pages, goes_on, needs_qemu, qemu, rounds, until
+from .qemu_guests import errors, goes_on, needs_huge_pages, needs_qemu, qemu, rounds, until
 from .test_migration import PSK, migrate
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ async def test_ram_is_equal_page_by_page_when_the_guest_goes_on(
     assert different == [0]
 
 
-@pytest.mark.skipif(free_huge_pages() < 16, reason="no 16 huge pages of 2 MiB: see /proc/sys/vm/nr_hugepages")
+@needs_huge_pages(16)
 async def test_ram_in_huge_pages_moves(tmp_path: Path) -> None:
     with qemu(tmp_path / "s", huge=True) as here, qemu(tmp_path / "d", incoming=True, huge=True) as there:
         async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:
@@ -87,7 +87,7 @@ async def test_ram_in_huge_pages_moves(tmp_path: Path) -> None:
             assert errors(destination) == 0
 
 
-@pytest.mark.skipif(free_huge_pages() < 8, reason="no 8 huge pages of 2 MiB: see /proc/sys/vm/nr_hugepages")
+@needs_huge_pages(8)
 async def test_huge_pages_at_one_side_only_are_refused(tmp_path: Path) -> None:
     with qemu(tmp_path / "s", huge=True) as here, qemu(tmp_path / "d", incoming=True) as there:
         async with QemuGuest.attach(here) as source, QemuGuest.attach(there, incoming=True) as destination:

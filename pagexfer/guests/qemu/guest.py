@@ -139,13 +139,13 @@ async def _check_idle(qmp: QmpClient, machine: QemuMachine, *, incoming: bool) -
     if jobs:
         raise GuestError(f"QEMU runs the block job {jobs[0].get('device')}: let it end, or cancel it")
     migration = record(await qmp.execute("query-migrate"))
+    if "socket-address" in migration:
+        raise GuestError("this QEMU listens for a migration of its own: start it with -incoming defer")
     if migration.get("status") not in _IDLE_MIGRATION:
         raise GuestError(f"QEMU is in a migration of its own already: {migration.get('status')}")
     blocked = migration.get("blocked-reasons")
     if isinstance(blocked, list) and blocked:
         raise GuestError(f"QEMU says that this guest cannot be migrated: {blocked[0]}")
-    if "socket-address" in migration:
-        raise GuestError("this QEMU listens for a migration of its own: start it with -incoming defer")
     for capability in records(await qmp.execute("query-migrate-capabilities")):
         if capability.get("capability") in _UNFIT_CAPABILITIES and capability.get("state") is True:
             raise GuestError(
