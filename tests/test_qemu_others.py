@@ -10,7 +10,7 @@ import re
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 import trio
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 pytestmark = needs_qemu
 
+_SLOW_DISK_S: Final = 3
 _PAUSING = pagexfer.MigrationParameters(pause_before_switchover=True)
 
 
@@ -123,7 +124,7 @@ async def move_and(
 
 async def test_a_guest_is_parked_once_its_devices_are_done_and_not_before(tmp_path: Path) -> None:
     """QEMU says STOP first, and waits for the disks then: what they read is written to RAM after the event."""
-    slow = "-blockdev", "null-co,node-name=slow,size=1048576,latency-ns=3000000000"
+    slow = "-blockdev", f"null-co,node-name=slow,size=1048576,latency-ns={_SLOW_DISK_S}000000000"
     with qemu(tmp_path / "s", *slow, others=True) as monitor:
         seen = trio.Event()
 
@@ -133,11 +134,16 @@ async def test_a_guest_is_parked_once_its_devices_are_done_and_not_before(tmp_pa
 
         async with somebody_else(tmp_path / "s", note) as other, QemuGuest.attach(monitor) as guest:
             await goes_on(guest)
+            begun = trio.current_time()
             await other.execute("human-monitor-command", {"command-line": 'qemu-io slow "aio_read 0 512"'})
             guest.gate.raise_flag()
             await seen.wait()
             await until(lambda: guest.run_state != "running")
-            assert guest.gate.parked() == 0
+            parked = guest.gate.parked()
+            if (
+                trio.current_time() < begun + _SLOW_DISK_S
+            ):  # on a machine that stood still it may have read by now
+                assert parked == 0
             await until(lambda: guest.gate.parked() == guest.gate.vcpus)
             assert guest.run_state == "paused"
             guest.gate.release()
