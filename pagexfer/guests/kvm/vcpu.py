@@ -7,6 +7,8 @@ that comes just before KVM_RUN stays pending and ends it at once.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -51,6 +53,8 @@ class Vcpu:
         self._switch = switch
         self._in_guest = False
         self._has_run = False
+        self._ioctl = ctypes.CDLL(None, use_errno=True).ioctl
+        self._ioctl.argtypes = ctypes.c_int, ctypes.c_ulong, ctypes.c_ulong
         self._cycle = DutyCycle()
         self._due = 0.0  # in the guest's time, which stands still while the vCPU is throttled
         self.fd = fcntl.ioctl(vm_fd, ioctls.KVM_CREATE_VCPU, index)
@@ -151,16 +155,16 @@ class Vcpu:
 
     def _kvm_run(self) -> bool:
         """Enter the guest. True where it left on its own, false where a kick or a failure ended it."""
-        try:
-            fcntl.ioctl(self.fd, ioctls.KVM_RUN, 0)
-        except InterruptedError:
+        # Not fcntl.ioctl: from Python 3.14 on it calls again where a signal ended the call, here for ever, as that is pending.
+        if self._ioctl(self.fd, ioctls.KVM_RUN, 0) >= 0:
+            return True
+        error = ctypes.get_errno()
+        if error == errno.EINTR:
             while signal.sigtimedwait({KICK_SIGNAL}, 0) is not None:
                 pass
-            return False
-        except OSError as error:
-            self.fault = f"KVM_RUN failed: {error.strerror}"
-            return False
-        return True
+        else:
+            self.fault = f"KVM_RUN failed: {os.strerror(error)}"
+        return False
 
     def _handle_port(self) -> None:
         access = ioctls.RUN_IO.unpack_from(self._run, ioctls.RUN_IO_OFFSET)
