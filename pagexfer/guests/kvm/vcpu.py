@@ -155,7 +155,7 @@ class Vcpu:
 
     def _kvm_run(self) -> bool:
         """Enter the guest. True where it left on its own, false where a kick or a failure ended it."""
-        # Not fcntl.ioctl: from Python 3.14 on it calls again where a signal ended the call, here for ever, as that is pending.
+        # Not fcntl.ioctl: Python 3.14 calls again where a signal ended the call: here for ever, as it is pending.
         if self._ioctl(self.fd, ioctls.KVM_RUN, 0) >= 0:
             return True
         error = ctypes.get_errno()
