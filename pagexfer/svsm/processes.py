@@ -5,6 +5,7 @@ A machine monitor of its own (QEMU) outlives the process that has the SVSM, with
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Final
@@ -15,6 +16,8 @@ from ..wire.journal import GuestProcess
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE: Final = Path("/proc/self/ns/pid")
+_STATUS: Final = Path("/proc/self/status")
+_TIME_OFFSETS: Final = Path("/proc/self/timens_offsets")
 # Fields of /proc/PID/stat behind the name, which is in parentheses and may have any bytes.
 _STATE, _THREADS, _START = 0, 17, 19
 
@@ -22,7 +25,7 @@ _STATE, _THREADS, _START = 0, 17, 19
 def process_of(process_id: int) -> GuestProcess:
     """The process that now has this id. Raises UsageError where it cannot be seen."""
     try:
-        return GuestProcess(*_here(), process_id, int(_fields(process_id)[_START]))
+        return GuestProcess(*_here(), process_id, _start(_fields(process_id)))
     except OSError as error:
         raise UsageError(
             f"process {process_id}, which has the guest, cannot be seen: {error.strerror}"
@@ -42,11 +45,32 @@ def lives(process: GuestProcess) -> bool | None:
         return _exists(process.id)
     # A zombie has given its memory back, unless it is but the first thread that has ended.
     ended = fields[_STATE] in (b"Z", b"X") and int(fields[_THREADS]) <= 1
-    return int(fields[_START]) == process.start and not ended
+    # Two time namespaces may round a start to two ticks, and no id comes again within one.
+    return abs(_start(fields) - process.start) <= 1 and not ended
 
 
 def _here() -> tuple[bytes, int]:
+    """Boot and pid namespace. Raises OSError where /proc is another namespace's, whose numbers are other processes'."""
+    ids = next((line for line in _STATUS.read_bytes().splitlines() if line.startswith(b"NSpid:")), b"")
+    # This process's id in the namespace of /proc, and in each below it down to its own.
+    if len(ids.split()) > 2:
+        raise OSError(errno.ESRCH, "/proc is that of another pid namespace")
     return UUID(_BOOT_ID.read_text().strip()).bytes, _PID_NAMESPACE.stat().st_ino
+
+
+def _start(fields: list[bytes]) -> int:
+    """When a process began, in clock ticks after the boot. /proc counts from the boot of the reader's time namespace."""
+    try:
+        offsets = [line.split() for line in _TIME_OFFSETS.read_bytes().splitlines()]
+    except FileNotFoundError:  # a kernel without time namespaces
+        offsets = []
+    ticks = os.sysconf("SC_CLK_TCK")
+    shift = sum(
+        int(seconds) * ticks + int(nanoseconds) * ticks // 10**9
+        for clock, seconds, nanoseconds in offsets
+        if clock == b"boottime"
+    )
+    return max(int(fields[_START]) - shift, 0)
 
 
 def _fields(process_id: int) -> list[bytes]:
