@@ -13,6 +13,7 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
@@ -120,6 +121,8 @@ class FileJournal:
 
     There is a whole record at `path` at every moment: the next one is written beside it, as `path` with `.new`, and renamed
     over it. Whichever of the two files exists is locked (flock), so that others see whether its process still lives.
+
+    Any thread may call `close`, also while another one is in `record`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,6 +133,7 @@ class FileJournal:
         self._current: int | None = None
         self._next: int | None = None
         self._closed = False
+        self._recording = threading.Lock()
         try:
             self._current = _open_existing(path)
             if self._current is not None:
@@ -140,6 +144,8 @@ class FileJournal:
                     raise UsageError(f"the journal {path} is in use: its process still runs")
                 self.last = _read(self._current, path)
             self._next = self._prepare()
+            if self._current is None and os.path.lexists(path):  # its first record came in between
+                raise UsageError(f"the journal {path} is in use: its process still runs")
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
@@ -166,9 +172,50 @@ class FileJournal:
 
     def record(self, record: JournalRecord) -> None:
         """See `Journal`; after an error either the record before or this one is at `path`, and both are whole."""
+        try:
+            with self._recording:
+                self._record(record)
+        finally:
+            if self._closed:  # meanwhile, and what was in use could not be given back
+                self.close()
+
+    def close(self) -> None:
+        """Give the file back. It stays, with its last record; none can follow.
+
+        A record that is under way, say on a disk that hangs, may still become the last one: until it is there, or is not,
+        the file stays locked, so that nobody is told what the record before says.
+        """
+        self._closed = True
+        if not self._recording.acquire(blocking=False):
+            return
+        try:
+            if self._next is not None and _is_at(self._next, self._new):
+                self._new.unlink(missing_ok=True)
+            for descriptor in (self._current, self._next):
+                if descriptor is not None:
+                    os.close(descriptor)
+            self._current = self._next = None
+        finally:
+            self._recording.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _record(self, record: JournalRecord) -> None:
         if self._closed:
             raise JournalError(f"the journal {self.path} was closed")
         try:
+            if self._next is not None and not _is_at(self._next, self._new):  # somebody removed it
+                os.close(self._next)
+                self._next = None
             if self._next is None:
                 self._next = self._prepare()
             os.ftruncate(self._next, 0)
@@ -185,38 +232,20 @@ class FileJournal:
             raise JournalError(f"cannot write the journal {self.path}: {reason}") from error
         self.last = record
 
-    def close(self) -> None:
-        """Give the file back. It stays, with its last record; none can follow."""
-        self._closed = True
-        if self._next is not None:
-            self._new.unlink(missing_ok=True)
-        for descriptor in (self._current, self._next):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._current = self._next = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _prepare(self) -> int:
-        descriptor = os.open(
-            self._new, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600
-        )
-        try:
-            os.fchmod(descriptor, 0o600)
-            self._lock(descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
+        while True:
+            descriptor = os.open(
+                self._new, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600
+            )
+            try:
+                os.fchmod(descriptor, 0o600)
+                self._lock(descriptor)
+                if _is_at(descriptor, self._new):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # it was another process's, which has removed it
 
     def _lock(self, descriptor: int) -> None:
         try:
