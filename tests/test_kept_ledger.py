@@ -102,6 +102,22 @@ def test_what_cannot_get_into_place_stays_beside(
     assert beside(path, SESSION).read_bytes() == LEDGER
 
 
+def test_what_is_of_a_guest_that_may_not_run_here_stays_beside(
+    path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept = KeptLedger(path)
+    kept.leave()
+    kept.keep(SESSION, LEDGER)
+    kept.leave()
+    assert files(path.parent) == [f"ledger.{SESSION.hex()}.pending"]
+    kept.drop()
+    kept.leave()
+    line = one_line(capfd.readouterr().err)
+    assert line.startswith(
+        f"pagexfer: where the guest runs here after all, its ledger is {beside(path, SESSION)}: "
+    )
+
+
 @pytest.mark.parametrize(
     ("status", "code", "said", "left"),
     [
@@ -183,6 +199,56 @@ def test_a_command_that_is_killed_once_the_guest_runs_leaves_the_record_of_its_m
     done = run("ledger", "verify", str(path), "--psk-file", psk, "--json")
     assert (done.returncode, json.loads(done.stdout)["moves"]) == (0, 1)
     assert files(tmp_path) == ["ledger", "psk", "psk.destination", "psk.source"]
+
+
+# Ended while the journal's disk hangs at RUNNING.
+_HANGS = """
+import sys, threading
+from pagexfer.cli.commands import main
+from pagexfer.isolation import sides
+from pagexfer.migration import receive_guest
+from pagexfer.svsm.journal import FileJournal
+from pagexfer.wire.slot import SessionStatus
+record = FileJournal.record
+def hang(journal, what):
+    if what.status is SessionStatus.RUNNING:
+        print("hangs", file=sys.stderr, flush=True)
+        threading.Event().wait()
+    record(journal, what)
+FileJournal.record = hang
+sides.HYPERVISOR_TIMEOUT_S = 0.2
+receive_guest.__kwdefaults__["stall_timeout_s"] = 2.0
+sys.exit(main())
+"""
+
+
+def test_a_command_that_cannot_say_who_runs_the_guest_leaves_its_ledger_beside(
+    tmp_path: Path, path: Path
+) -> None:
+    """In its place, it would be the record of a move that was none, signed by both sides."""
+    psk = new_psk(tmp_path)
+    arguments = receive_arguments(psk, "--ledger", str(path), "--isolated")
+    with subprocess.Popen(
+        [sys.executable, "-c", _HANGS, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as receiving:
+        assert receiving.stderr is not None
+        port = int(receiving.stderr.readline().rpartition(":")[2])
+        command = [sys.executable, "-m", "pagexfer", *send_arguments(psk, port, *CALM)]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as sending:
+            while receiving.stderr.readline() != "hangs\n":
+                assert receiving.poll() is None
+            receiving.terminate()
+            said = receiving.stderr.read()
+            assert receiving.wait(PATIENCE_S) == Outcome.UNDECIDED, said
+            assert sending.wait(PATIENCE_S) == Outcome.UNDECIDED
+    assert "the guest runs here, and" not in said
+    pending = next(tmp_path.glob("ledger.*.pending"))
+    assert f"its ledger is {pending}: " in said
+    assert not path.exists()
+    theirs = journals(psk)[1]
+    assert asked("--ledger", str(path), theirs, code=4)["ledger"] == f"not decided yet: {pending}"
+    asked("--abandon", "--ledger", str(path), theirs)
+    assert files(tmp_path) == ["psk", "psk.destination", "psk.source"]
 
 
 async def test_a_destination_that_is_killed_with_the_start_token_on_its_way_leaves_no_ledger(

@@ -31,8 +31,16 @@ class KeptLedger:
             forget(self._beside)
             self._beside = None
 
+    def leave(self) -> None:
+        """The command ends and cannot say that the guest runs here: what is kept stays beside, and is said to be there."""
+        if self._beside is not None and self._beside.exists():
+            note(
+                f"where the guest runs here after all, its ledger is {self._beside}: 'pagexfer recover --ledger "
+                f"{self._path}' on this side's journal puts it in place"
+            )
+
     def finish(self) -> None:
-        """Put what is kept into its place, and say where that is another one. What is not dropped is of a guest here."""
+        """The guest runs here: put what is kept into its place, and say where that is another one."""
         if self._beside is None:
             return
         try:

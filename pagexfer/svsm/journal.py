@@ -14,7 +14,6 @@ import fcntl
 import os
 import stat
 import threading
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -26,7 +25,6 @@ from .processes import lives
 from .recovery import how_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -57,41 +55,37 @@ class LedgerStore(Protocol):
     def keep(self, session: bytes, ledger: bytes) -> None:
         """Keep the ledger with the record of this move: durable when it returns. Raises OSError where that cannot be said.
 
-        The guest runs here afterwards, unless `drop` is called.
+        The guest runs here afterwards, unless `drop` is called, or nobody can tell as the journal's disk fails.
         """
         ...
 
     def drop(self) -> None:
-        """The guest never runs here: forget what was kept, or was to be. Raises nothing."""
+        """The guest never runs here, and no record says so: forget what was kept, or was to be. Raises nothing."""
         ...
 
 
-@contextmanager
-def keeping(store: LedgerStore | None, session: bytes, ledger: bytes) -> Iterator[None]:
-    """Keep the ledger before what is done inside, and drop it where that fails. Raises JournalError where it cannot be."""
-    if store is None:
-        yield
-        return
-    try:
-        try:
-            store.keep(session, ledger)
-        except OSError as error:
-            raise JournalError(f"the ledger cannot be written: {error.strerror or error}") from error
-        yield
-    except BaseException:
-        store.drop()
-        raise
-
-
 class SessionJournal:
-    """What one session writes down, each status before it is entered; nothing where there is no journal."""
+    """What one session writes down, each status before it is entered; nothing where there is no journal.
 
-    def __init__(self, role: Role, journal: Journal | None, process: GuestProcess | None = None) -> None:
+    A destination's `store` has the ledger from before RUNNING is written, and until nothing may say RUNNING any more.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        journal: Journal | None,
+        process: GuestProcess | None = None,
+        store: LedgerStore | None = None,
+    ) -> None:
         self._role = role
         self._journal = journal
         self._process = process
+        self._store = store
         self._ids: tuple[bytes, bytes] | None = None
         self._verified = False
+        self._kept = False
+        # After a record of which the disk says that it was not written, that one or the one before.
+        self._may_say: set[State] = set()
 
     def begin(self, session: bytes, guest_id: bytes) -> None:
         """The session has a name from here on; what came before is nobody's to recover."""
@@ -112,8 +106,26 @@ class SessionJournal:
 
     def insist(self, status: State) -> None:
         """Make sure that `status` stands in the journal. Raises JournalError where it does not."""
-        if self._journal is not None and self._ids is not None:
-            self._journal.record(JournalRecord(self._role, status, *self._ids, self._process))
+        try:
+            if self._journal is not None and self._ids is not None:
+                self._may_say.add(status)
+                self._journal.record(JournalRecord(self._role, status, *self._ids, self._process))
+                self._may_say = {status}
+        finally:
+            if status is State.FAILED and self._kept and State.RUNNING not in self._may_say:
+                assert self._store is not None
+                self._store.drop()
+                self._kept = False
+
+    def keep(self, ledger: bytes) -> None:
+        """Have the ledger kept, to be dropped with the record of FAILED. Raises JournalError where it cannot be."""
+        if self._store is None or self._ids is None:
+            return
+        self._kept = True
+        try:
+            self._store.keep(self._ids[0], ledger)
+        except OSError as error:
+            raise JournalError(f"the ledger cannot be written: {error.strerror or error}") from error
 
 
 class FileJournal:
