@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pagexfer.errors import GateError, KeyPoisoned, LocalProtocolError, NotReady
+from pagexfer.errors import GateError, GuestError, KeyPoisoned, LocalProtocolError, NotReady
 from pagexfer.svsm.export import BUNDLE_PAGES
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.wire.bundle import MAX_BUNDLE_BYTES, BundleKind
@@ -223,6 +223,20 @@ def test_guest_that_could_not_be_let_go_is_let_go_by_the_next_abort() -> None:
     move.guest.gate.states[0] = state
     move.pair.source.abort()
     assert move.guest.gate.running
+
+
+def test_a_tracker_that_cannot_be_stopped_keeps_no_guest_parked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise GuestError("the tracker does not answer")
+
+    move = Move()
+    move.pair.until_precopy()
+    move.pair.park()
+    monkeypatch.setattr(move.guest.tracker, "stop", fail)
+    with pytest.raises(GuestError):
+        move.pair.source.abort()
+    assert (move.pair.source.state, move.guest.gate.running) == (State.ABORTED, True)
+    move.guest.memory.require_unclaimed()
 
 
 def test_finish_wipes_the_keys_and_leaves_the_guest_parked() -> None:

@@ -479,11 +479,13 @@ class SourceSvsm:
         # The vCPUs may be parked for another session by now, or for good: only the one that has the guest frees it.
         if not self._claimed:
             return
-        self._pending.stop()
-        self._gate.release()
-        self._claimed = False
-        self._released = True
-        self._disclaim()
+        try:
+            self._pending.stop()
+        finally:  # a tracker that fails keeps no guest parked
+            self._gate.release()
+            self._claimed = False
+            self._released = True
+            self._disclaim()
 
     def _disclaim(self) -> None:
         """Let another session have the guest, once no thread of this one is still telling the tracker what it sent."""
