@@ -316,7 +316,7 @@ def test_a_destination_is_not_abandoned_while_a_process_has_its_guest(path: Path
     with subprocess.Popen(["sleep", "60"]) as process:
         held = replace(record(State.VERIFIED, Role.DESTINATION), process=process_of(process.pid))
         keep(path, held)
-        line = f"process {process.pid} still has the whole guest, .* or kill {process.pid}\\), and ask again"
+        line = f"process {process.pid} still has the whole guest, .* or kill {process.pid} where .*, and ask again"
         with pytest.raises(UsageError, match=line):
             abandon(path)
         assert read_journal(path) == (held, False)

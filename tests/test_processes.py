@@ -14,7 +14,11 @@ import pytest
 
 from pagexfer.errors import UsageError
 from pagexfer.svsm import processes
+from pagexfer.svsm.journal import FileJournal, abandon
 from pagexfer.svsm.processes import lives, process_of
+from pagexfer.wire.handshake import Role
+from pagexfer.wire.journal import JournalRecord
+from pagexfer.wire.slot import SessionStatus
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,6 +72,7 @@ def test_a_later_process_with_its_id_is_another_one() -> None:
     assert lives(replace(own(), start=own().start - 2)) is False
 
 
+_UNSHARE: Final = ("unshare", "--user", "--map-root-user", "--fork")
 # Run in other namespaces: what it says of the process in its argument, or of a child.
 _SAYS: Final = """
 import pickle, subprocess, sys
@@ -87,7 +92,7 @@ else:
 
 def said_elsewhere(namespaces: str, *arguments: str) -> str:
     """What `_SAYS` says in other namespaces."""
-    unshare = ["unshare", "--user", "--map-root-user", "--fork", *namespaces.split()]
+    unshare = [*_UNSHARE, *namespaces.split()]
     if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
         pytest.skip(f"no namespaces here: {namespaces}")
     done = subprocess.run(
@@ -123,6 +128,37 @@ def test_a_proc_of_another_pid_namespace_shows_other_processes() -> None:
     said = said_elsewhere("--pid")
     assert said.endswith("cannot be seen: /proc is that of another pid namespace")
     assert said_elsewhere("--pid --mount-proc") == "True"
+
+
+def test_from_outside_of_its_container_it_is_seen_as_long_as_it_lives(tmp_path: Path) -> None:
+    """Where `recover --abandon` would else believe that it is gone."""
+    said_elsewhere("--pid --mount-proc")
+    say = (
+        "import os, pickle, sys; from pagexfer.svsm.processes import process_of;"
+        "os.write(1, pickle.dumps(process_of(os.getpid())).hex().encode() + b'\\n'); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [*_UNSHARE, "--pid", "--mount-proc", sys.executable, "-c", say],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as outside:
+        assert outside.stdout is not None
+        process: GuestProcess = pickle.loads(bytes.fromhex(outside.stdout.readline()))
+        assert (process.id, lives(process)) == (1, True)
+        assert lives(replace(process, start=process.start - 2)) is None
+        assert lives(replace(process, id=2)) is None
+        assert lives(replace(process, boot=bytes(16))) is None
+        path = tmp_path / "journal"
+        with FileJournal(path) as journal:
+            journal.record(
+                JournalRecord(Role.DESTINATION, SessionStatus.VERIFIED, bytes(16), bytes(16), process)
+            )
+        with pytest.raises(UsageError, match="process 1 still has the whole guest"):
+            abandon(path)
+        outside.communicate()
+    assert lives(process) is None
+    abandon(path)
 
 
 def test_of_a_proc_of_another_pid_namespace_nothing_is_believed(

@@ -111,7 +111,7 @@ def test_what_becomes_of_a_process_that_has_the_guest() -> None:
         (
             verified,
             True,
-            "end it ('quit' at its monitor, or kill 4711), then run 'pagexfer recover --abandon'",
+            "end it ('quit' at its monitor, or kill 4711 where it has that id), then run 'pagexfer recover --abandon'",
         ),
         (verified, False, "is gone: run 'pagexfer recover --abandon'"),
         (verified, None, "nobody can see whether it lives: make sure that it is gone ('quit' at its monitor"),

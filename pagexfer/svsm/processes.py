@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+from functools import partial
 from pathlib import Path
 from typing import Final
 from uuid import UUID
@@ -14,6 +15,7 @@ from uuid import UUID
 from ..errors import UsageError
 from ..wire.journal import GuestProcess
 
+_PROC: Final = Path("/proc")
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE: Final = Path("/proc/self/ns/pid")
 _STATUS: Final = Path("/proc/self/status")
@@ -33,29 +35,54 @@ def process_of(process_id: int) -> GuestProcess:
 
 
 def lives(process: GuestProcess) -> bool | None:
-    """Whether it still has its memory; None where that cannot be seen from here: another machine, boot or pid namespace."""
+    """Whether it still has its memory; None where that cannot be seen from here: another machine, boot or pid namespace.
+
+    From a pid namespace above its own, as outside of a container, it is seen as long as it lives, and not that it is gone.
+    """
     try:
-        if _here() != (process.boot, process.namespace):
-            return None
+        boot, namespace = _here()
     except OSError:
         return None
+    if boot != process.boot:
+        return None
+    if namespace != process.namespace:
+        return True if any(map(partial(_is_below, process), _PROC.iterdir())) else None
     try:
         fields = _fields(process.id)
     except OSError:
         return _exists(process.id)
+    return _is(process, fields)
+
+
+def _is(process: GuestProcess, fields: list[bytes]) -> bool:
+    """Whether `fields` are those of this process, and not of a later one that got its id."""
     # A zombie has given its memory back, unless it is but the first thread that has ended.
     ended = fields[_STATE] in (b"Z", b"X") and int(fields[_THREADS]) <= 1
     # Two time namespaces may round a start to two ticks, and no id comes again within one.
     return abs(_start(fields) - process.start) <= 1 and not ended
 
 
+def _is_below(process: GuestProcess, entry: Path) -> bool:
+    """Whether `entry` of /proc is this process, whose id is that of a pid namespace below."""
+    if not entry.name.isdigit():
+        return False
+    try:
+        return process.id in _ids(entry / "status")[1:] and _is(process, _fields(int(entry.name)))
+    except OSError:  # it has ended meanwhile
+        return False
+
+
 def _here() -> tuple[bytes, int]:
     """Boot and pid namespace. Raises OSError where /proc is another namespace's, whose numbers are other processes'."""
-    ids = next((line for line in _STATUS.read_bytes().splitlines() if line.startswith(b"NSpid:")), b"")
-    # This process's id in the namespace of /proc, and in each below it down to its own.
-    if len(ids.split()) > 2:
+    if len(_ids(_STATUS)) > 1:
         raise OSError(errno.ESRCH, "/proc is that of another pid namespace")
     return UUID(_BOOT_ID.read_text().strip()).bytes, _PID_NAMESPACE.stat().st_ino
+
+
+def _ids(status: Path) -> list[int]:
+    """A process's id in the pid namespace of /proc, and in each below it down to its own."""
+    lines = status.read_bytes().splitlines()
+    return next(([*map(int, line.split()[1:])] for line in lines if line.startswith(b"NSpid:")), [])
 
 
 def _start(fields: list[bytes]) -> int:

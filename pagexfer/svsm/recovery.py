@@ -160,7 +160,7 @@ def judge_both(
 
 def how_to_end(process: GuestProcess) -> str:
     """What the operator does to a process that has a guest."""
-    return f"'quit' at its monitor, or kill {process.id}"
+    return f"'quit' at its monitor, or kill {process.id} where it has that id"
 
 
 def _about_destination(record: JournalRecord, lives: bool | None) -> str:
