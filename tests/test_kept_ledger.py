@@ -14,8 +14,9 @@ import pytest
 import trio
 
 from pagexfer.cli import kept_ledger
-from pagexfer.cli.kept_ledger import KeptLedger, beside
-from pagexfer.errors import Outcome
+from pagexfer.cli.kept_ledger import KeptLedger
+from pagexfer.cli.ledger import beside, check_place
+from pagexfer.errors import Outcome, UsageError
 from pagexfer.svsm.journal import FileJournal, abandon
 from pagexfer.testing.proxy import Action, FaultProxy, at_bundle
 from pagexfer.wire.bundle import BundleKind
@@ -155,11 +156,29 @@ def test_recover_leaves_a_ledger_to_the_command_that_lives(path: Path) -> None:
 def test_bad_usage(path: Path) -> None:
     source = journal(path.with_name("ours"), State.STARTED, Role.SOURCE)
     theirs = journal(path.with_name("theirs"), State.RUNNING)
-    beside(path, SESSION).write_bytes(b"no ledger, but some bytes")
-    for arguments, word in [((source,), "a destination's"), ((theirs,), "is not a ledger")]:
-        done = run("recover", "--ledger", str(path), *arguments)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert word in one_line(done.stderr)
+    for content in (b"no ledger, but some bytes", b""):
+        beside(path, SESSION).write_bytes(content)
+        for arguments, word in [((source,), "a destination's"), ((theirs,), "is not a ledger")]:
+            done = run("recover", "--ledger", str(path), *arguments)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert word in one_line(done.stderr)
+
+
+def test_a_name_that_leaves_no_room_for_one_beside_is_said_before_the_move(tmp_path: Path) -> None:
+    """And not in black-out, where the move then ends."""
+    longest = 0
+    for length in range(150, 256):
+        path = tmp_path / ("l" * length)
+        try:
+            KeptLedger(path).keep(SESSION, LEDGER)
+            longest = length
+            beside(path, SESSION).unlink()
+            check_place(path)
+        except OSError:
+            with pytest.raises(UsageError, match="File name too long"):
+                check_place(path)
+    assert longest > 200
+    assert files(tmp_path) == []
 
 
 # Real moves

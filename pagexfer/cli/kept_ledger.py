@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import MalformedData, UsageError
-from .ledger import keep_ledger, write_ledger
+from .ledger import beside, keep_ledger, write_ledger
 from .output import note
 
 if TYPE_CHECKING:
@@ -53,11 +53,6 @@ class KeptLedger:
             return
         if place != self._path:
             note(f"{self._path} has other moves and stays as it is: the ledger of this guest is {place}")
-
-
-def beside(path: Path, session: bytes) -> Path:
-    """Where the ledger for `path` is until the move of this session is complete."""
-    return path.with_name(f"{path.name}.{session.hex()}.pending")
 
 
 def put_in_place(path: Path, kept: Path) -> Path:

@@ -23,6 +23,7 @@ from ..attestation.snp.attestor import as_claims, verify_evidence
 from ..errors import LedgerRefused, MalformedData, Outcome, UsageError
 from ..svsm.journal import sync_folder
 from ..svsm.ledger import VALID_FROM, VALID_UNTIL, record_hash, verify_chain
+from ..wire.constants import SESSION_ID_BYTES
 from ..wire.handshake import AttestorKind, Role
 from ..wire.ledger import MAX_LEDGER_BYTES, parse_ledger_untrusted
 from .files import read_crls, read_file
@@ -165,23 +166,31 @@ def check_place(path: Path | None) -> None:
         except MalformedData as error:
             raise UsageError(f"{path} exists and is not a ledger: {error}") from None
     try:
-        descriptor, name = _temporary(path)
+        # As what is written there first, whose name is the longest.
+        descriptor, name = _temporary(beside(path, bytes(SESSION_ID_BYTES)))
         os.close(descriptor)
         Path(name).unlink()
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
+def beside(path: Path, session: bytes) -> Path:
+    """Where the ledger for `path` is until the move of this session is complete."""
+    return path.with_name(f"{path.name}.{session.hex()}.pending")
+
+
 def keep_ledger(path: Path, data: bytes) -> Path:
-    """Put the ledger into a file, or beside it where that has other moves than these; returns where. Raises OSError.
+    """Put the ledger into a file, or beside it where that has other moves than these; returns where.
 
     Whose guest comes is known only once it is here, when it is too late to refuse: so nothing is overwritten but what is
-    in the new ledger, too.
+    in the new ledger, too. Raises OSError, and MalformedData for what is no ledger of a move.
     """
     records = parse_ledger_untrusted(data)
-    beside = path.with_name(f"{path.name}.{records[-1].body.guest_id.hex()}")
-    more = (beside.with_name(f"{beside.name}.{number}") for number in count(2))
-    place = next(place for place in chain((path, beside), more) if _continues(records, place))
+    if not records:
+        raise MalformedData("it has no record")
+    other = path.with_name(f"{path.name}.{records[-1].body.guest_id.hex()}")
+    more = (other.with_name(f"{other.name}.{number}") for number in count(2))
+    place = next(place for place in chain((path, other), more) if _continues(records, place))
     write_ledger(place, data)
     return place
 

@@ -17,7 +17,8 @@ from ..svsm.processes import lives
 from ..svsm.recovery import MayRun, judge, judge_both
 from ..wire.handshake import Role
 from ..wire.slot import SessionStatus as State
-from .kept_ledger import beside, forget, put_in_place
+from .kept_ledger import forget, put_in_place
+from .ledger import beside
 from .output import note, print_answer
 
 if TYPE_CHECKING:
