@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from ..wire.journal import GuestProcess, JournalRecord
 
-# Once one of these is written, no event of the session changes the answer. But RUNNING can be read before it is durable, and
-# FAILED follows where the disk then fails: so nobody continues a guest for a process that lives (`_about_running`).
+# Once one of these is written, no event of the session changes the answer. But RUNNING can be read before it is durable,
+# and FAILED follows where the disk then fails: so nobody continues a guest for a process that lives (`_about_running`).
 FINAL: Final = frozenset({State.FINISHED, State.ABORTED, State.RUNNING, State.FAILED})
 
 
