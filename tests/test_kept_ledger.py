@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import trio
 
 from pagexfer.cli import kept_ledger
 from pagexfer.cli.kept_ledger import KeptLedger
-from pagexfer.cli.ledger import beside, check_place
+from pagexfer.cli.ledger import beside, check_place, keep_ledger
 from pagexfer.errors import Outcome, UsageError
 from pagexfer.svsm.journal import FileJournal, abandon
 from pagexfer.testing.proxy import Action, FaultProxy, at_bundle
@@ -25,6 +26,7 @@ from pagexfer.wire.journal import JournalRecord
 from pagexfer.wire.ledger import pack_ledger, parse_ledger_untrusted
 from pagexfer.wire.slot import SessionStatus as State
 
+from .journeys import forged
 from .machines import HOST, PATIENCE_S
 from .side_processes import (
     CALM,
@@ -179,6 +181,31 @@ def test_a_name_that_leaves_no_room_for_one_beside_is_said_before_the_move(tmp_p
                 check_place(path)
     assert longest > 200
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_commands_at_once_none_overwrites_the_others_ledger(
+    path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """It comes between the look at the file and the write; where a file system has no links, the look is all there is."""
+    another = pack_ledger(forged((), parse_ledger_untrusted(LEDGER)[0].proofs, bytes(16)))
+    sync, link = os.fsync, os.link
+
+    def no_link(*_names: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    def sync_slowly(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        assert keep_ledger(path, another) == path
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "link", link if links else no_link)
+    if links:
+        monkeypatch.setattr(os, "fsync", sync_slowly)
+    place = keep_ledger(path, LEDGER)
+    assert place.read_bytes() == LEDGER
+    assert files(path.parent) == sorted({path.name, place.name})
+    assert (place != path and path.read_bytes() == another) is links
 
 
 # Real moves

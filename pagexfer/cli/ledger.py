@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
@@ -190,20 +191,29 @@ def keep_ledger(path: Path, data: bytes) -> Path:
         raise MalformedData("it has no record")
     other = path.with_name(f"{path.name}.{records[-1].body.guest_id.hex()}")
     more = (other.with_name(f"{other.name}.{number}") for number in count(2))
-    place = next(place for place in chain((path, other), more) if _continues(records, place))
-    write_ledger(place, data)
-    return place
+    for place in chain((path, other), more):
+        is_new = not place.exists()
+        if is_new or _continues(records, place):
+            # Another command's may be there by now, of another guest.
+            with suppress(FileExistsError):
+                write_ledger(place, data, is_new=is_new)
+                return place
+    raise AssertionError("there are no more numbers")
 
 
-def write_ledger(path: Path, data: bytes) -> None:
-    """Put the ledger into a file that its owner alone can read, durably, whole or not at all. Raises OSError."""
+def write_ledger(path: Path, data: bytes, *, is_new: bool = False) -> None:
+    """Put the ledger into a file that its owner alone can read, durably, whole or not at all.
+
+    Raises OSError, which is FileExistsError where it is to be a new file and there is one.
+    """
     descriptor, name = _temporary(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        if not (is_new and _has_linked(name, path)):
+            Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -337,13 +347,23 @@ def _temporary(path: Path) -> tuple[int, str]:
     return tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
 
 
+def _has_linked(name: str, path: Path) -> bool:
+    """Give a file its name where nothing has it. False where the file system has no links."""
+    try:
+        os.link(name, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    Path(name).unlink()
+    return True
+
+
 def _continues(records: Sequence[Record], path: Path) -> bool:
-    """Whether all that a file has is a beginning of `records`; a file that is not there has nothing."""
+    """Whether all that a file has is a beginning of `records`."""
     try:
         with path.open("rb") as file:
             kept = parse_ledger_untrusted(file.read(MAX_LEDGER_BYTES + 1))
-    except FileNotFoundError:
-        return True
     except MalformedData:
         return False
     return kept == records[: len(kept)]
