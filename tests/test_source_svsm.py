@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
@@ -225,16 +227,20 @@ def test_guest_that_could_not_be_let_go_is_let_go_by_the_next_abort() -> None:
     assert move.guest.gate.running
 
 
-def test_a_tracker_that_cannot_be_stopped_keeps_no_guest_parked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [GuestError("the tracker does not answer"), ValueError("a defect")])
+def test_a_tracker_that_cannot_be_stopped_keeps_no_guest_parked(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail() -> None:
-        raise GuestError("the tracker does not answer")
+        raise error
 
     move = Move()
     move.pair.until_precopy()
     move.pair.park()
     monkeypatch.setattr(move.guest.tracker, "stop", fail)
-    with pytest.raises(GuestError):
+    with nullcontext() if isinstance(error, GuestError) else pytest.raises(ValueError, match="a defect"):
         move.pair.source.abort()
+    assert move.pair.source.local_fault == (str(error) if isinstance(error, GuestError) else "")
     assert (move.pair.source.state, move.guest.gate.running) == (State.ABORTED, True)
     move.guest.memory.require_unclaimed()
 

@@ -481,10 +481,11 @@ class SourceSvsm:
             return
         try:
             self._pending.stop()
-        finally:  # a tracker that fails keeps no guest parked
+        except PagexferError as error:  # a tracker that fails keeps no guest parked
+            self.local_fault = self.local_fault or str(error)
+        finally:
             self._gate.release()
-            self._claimed = False
-            self._released = True
+            self._claimed, self._released = False, True
             self._disclaim()
 
     def _disclaim(self) -> None:
