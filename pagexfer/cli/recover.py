@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     "--abandon",
     is_flag=True,
     help="Make a dead destination that is VERIFIED FAILED for good, so that the source may run the guest. Refused while "
-    "a process there (QEMU) still has it.",
+    "a process there (QEMU) still has it. On its own machine, and not on a copy: that does not show whether it lives.",
 )
 @click.option(
     "--ledger",
