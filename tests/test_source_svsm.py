@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pagexfer.errors import GateError, GuestError, KeyPoisoned, LocalProtocolError, NotReady
-from pagexfer.svsm.export import BUNDLE_PAGES
+from pagexfer.svsm.export import BUNDLE_PAGES, PackagerPool
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.wire.bundle import MAX_BUNDLE_BYTES, BundleKind
 from pagexfer.wire.constants import FINAL_EPOCH, MAX_BUNDLE_ENTRIES
@@ -242,6 +242,20 @@ def test_a_tracker_that_cannot_be_stopped_keeps_no_guest_parked(
         move.pair.source.abort()
     assert move.pair.source.local_fault == (str(error) if isinstance(error, GuestError) else "")
     assert (move.pair.source.state, move.guest.gate.running) == (State.ABORTED, True)
+    move.guest.memory.require_unclaimed()
+
+
+def test_without_memory_for_a_bundle_nothing_is_sealed_or_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object, **_named: object) -> None:
+        raise MemoryError
+
+    move = in_first_epoch()
+    with monkeypatch.context() as patch:
+        patch.setattr(PackagerPool, "take", full)
+        with pytest.raises(MemoryError):
+            move.pair.source.export(0, 0, PAGES, BUFFER)
+    assert move.pair.source._pending.pages.count() == PAGES
+    move.pair.source.abort()
     move.guest.memory.require_unclaimed()
 
 

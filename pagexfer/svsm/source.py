@@ -249,10 +249,10 @@ class SourceSvsm:
             found = self._pending.pages.first(start, stop, look)
             if not found.size:
                 return Exported(0, 0, 0, more=False)
+            packager = self._packagers.take()
             # Taken at once, so that no other channel takes them; no epoch ends while something is being sealed.
             self._pending.pages.clear_gfns(as_run(found))
             self._sealing += 1
-            packager = self._packagers.take()
         sent = 0
         try:
             package = packager.package(found, capacity)
