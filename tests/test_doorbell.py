@@ -16,7 +16,7 @@ import trio.testing
 
 from pagexfer.engine.doorbell import FALLBACK_S, Doorbells
 from pagexfer.engine.slots import Slot
-from pagexfer.errors import RefusalCode, SvsmLost, SvsmRefused
+from pagexfer.errors import GuestError, RefusalCode, SvsmLost, SvsmRefused
 from pagexfer.isolation.mailbox import Mailbox
 from pagexfer.svsm import handler
 from pagexfer.svsm.service import Answer, SlotService
@@ -191,6 +191,18 @@ async def test_a_handler_with_a_defect_answers_and_says_that_it_is_dead(svsm: Sv
     assert svsm.is_dead.is_set()
     with pytest.raises(SvsmLost):
         await slot.command(Command.EXPORT, 7)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_handler_with_a_defect_answers_also_where_the_session_cannot_be_ended(svsm: Svsm) -> None:
+    def fail() -> None:
+        raise GuestError("the tracker does not answer")
+
+    svsm.mailbox._on_death = fail
+    slot = svsm.host().slot
+    with pytest.raises(SvsmRefused) as caught:
+        await slot.command(Command.ABORT)
+    assert caught.value.code is RefusalCode.INTERNAL
 
 
 async def test_idle_handlers_use_less_than_a_hundredth_of_a_core() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -249,3 +250,35 @@ def test_against_a_naive_model(steps: list[tuple[str, list[int], int]]) -> None:
         assert memory.states.tolist() == states
         assert np.array_equal(memory.words, content(*words))
     memory.close()
+
+
+class _SlowStates(np.ndarray[tuple[int], np.dtype[np.uint32]]):
+    """States of much RAM, of which nobody has read all before another thread came."""
+
+    both: threading.Barrier
+
+    def any(self, *_arguments: object, **_named: object) -> np.bool_:  # type: ignore[override]
+        with suppress(threading.BrokenBarrierError):
+            self.both.wait(0.2)
+        return np.bool_(False)
+
+
+def test_two_sessions_at_once_are_not_both_the_guests(memory: GuestMemory) -> None:
+    """Each has a lock of its own, and numpy lets other threads run while it looks at the states of much RAM."""
+    slow = memory.states.view(_SlowStates)
+    slow.both = threading.Barrier(2)
+    memory.states = slow
+    ends: list[object] = []
+
+    def claim() -> None:
+        try:
+            ends.append(memory.claim(vacant=True))
+        except LocalProtocolError as error:
+            ends.append(str(error))
+
+    threads = [threading.Thread(target=claim) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(map(str, ends)) == ["1", "another session moves this guest, or has moved it"]

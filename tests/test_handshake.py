@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Never
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from pagexfer.attestation import Claims
+from pagexfer.attestation import Claims, PskAttestor
+from pagexfer.attestation.secret import Secret
 from pagexfer.errors import (
     AttestationError,
     GeometryError,
@@ -18,6 +19,7 @@ from pagexfer.errors import (
     PagexferError,
     UsageError,
 )
+from pagexfer.svsm import exchange, keys
 from pagexfer.svsm.handshake import MAX_ATTEMPTS
 from pagexfer.wire import handshake as wire_handshake
 from pagexfer.wire.bundle import Direction
@@ -366,6 +368,41 @@ def test_destination_that_ends_drops_its_attempts() -> None:
     far.fail()
     with pytest.raises(KeyPoisoned):
         opened._shared.reveal()
+
+
+class _Busy(PskAttestor):
+    """Has no evidence, or nothing to contribute."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__(b"a pre-shared key of 32 bytes ...")
+        setattr(self, call, self._fail)
+
+    def _fail(self, *_arguments: object) -> Never:
+        raise UsageError("the firmware is busy")
+
+
+@pytest.mark.parametrize("call", ["evidence", "contribution"])
+def test_a_side_whose_own_attestor_fails_leaves_no_secret(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    secrets: list[Secret] = []
+
+    class Noted(Secret):
+        def __init__(self, data: bytes) -> None:
+            super().__init__(data)
+            secrets.append(self)
+
+    for module in (exchange, keys):
+        monkeypatch.setattr(module, "Secret", Noted)
+    near = source_handshake(_Busy(call))
+    reply = attempt(near.hello()).reply()
+    secrets.clear()
+    with pytest.raises(UsageError):
+        near.prove(reply)
+    near.wipe()
+    with pytest.raises((UsageError, AttestationError)):
+        attempt(source_handshake().hello(), _Busy(call)).finish(bytes(96))
+    for secret in secrets:
+        with pytest.raises(KeyPoisoned):
+            secret.reveal()
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4, 5])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import resource
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,13 +20,14 @@ from hypothesis import strategies as st
 from pagexfer.dirty import DirtyBitmap
 from pagexfer.dirty.byte_map import ByteMapTracker
 from pagexfer.dirty.content import ContentTracker
+from pagexfer.errors import GuestError, PagexferError
 from pagexfer.guests.qemu.backends import Backend, data_gfns, map_backends
 from pagexfer.svsm.audit import RUN_PAGES, PageDigests
 from pagexfer.svsm.export import Packager
-from pagexfer.svsm.memory import GuestMemory
+from pagexfer.svsm.memory import GuestMemory, data_ranges
 from pagexfer.svsm.page_digest import fresh_digest
 from pagexfer.testing import BytesGate, SvsmPair
-from pagexfer.wire.bundle import DATA, DROP, ZERO
+from pagexfer.wire.bundle import DATA, DROP, ZERO, BundleKind
 from pagexfer.wire.constants import PAGE_SIZE
 
 from .small_guests import ATTESTOR
@@ -96,6 +99,56 @@ def test_a_page_that_is_written_in_a_hole_is_no_hole(tracked: bool) -> None:
     pair.vcpus()
     pair.manifest()
     assert np.array_equal(target.words, words)
+
+
+@pytest.mark.parametrize("told", [GuestError("no answer"), None], ids=["fails", "nonsense"])
+def test_where_nobody_can_say_what_is_a_hole_all_is_read(told: GuestError | None) -> None:
+    """A host that goes on without another EPOCH: the tracker does not report the page again."""
+    words = np.zeros((64, 512), dtype=np.uint64)
+    broken = threading.Event()
+
+    def data() -> list[tuple[int, int]]:
+        if broken.is_set() and told is not None:
+            raise told
+        return [(0, 65 if broken.is_set() else 8)]
+
+    words[:8] = 7
+    memory = GuestMemory.over(words, data)
+    memory.launch()
+    marks = np.zeros(64, dtype=np.uint8)
+    target = GuestMemory.allocate(64 * PAGE_SIZE)
+    gates = BytesGate([b"vCPU"], running=True), BytesGate.waiting(1)
+    pair = SvsmPair(memory, gates[0], target, gates[1], ATTESTOR, tracker=ByteMapTracker(marks))
+    pair.until_precopy()
+    pair.park()
+    words[40], marks[40] = 0x1234, 1
+    broken.set()
+    with pytest.raises(PagexferError):
+        pair.source.begin_epoch()
+    while message := pair.seal_pages(0, 0, 64):
+        pair.send(message)
+    pair.send(pair.seal_token(BundleKind.EPOCH_TOKEN))
+    pair.vcpus()
+    pair.manifest()
+    assert np.array_equal(target.words, words)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EINVAL])
+def test_a_file_that_cannot_say_where_its_holes_are_has_none(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    with sparse(5) as ram:
+        size = PAGES * PAGE_SIZE
+        assert list(data_ranges(ram.fd, size)) == [(5 * PAGE_SIZE, 6 * PAGE_SIZE)]
+        seek = os.lseek
+
+        def failing(fd: int, offset: int, whence: int) -> int:
+            if whence == os.SEEK_DATA and offset >= 6 * PAGE_SIZE:
+                raise OSError(number, os.strerror(number))
+            return seek(fd, offset, whence)
+
+        monkeypatch.setattr(os, "lseek", failing)
+        assert list(data_ranges(ram.fd, size)) == [(5 * PAGE_SIZE, 6 * PAGE_SIZE), (6 * PAGE_SIZE, size)]
 
 
 def all_sent(ram: Sparse) -> PageDigests:

@@ -325,6 +325,32 @@ def test_a_move_that_fails_leaves_no_ledger(journaled: JournaledMove) -> None:
     source_goes_on_and_no_ledger_is_left(journaled)
 
 
+def test_a_ledger_is_kept_as_long_as_the_journal_may_say_that_the_guest_runs_here(
+    journaled: JournaledMove,
+) -> None:
+    """A disk that fails may have written RUNNING; what goes by that, as a QEMU that lives, needs the record of the move."""
+    journaled.until_ready()
+    journaled.destination.full = {State.RUNNING, State.FAILED}
+    with pytest.raises(JournalError):
+        journaled.pair.start()
+    assert journaled.destination.statuses()[-2:] == [State.RUNNING, State.FAILED]
+    assert len(journaled.destination.kept) == 1
+    journaled.destination.full = set()
+    word = journaled.pair.seal_answer(BundleKind.ABORT_TOKEN)
+    assert not journaled.destination.kept
+    journaled.pair.send(word)
+    assert journaled.move.guest.gate.running
+
+
+def test_a_ledger_that_no_record_needs_is_dropped_though_the_disk_fails(journaled: JournaledMove) -> None:
+    journaled.until_ready()
+    journaled.destination.no_room_for_ledger = True
+    journaled.destination.full = {State.FAILED}
+    with pytest.raises(JournalError, match="ledger"):
+        journaled.pair.start()
+    assert not journaled.destination.kept
+
+
 def source_goes_on_and_no_ledger_is_left(journaled: JournaledMove) -> None:
     assert not journaled.destination.kept
     assert not journaled.move.gate.running

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from pagexfer.errors import JournalError, UsageError
+from pagexfer.svsm import journal
 from pagexfer.svsm.journal import FileJournal, abandon, read_journal
 from pagexfer.svsm.processes import process_of
 from pagexfer.wire.handshake import Role
@@ -152,6 +154,83 @@ def test_a_record_that_is_replaced_before_it_is_locked_is_not_the_last_word(
     owner.close()
 
 
+def test_a_first_record_between_anothers_looks_makes_it_no_new_file(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or both would have it, and each replace what the other one decided."""
+    owner = FileJournal(path)
+    look = journal._open_existing
+
+    def look_and_wait(file: Path) -> int | None:
+        found = look(file)
+        monkeypatch.setattr(journal, "_open_existing", look)
+        owner.record(record(State.VERIFIED, Role.DESTINATION))
+        return found
+
+    monkeypatch.setattr(journal, "_open_existing", look_and_wait)
+    with pytest.raises(UsageError, match="in use"):
+        FileJournal.for_session(path)
+    assert read_journal(path) == (record(State.VERIFIED, Role.DESTINATION), True)
+    owner.close()
+
+
+def test_a_next_file_that_its_owner_removes_is_nobodys(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is opened before, and locked after: a record in it would be in no folder, and what is renamed another's."""
+    owner = FileJournal(path)
+    lock = fcntl.flock
+
+    def lock_too_late(descriptor: int, operation: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        owner.close()
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock_too_late)
+    with FileJournal(path) as second:
+        with pytest.raises(UsageError, match="in use"):
+            FileJournal(path)
+        second.record(record(State.KEYED))
+        assert read_journal(path) == (record(State.KEYED), True)
+
+
+def test_a_next_file_that_somebody_removes_is_made_again(path: Path) -> None:
+    with FileJournal(path) as journal:
+        (path.parent / f"{path.name}.new").unlink()
+        journal.record(record(State.STARTED))
+        assert read_journal(path) == (record(State.STARTED), True)
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite", "fsync", "replace"])
+def test_a_journal_is_not_given_back_while_a_record_is_under_way(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """On a disk that hangs. An operator who abandons it meanwhile would free the source of a guest that then runs here."""
+    owner = FileJournal(path)
+    owner.record(record(State.VERIFIED, Role.DESTINATION))
+    hangs, goes_on = threading.Event(), threading.Event()
+    real = getattr(os, call)
+
+    def hanging(*arguments: object) -> object:
+        monkeypatch.setattr(os, call, real)
+        hangs.set()
+        assert goes_on.wait(20)
+        return real(*arguments)
+
+    monkeypatch.setattr(os, call, hanging)
+    thread = threading.Thread(target=owner.record, args=(record(State.RUNNING, Role.DESTINATION),))
+    thread.start()
+    assert hangs.wait(20)
+    owner.close()
+    assert read_journal(path) == (record(State.VERIFIED, Role.DESTINATION), True)
+    with pytest.raises(UsageError, match="in use"):
+        abandon(path)
+    goes_on.set()
+    thread.join()
+    assert read_journal(path) == (record(State.RUNNING, Role.DESTINATION), False)
+    assert list(path.parent.iterdir()) == [path]
+    with pytest.raises(JournalError, match="closed"):
+        owner.record(record(State.FAILED, Role.DESTINATION))
+
+
 def test_a_next_file_that_a_stranger_locks_is_an_error_of_the_journal(path: Path) -> None:
     with FileJournal(path) as journal:
         journal.record(record(State.KEYED))
@@ -237,7 +316,7 @@ def test_a_destination_is_not_abandoned_while_a_process_has_its_guest(path: Path
     with subprocess.Popen(["sleep", "60"]) as process:
         held = replace(record(State.VERIFIED, Role.DESTINATION), process=process_of(process.pid))
         keep(path, held)
-        line = f"process {process.pid} still has the whole guest, .* or kill {process.pid}\\), and ask again"
+        line = f"process {process.pid} still has the whole guest, .* or kill {process.pid} where .*, and ask again"
         with pytest.raises(UsageError, match=line):
             abandon(path)
         assert read_journal(path) == (held, False)

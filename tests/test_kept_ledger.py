@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,8 +15,9 @@ import pytest
 import trio
 
 from pagexfer.cli import kept_ledger
-from pagexfer.cli.kept_ledger import KeptLedger, beside
-from pagexfer.errors import Outcome
+from pagexfer.cli.kept_ledger import KeptLedger
+from pagexfer.cli.ledger import beside, check_place, keep_ledger
+from pagexfer.errors import Outcome, UsageError
 from pagexfer.svsm.journal import FileJournal, abandon
 from pagexfer.testing.proxy import Action, FaultProxy, at_bundle
 from pagexfer.wire.bundle import BundleKind
@@ -24,6 +26,7 @@ from pagexfer.wire.journal import JournalRecord
 from pagexfer.wire.ledger import pack_ledger, parse_ledger_untrusted
 from pagexfer.wire.slot import SessionStatus as State
 
+from .journeys import forged
 from .machines import HOST, PATIENCE_S
 from .side_processes import (
     CALM,
@@ -102,6 +105,22 @@ def test_what_cannot_get_into_place_stays_beside(
     assert beside(path, SESSION).read_bytes() == LEDGER
 
 
+def test_what_is_of_a_guest_that_may_not_run_here_stays_beside(
+    path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kept = KeptLedger(path)
+    kept.leave()
+    kept.keep(SESSION, LEDGER)
+    kept.leave()
+    assert files(path.parent) == [f"ledger.{SESSION.hex()}.pending"]
+    kept.drop()
+    kept.leave()
+    line = one_line(capfd.readouterr().err)
+    assert line.startswith(
+        f"pagexfer: where the guest runs here after all, its ledger is {beside(path, SESSION)}: "
+    )
+
+
 @pytest.mark.parametrize(
     ("status", "code", "said", "left"),
     [
@@ -139,11 +158,54 @@ def test_recover_leaves_a_ledger_to_the_command_that_lives(path: Path) -> None:
 def test_bad_usage(path: Path) -> None:
     source = journal(path.with_name("ours"), State.STARTED, Role.SOURCE)
     theirs = journal(path.with_name("theirs"), State.RUNNING)
-    beside(path, SESSION).write_bytes(b"no ledger, but some bytes")
-    for arguments, word in [((source,), "a destination's"), ((theirs,), "is not a ledger")]:
-        done = run("recover", "--ledger", str(path), *arguments)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert word in one_line(done.stderr)
+    for content in (b"no ledger, but some bytes", b""):
+        beside(path, SESSION).write_bytes(content)
+        for arguments, word in [((source,), "a destination's"), ((theirs,), "is not a ledger")]:
+            done = run("recover", "--ledger", str(path), *arguments)
+            assert (done.returncode, done.stdout) == (2, "")
+            assert word in one_line(done.stderr)
+
+
+def test_a_name_that_leaves_no_room_for_one_beside_is_said_before_the_move(tmp_path: Path) -> None:
+    """And not in black-out, where the move then ends."""
+    longest = 0
+    for length in range(150, 256):
+        path = tmp_path / ("l" * length)
+        try:
+            KeptLedger(path).keep(SESSION, LEDGER)
+            longest = length
+            beside(path, SESSION).unlink()
+            check_place(path)
+        except OSError:
+            with pytest.raises(UsageError, match="File name too long"):
+                check_place(path)
+    assert longest > 200
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_two_commands_at_once_none_overwrites_the_others_ledger(
+    path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    """It comes between the look at the file and the write; where a file system has no links, the look is all there is."""
+    another = pack_ledger(forged((), parse_ledger_untrusted(LEDGER)[0].proofs, bytes(16)))
+    sync, link = os.fsync, os.link
+
+    def no_link(*_names: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    def sync_slowly(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", sync)
+        assert keep_ledger(path, another) == path
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "link", link if links else no_link)
+    if links:
+        monkeypatch.setattr(os, "fsync", sync_slowly)
+    place = keep_ledger(path, LEDGER)
+    assert place.read_bytes() == LEDGER
+    assert files(path.parent) == sorted({path.name, place.name})
+    assert (place != path and path.read_bytes() == another) is links
 
 
 # Real moves
@@ -183,6 +245,56 @@ def test_a_command_that_is_killed_once_the_guest_runs_leaves_the_record_of_its_m
     done = run("ledger", "verify", str(path), "--psk-file", psk, "--json")
     assert (done.returncode, json.loads(done.stdout)["moves"]) == (0, 1)
     assert files(tmp_path) == ["ledger", "psk", "psk.destination", "psk.source"]
+
+
+# Ended while the journal's disk hangs at RUNNING.
+_HANGS = """
+import sys, threading
+from pagexfer.cli.commands import main
+from pagexfer.isolation import sides
+from pagexfer.migration import receive_guest
+from pagexfer.svsm.journal import FileJournal
+from pagexfer.wire.slot import SessionStatus
+record = FileJournal.record
+def hang(journal, what):
+    if what.status is SessionStatus.RUNNING:
+        print("hangs", file=sys.stderr, flush=True)
+        threading.Event().wait()
+    record(journal, what)
+FileJournal.record = hang
+sides.HYPERVISOR_TIMEOUT_S = 0.2
+receive_guest.__kwdefaults__["stall_timeout_s"] = 2.0
+sys.exit(main())
+"""
+
+
+def test_a_command_that_cannot_say_who_runs_the_guest_leaves_its_ledger_beside(
+    tmp_path: Path, path: Path
+) -> None:
+    """In its place, it would be the record of a move that was none, signed by both sides."""
+    psk = new_psk(tmp_path)
+    arguments = receive_arguments(psk, "--ledger", str(path), "--isolated")
+    with subprocess.Popen(
+        [sys.executable, "-c", _HANGS, *arguments], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as receiving:
+        assert receiving.stderr is not None
+        port = int(receiving.stderr.readline().rpartition(":")[2])
+        command = [sys.executable, "-m", "pagexfer", *send_arguments(psk, port, *CALM)]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as sending:
+            while receiving.stderr.readline() != "hangs\n":
+                assert receiving.poll() is None
+            receiving.terminate()
+            said = receiving.stderr.read()
+            assert receiving.wait(PATIENCE_S) == Outcome.UNDECIDED, said
+            assert sending.wait(PATIENCE_S) == Outcome.UNDECIDED
+    assert "the guest runs here, and" not in said
+    pending = next(tmp_path.glob("ledger.*.pending"))
+    assert f"its ledger is {pending}: " in said
+    assert not path.exists()
+    theirs = journals(psk)[1]
+    assert asked("--ledger", str(path), theirs, code=4)["ledger"] == f"not decided yet: {pending}"
+    asked("--abandon", "--ledger", str(path), theirs)
+    assert files(tmp_path) == ["psk", "psk.destination", "psk.source"]
 
 
 async def test_a_destination_that_is_killed_with_the_start_token_on_its_way_leaves_no_ledger(

@@ -107,7 +107,8 @@ async def test_a_destination_is_abandoned_only_once_its_qemu_is_gone(tmp_path: P
             for journal in ([theirs], [ours, theirs]):
                 code, report = await asked(*journal)
                 assert (code, report["may-run"]) == (Outcome.UNDECIDED, "not decided yet")
-                assert f"kill {process.id}), then run 'pagexfer recover --abandon'" in report["what-to-do"]
+                line = f"kill {process.id} where it has that id), then run 'pagexfer recover --abandon'"
+                assert line in report["what-to-do"]
             refused = await trio.to_thread.run_sync(partial(run, "recover", "--abandon", theirs))
             assert refused.returncode == Outcome.USAGE
             line = f"pagexfer: process {process.id} still has the whole guest, and could run it: end it ('quit' at its"

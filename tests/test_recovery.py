@@ -111,7 +111,7 @@ def test_what_becomes_of_a_process_that_has_the_guest() -> None:
         (
             verified,
             True,
-            "end it ('quit' at its monitor, or kill 4711), then run 'pagexfer recover --abandon'",
+            "end it ('quit' at its monitor, or kill 4711 where it has that id), then run 'pagexfer recover --abandon'",
         ),
         (verified, False, "is gone: run 'pagexfer recover --abandon'"),
         (verified, None, "nobody can see whether it lives: make sure that it is gone ('quit' at its monitor"),
@@ -123,6 +123,19 @@ def test_what_becomes_of_a_process_that_has_the_guest() -> None:
     ]:
         assert said in judge(held, active=False, lives=lives).advice
         assert said in judge_both(record(Role.SOURCE, State.STARTED), held, active=False, lives=lives).advice
+
+
+def test_nobody_continues_a_guest_for_a_process_that_still_may() -> None:
+    """RUNNING is in the file before its folder is synced: where that fails, the side fails, and the source may go on."""
+    held = JournalRecord(Role.DESTINATION, State.RUNNING, SESSION, GUEST, HELD)
+    for lives in (True, None):
+        one = judge(held, active=True, lives=lives)
+        both = judge_both(record(Role.SOURCE, State.STARTED), held, active=True, lives=lives)
+        assert (one.may_run, both.runner) == (MayRun.THIS_SIDE, Role.DESTINATION)
+        for advice in (one.advice, both.advice):
+            assert "'cont'" not in advice
+            assert "process 4711 has it: leave that alone as long as" in advice
+    assert "died" in judge(held, active=True, lives=False).advice
 
 
 @pytest.mark.parametrize("changes", [{"session": bytes(16)}, {"guest_id": bytes(16)}])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 
-from pagexfer.errors import GateError, KeyPoisoned, LocalProtocolError, NotReady
-from pagexfer.svsm.export import BUNDLE_PAGES
+from pagexfer.errors import GateError, GuestError, KeyPoisoned, LocalProtocolError, NotReady
+from pagexfer.svsm.export import BUNDLE_PAGES, PackagerPool
 from pagexfer.svsm.source import SourceSvsm
 from pagexfer.wire.bundle import MAX_BUNDLE_BYTES, BundleKind
 from pagexfer.wire.constants import FINAL_EPOCH, MAX_BUNDLE_ENTRIES
@@ -223,6 +225,38 @@ def test_guest_that_could_not_be_let_go_is_let_go_by_the_next_abort() -> None:
     move.guest.gate.states[0] = state
     move.pair.source.abort()
     assert move.guest.gate.running
+
+
+@pytest.mark.parametrize("error", [GuestError("the tracker does not answer"), ValueError("a defect")])
+def test_a_tracker_that_cannot_be_stopped_keeps_no_guest_parked(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail() -> None:
+        raise error
+
+    move = Move()
+    move.pair.until_precopy()
+    move.pair.park()
+    monkeypatch.setattr(move.guest.tracker, "stop", fail)
+    with nullcontext() if isinstance(error, GuestError) else pytest.raises(ValueError, match="a defect"):
+        move.pair.source.abort()
+    assert move.pair.source.local_fault == (str(error) if isinstance(error, GuestError) else "")
+    assert (move.pair.source.state, move.guest.gate.running) == (State.ABORTED, True)
+    move.guest.memory.require_unclaimed()
+
+
+def test_without_memory_for_a_bundle_nothing_is_sealed_or_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_arguments: object, **_named: object) -> None:
+        raise MemoryError
+
+    move = in_first_epoch()
+    with monkeypatch.context() as patch:
+        patch.setattr(PackagerPool, "take", full)
+        with pytest.raises(MemoryError):
+            move.pair.source.export(0, 0, PAGES, BUFFER)
+    assert move.pair.source._pending.pages.count() == PAGES
+    move.pair.source.abort()
+    move.guest.memory.require_unclaimed()
 
 
 def test_finish_wipes_the_keys_and_leaves_the_guest_parked() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..errors import MalformedData, UsageError
-from .ledger import keep_ledger, write_ledger
+from .ledger import beside, keep_ledger, write_ledger
 from .output import note
 
 if TYPE_CHECKING:
@@ -31,8 +31,16 @@ class KeptLedger:
             forget(self._beside)
             self._beside = None
 
+    def leave(self) -> None:
+        """The command ends and cannot say that the guest runs here: what is kept stays beside, and is said to be there."""
+        if self._beside is not None and self._beside.exists():
+            note(
+                f"where the guest runs here after all, its ledger is {self._beside}: 'pagexfer recover --ledger "
+                f"{self._path}' on this side's journal puts it in place"
+            )
+
     def finish(self) -> None:
-        """Put what is kept into its place, and say where that is another one. What is not dropped is of a guest here."""
+        """The guest runs here: put what is kept into its place, and say where that is another one."""
         if self._beside is None:
             return
         try:
@@ -45,11 +53,6 @@ class KeptLedger:
             return
         if place != self._path:
             note(f"{self._path} has other moves and stays as it is: the ledger of this guest is {place}")
-
-
-def beside(path: Path, session: bytes) -> Path:
-    """Where the ledger for `path` is until the move of this session is complete."""
-    return path.with_name(f"{path.name}.{session.hex()}.pending")
 
 
 def put_in_place(path: Path, kept: Path) -> Path:

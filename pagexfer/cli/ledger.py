@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import chain, count
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..attestation.snp.attestor import as_claims, verify_evidence
 from ..errors import LedgerRefused, MalformedData, Outcome, UsageError
 from ..svsm.journal import sync_folder
 from ..svsm.ledger import VALID_FROM, VALID_UNTIL, record_hash, verify_chain
+from ..wire.constants import SESSION_ID_BYTES
 from ..wire.handshake import AttestorKind, Role
 from ..wire.ledger import MAX_LEDGER_BYTES, parse_ledger_untrusted
 from .files import read_crls, read_file
@@ -165,36 +167,53 @@ def check_place(path: Path | None) -> None:
         except MalformedData as error:
             raise UsageError(f"{path} exists and is not a ledger: {error}") from None
     try:
-        descriptor, name = _temporary(path)
+        # As what is written there first, whose name is the longest.
+        descriptor, name = _temporary(beside(path, bytes(SESSION_ID_BYTES)))
         os.close(descriptor)
         Path(name).unlink()
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
+def beside(path: Path, session: bytes) -> Path:
+    """Where the ledger for `path` is until the move of this session is complete."""
+    return path.with_name(f"{path.name}.{session.hex()}.pending")
+
+
 def keep_ledger(path: Path, data: bytes) -> Path:
-    """Put the ledger into a file, or beside it where that has other moves than these; returns where. Raises OSError.
+    """Put the ledger into a file, or beside it where that has other moves than these; returns where.
 
     Whose guest comes is known only once it is here, when it is too late to refuse: so nothing is overwritten but what is
-    in the new ledger, too.
+    in the new ledger, too. Raises OSError, and MalformedData for what is no ledger of a move.
     """
     records = parse_ledger_untrusted(data)
-    beside = path.with_name(f"{path.name}.{records[-1].body.guest_id.hex()}")
-    more = (beside.with_name(f"{beside.name}.{number}") for number in count(2))
-    place = next(place for place in chain((path, beside), more) if _continues(records, place))
-    write_ledger(place, data)
-    return place
+    if not records:
+        raise MalformedData("it has no record")
+    other = path.with_name(f"{path.name}.{records[-1].body.guest_id.hex()}")
+    more = (other.with_name(f"{other.name}.{number}") for number in count(2))
+    for place in chain((path, other), more):
+        is_new = not place.exists()
+        if is_new or _continues(records, place):
+            # Another command's may be there by now, of another guest.
+            with suppress(FileExistsError):
+                write_ledger(place, data, is_new=is_new)
+                return place
+    raise AssertionError("there are no more numbers")
 
 
-def write_ledger(path: Path, data: bytes) -> None:
-    """Put the ledger into a file that its owner alone can read, durably, whole or not at all. Raises OSError."""
+def write_ledger(path: Path, data: bytes, *, is_new: bool = False) -> None:
+    """Put the ledger into a file that its owner alone can read, durably, whole or not at all.
+
+    Raises OSError, which is FileExistsError where it is to be a new file and there is one.
+    """
     descriptor, name = _temporary(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        if not (is_new and _has_linked(name, path)):
+            Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -328,13 +347,23 @@ def _temporary(path: Path) -> tuple[int, str]:
     return tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
 
 
+def _has_linked(name: str, path: Path) -> bool:
+    """Give a file its name where nothing has it. False where the file system has no links."""
+    try:
+        os.link(name, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    Path(name).unlink()
+    return True
+
+
 def _continues(records: Sequence[Record], path: Path) -> bool:
-    """Whether all that a file has is a beginning of `records`; a file that is not there has nothing."""
+    """Whether all that a file has is a beginning of `records`."""
     try:
         with path.open("rb") as file:
             kept = parse_ledger_untrusted(file.read(MAX_LEDGER_BYTES + 1))
-    except FileNotFoundError:
-        return True
     except MalformedData:
         return False
     return kept == records[: len(kept)]

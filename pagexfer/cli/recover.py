@@ -17,7 +17,8 @@ from ..svsm.processes import lives
 from ..svsm.recovery import MayRun, judge, judge_both
 from ..wire.handshake import Role
 from ..wire.slot import SessionStatus as State
-from .kept_ledger import beside, forget, put_in_place
+from .kept_ledger import forget, put_in_place
+from .ledger import beside
 from .output import note, print_answer
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     "--abandon",
     is_flag=True,
     help="Make a dead destination that is VERIFIED FAILED for good, so that the source may run the guest. Refused while "
-    "a process there (QEMU) still has it.",
+    "a process there (QEMU) still has it. On its own machine, and not on a copy: that does not show whether it lives.",
 )
 @click.option(
     "--ledger",

@@ -101,7 +101,7 @@ async def receive_side(
 
     async def work(show: Callable[[MigrationInfo], None]) -> MigrationReport:
         try:
-            return await receive_guest(
+            report = await receive_guest(
                 guest,
                 *address,
                 attestor,
@@ -115,9 +115,13 @@ async def receive_side(
                 on_progress=show,
                 on_stranger=note,
             )
-        finally:
+        except BaseException:
             if kept is not None:
-                kept.finish()
+                kept.leave()
+            raise
+        if kept is not None:
+            kept.finish()
+        return report
 
     async def aftermath(outcome: Outcome) -> Proof | None:
         if isinstance(guest, QemuGuest) or outcome is not Outcome.COMPLETED:

@@ -55,7 +55,7 @@ from .compression import Decompressor
 from .content import ContentTable
 from .hand_over import HandOver, parse_vcpu_untrusted
 from .handshake import Attempts, DestinationAttempt, Established
-from .journal import SessionJournal, keeping
+from .journal import SessionJournal
 from .ledger import append, check_next, next_body
 from .staging import StagingPool
 from .states import DESTINATION, Event, StateMachine
@@ -119,8 +119,7 @@ class DestinationSvsm:
         self._attestor = attestor
         self._accept_compression = accept_compression
         self._decompressor = Decompressor()
-        self._journal = SessionJournal(Role.DESTINATION, journal, process)
-        self._store = store
+        self._journal = SessionJournal(Role.DESTINATION, journal, process, store)
         self._machine = StateMachine(DESTINATION, self._journal.before_entering)
         self._attempts = Attempts()
         self._session: Established | None = None
@@ -450,8 +449,8 @@ class DestinationSvsm:
         body = next_body(records, session.proofs, manifest)
         ledger = append(records, body, session.proofs, signature, session.ledger_key)
         # From RUNNING on nobody else has the record of this move (R12).
-        with keeping(self._store, session.keys.session, ledger):
-            self._machine.advance(Event.START)
+        self._journal.keep(ledger)
+        self._machine.advance(Event.START)
         self._ledger = ledger
         self._gate.release()
         self._memory.disclaim()

@@ -88,9 +88,11 @@ class Handler:
             ended = True
         finally:
             if not ended:
-                self._on_death()
-                self._service.fault(self._slot.command_sequence)
-                _ring(self._to_host)
+                try:
+                    self._on_death()
+                finally:  # the session's end may call the guest's own code, which can fail as well
+                    self._service.fault(self._slot.command_sequence)
+                    _ring(self._to_host)
 
     def _serve(self) -> None:
         bell = select.poll()

@@ -132,9 +132,10 @@ class SourceHandshake:
         if _terms(peer) != _terms(self._own):
             raise MalformedData("the destination answered for another guest or other terms")
         # Whether the guests fit is the destination's to say: once it has this evidence, neither side is a stranger.
+        own = self._attestor.evidence(report_data(Role.SOURCE, transcript))
+        # Nothing fails between these and `wipe`, which knows the session.
         shared = self._exchange.finish(peer.x25519, peer.kem)
         keys = _schedule(shared, self._attestor, transcript)
-        own = self._attestor.evidence(report_data(Role.SOURCE, transcript))
         self._proved = proved_digest(transcript, evidence, own)
         proofs = Proofs(self._own.pack(), packed, own, evidence)
         self._session = Established(keys, claims, self._own, peer, proofs, self._ledger_key)
@@ -197,7 +198,11 @@ class DestinationAttempt:
             kem=ciphertext,
         )
         self._transcript = transcript_digest(hello, self._own.pack())
-        self._evidence = attestor.evidence(report_data(Role.DESTINATION, self._transcript))
+        try:
+            self._evidence = attestor.evidence(report_data(Role.DESTINATION, self._transcript))
+        except BaseException:  # as where the firmware is asked too often
+            self.wipe()
+            raise
 
     def reply(self) -> bytes:
         """The second message: this side's hello and evidence."""
@@ -276,12 +281,14 @@ def _terms(hello: Hello) -> tuple[bytes, int, Freshness, int, bool]:
 
 
 def _schedule(shared: Secret, attestor: Attestor, transcript: bytes) -> KeySchedule:
-    contribution = attestor.contribution()
     try:
-        return KeySchedule(shared, contribution, transcript)
+        contribution = attestor.contribution()
+        try:
+            return KeySchedule(shared, contribution, transcript)
+        finally:
+            contribution.wipe()
     finally:
         shared.wipe()
-        contribution.wipe()
 
 
 def _check_geometry(source: Hello, destination: Hello) -> None:

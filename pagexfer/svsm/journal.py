@@ -13,7 +13,7 @@ import errno
 import fcntl
 import os
 import stat
-from contextlib import contextmanager
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -25,7 +25,6 @@ from .processes import lives
 from .recovery import how_to_end
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
     from types import TracebackType
     from typing import Self
@@ -56,41 +55,37 @@ class LedgerStore(Protocol):
     def keep(self, session: bytes, ledger: bytes) -> None:
         """Keep the ledger with the record of this move: durable when it returns. Raises OSError where that cannot be said.
 
-        The guest runs here afterwards, unless `drop` is called.
+        The guest runs here afterwards, unless `drop` is called, or nobody can tell as the journal's disk fails.
         """
         ...
 
     def drop(self) -> None:
-        """The guest never runs here: forget what was kept, or was to be. Raises nothing."""
+        """The guest never runs here, and no record says so: forget what was kept, or was to be. Raises nothing."""
         ...
 
 
-@contextmanager
-def keeping(store: LedgerStore | None, session: bytes, ledger: bytes) -> Iterator[None]:
-    """Keep the ledger before what is done inside, and drop it where that fails. Raises JournalError where it cannot be."""
-    if store is None:
-        yield
-        return
-    try:
-        try:
-            store.keep(session, ledger)
-        except OSError as error:
-            raise JournalError(f"the ledger cannot be written: {error.strerror or error}") from error
-        yield
-    except BaseException:
-        store.drop()
-        raise
-
-
 class SessionJournal:
-    """What one session writes down, each status before it is entered; nothing where there is no journal."""
+    """What one session writes down, each status before it is entered; nothing where there is no journal.
 
-    def __init__(self, role: Role, journal: Journal | None, process: GuestProcess | None = None) -> None:
+    A destination's `store` has the ledger from before RUNNING is written, and until nothing may say RUNNING any more.
+    """
+
+    def __init__(
+        self,
+        role: Role,
+        journal: Journal | None,
+        process: GuestProcess | None = None,
+        store: LedgerStore | None = None,
+    ) -> None:
         self._role = role
         self._journal = journal
         self._process = process
+        self._store = store
         self._ids: tuple[bytes, bytes] | None = None
         self._verified = False
+        self._kept = False
+        # After a record of which the disk says that it was not written, that one or the one before.
+        self._may_say: set[State] = set()
 
     def begin(self, session: bytes, guest_id: bytes) -> None:
         """The session has a name from here on; what came before is nobody's to recover."""
@@ -111,8 +106,26 @@ class SessionJournal:
 
     def insist(self, status: State) -> None:
         """Make sure that `status` stands in the journal. Raises JournalError where it does not."""
-        if self._journal is not None and self._ids is not None:
-            self._journal.record(JournalRecord(self._role, status, *self._ids, self._process))
+        try:
+            if self._journal is not None and self._ids is not None:
+                self._may_say.add(status)
+                self._journal.record(JournalRecord(self._role, status, *self._ids, self._process))
+                self._may_say = {status}
+        finally:
+            if status is State.FAILED and self._kept and State.RUNNING not in self._may_say:
+                assert self._store is not None
+                self._store.drop()
+                self._kept = False
+
+    def keep(self, ledger: bytes) -> None:
+        """Have the ledger kept, to be dropped with the record of FAILED. Raises JournalError where it cannot be."""
+        if self._store is None or self._ids is None:
+            return
+        self._kept = True
+        try:
+            self._store.keep(self._ids[0], ledger)
+        except OSError as error:
+            raise JournalError(f"the ledger cannot be written: {error.strerror or error}") from error
 
 
 class FileJournal:
@@ -120,6 +133,8 @@ class FileJournal:
 
     There is a whole record at `path` at every moment: the next one is written beside it, as `path` with `.new`, and renamed
     over it. Whichever of the two files exists is locked (flock), so that others see whether its process still lives.
+
+    Any thread may call `close`, also while another one is in `record`.
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,6 +145,7 @@ class FileJournal:
         self._current: int | None = None
         self._next: int | None = None
         self._closed = False
+        self._recording = threading.Lock()
         try:
             self._current = _open_existing(path)
             if self._current is not None:
@@ -140,6 +156,8 @@ class FileJournal:
                     raise UsageError(f"the journal {path} is in use: its process still runs")
                 self.last = _read(self._current, path)
             self._next = self._prepare()
+            if self._current is None and os.path.lexists(path):  # its first record came in between
+                raise UsageError(f"the journal {path} is in use: its process still runs")
         except BaseException as error:
             self.close()
             if isinstance(error, OSError):
@@ -166,9 +184,50 @@ class FileJournal:
 
     def record(self, record: JournalRecord) -> None:
         """See `Journal`; after an error either the record before or this one is at `path`, and both are whole."""
+        try:
+            with self._recording:
+                self._record(record)
+        finally:
+            if self._closed:  # meanwhile, and what was in use could not be given back
+                self.close()
+
+    def close(self) -> None:
+        """Give the file back. It stays, with its last record; none can follow.
+
+        A record that is under way, say on a disk that hangs, may still become the last one: until it is there, or is not,
+        the file stays locked, so that nobody is told what the record before says.
+        """
+        self._closed = True
+        if not self._recording.acquire(blocking=False):
+            return
+        try:
+            if self._next is not None and _is_at(self._next, self._new):
+                self._new.unlink(missing_ok=True)
+            for descriptor in (self._current, self._next):
+                if descriptor is not None:
+                    os.close(descriptor)
+            self._current = self._next = None
+        finally:
+            self._recording.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _record(self, record: JournalRecord) -> None:
         if self._closed:
             raise JournalError(f"the journal {self.path} was closed")
         try:
+            if self._next is not None and not _is_at(self._next, self._new):  # somebody removed it
+                os.close(self._next)
+                self._next = None
             if self._next is None:
                 self._next = self._prepare()
             os.ftruncate(self._next, 0)
@@ -185,38 +244,20 @@ class FileJournal:
             raise JournalError(f"cannot write the journal {self.path}: {reason}") from error
         self.last = record
 
-    def close(self) -> None:
-        """Give the file back. It stays, with its last record; none can follow."""
-        self._closed = True
-        if self._next is not None:
-            self._new.unlink(missing_ok=True)
-        for descriptor in (self._current, self._next):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._current = self._next = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
     def _prepare(self) -> int:
-        descriptor = os.open(
-            self._new, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600
-        )
-        try:
-            os.fchmod(descriptor, 0o600)
-            self._lock(descriptor)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        return descriptor
+        while True:
+            descriptor = os.open(
+                self._new, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600
+            )
+            try:
+                os.fchmod(descriptor, 0o600)
+                self._lock(descriptor)
+                if _is_at(descriptor, self._new):
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)  # it was another process's, which has removed it
 
     def _lock(self, descriptor: int) -> None:
         try:

@@ -10,6 +10,7 @@ anew, is for the guest's own record to see to.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import mmap
 import operator
@@ -68,6 +69,8 @@ class GuestMemory:
         self._holes: DirtyBitmap | None = None
         # (start, stop) of all gfns that had memory behind them at the last look.
         self.data_ranges: list[tuple[int, int]] = [(0, self.pages)]
+        # Two sessions have nothing in common but the guest: each has a lock of its own, and maybe threads.
+        self._claiming = threading.Lock()
         self._claimed = False
         self._sessions = 0
 
@@ -128,13 +131,19 @@ class GuestMemory:
         A page that is written after this is none the less a hole here, so the SVSM looks again in each epoch (`pending`).
         RAM without a hole is not asked for again, as the answer takes the kernel milliseconds for each GiB: a hole that
         comes into being there is read, which is right, and has memory again.
+
+        Raises what `data` does, and then all of RAM has memory: what was written since the last look is reported once only.
         """
         if self._data is not None and (self._holes is None or self._holes.any()):
             holes = DirtyBitmap.full(self.pages)
-            self.data_ranges = list(self._data())
-            for start, stop in self.data_ranges:
-                holes.clear_range(start, stop)
-            self._holes = holes
+            try:
+                ranges = list(self._data())
+                for start, stop in ranges:
+                    holes.clear_range(start, stop)
+            except BaseException:
+                self._holes, self.data_ranges = DirtyBitmap(self.pages), [(0, self.pages)]
+                raise
+            self._holes, self.data_ranges = holes, ranges
 
     def in_holes(self, gfns: NDArray[np.int64] | range) -> NDArray[np.bool_] | None:
         """Which of `gfns` had no memory at the last look, hence were zero; None where all of them may have some."""
@@ -201,12 +210,13 @@ class GuestMemory:
         Raises LocalProtocolError where it is another's, or was moved; with `vacant`, as a destination needs it, also where
         a guest is in it, which shows in its page states.
         """
-        self.require_unclaimed()
-        if vacant and self.states.any():
-            raise LocalProtocolError("there is a guest in this RAM already")
-        self._claimed = True
-        self._sessions += 1
-        return self._sessions
+        with self._claiming:
+            self.require_unclaimed()
+            if vacant and self.states.any():
+                raise LocalProtocolError("there is a guest in this RAM already")
+            self._claimed = True
+            self._sessions += 1
+            return self._sessions
 
     def require_unclaimed(self) -> None:
         """Raises LocalProtocolError where another session moves this guest, or has moved it."""
@@ -311,8 +321,10 @@ def data_ranges(fd: int, size: int) -> Iterator[tuple[int, int]]:
     while stop < size:
         try:
             start = os.lseek(fd, stop, os.SEEK_DATA)
-        except OSError:  # ENXIO: nothing but a hole up to the end
-            return
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nobody knows: to be read, and never to be taken for zero
+                yield stop, size
+            return  # nothing but a hole up to the end
         stop = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         if start < stop:
             yield start, stop

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from ..wire.journal import GuestProcess, JournalRecord
 
-# Once one of these is written, no event of the session changes the answer.
+# Once one of these is written, no event of the session changes the answer. But RUNNING can be read before it is durable,
+# and FAILED follows where the disk then fails: so nobody continues a guest for a process that lives (`_about_running`).
 FINAL: Final = frozenset({State.FINISHED, State.ABORTED, State.RUNNING, State.FAILED})
 
 
@@ -130,7 +131,7 @@ def judge(record: JournalRecord, *, active: bool, lives: bool | None = None) -> 
     if record.role is Role.SOURCE:
         return verdict
     ledger = _LEDGER if record.status is State.RUNNING and not active else ""
-    return replace(verdict, advice=verdict.advice + _about_destination(record, lives) + ledger)
+    return replace(verdict, advice=verdict.advice + _about_destination(record, active, lives) + ledger)
 
 
 def judge_both(
@@ -155,21 +156,21 @@ def judge_both(
         return PairVerdict(None, _CONTRADICTION)
     if both.runner is Role.SOURCE and destination.status is State.VERIFIED:
         return replace(both, advice=both.advice + _about_copy(destination.process, lives))
-    return replace(both, advice=both.advice + _about_destination(destination, lives))
+    return replace(both, advice=both.advice + _about_destination(destination, active, lives))
 
 
 def how_to_end(process: GuestProcess) -> str:
     """What the operator does to a process that has a guest."""
-    return f"'quit' at its monitor, or kill {process.id}"
+    return f"'quit' at its monitor, or kill {process.id} where it has that id"
 
 
-def _about_destination(record: JournalRecord, lives: bool | None) -> str:
+def _about_destination(record: JournalRecord, active: bool, lives: bool | None) -> str:
     """What the advice does not know yet: the process that has the guest, and may have outlived the one of the journal."""
     match record.status:
         case State.VERIFIED:
             return _about_abandoning(record.process, lives)
         case State.RUNNING:
-            return _about_running(record.process, lives)
+            return _about_running(record.process, active, lives)
         case _:
             return _about_copy(record.process, lives)
 
@@ -191,9 +192,14 @@ def _about_abandoning(process: GuestProcess | None, lives: bool | None) -> str:
     )
 
 
-def _about_running(process: GuestProcess | None, lives: bool | None) -> str:
+def _about_running(process: GuestProcess | None, active: bool, lives: bool | None) -> str:
     if process is None:
         return "; if its process is dead, it died with it"
+    if active and lives is not False:
+        return (
+            f"; process {process.id} has it: leave that alone as long as a process uses the destination's journal, which "
+            "lets it go on by itself"
+        )
     if lives:
         return f"; process {process.id} has it: if it stands still, 'cont' at its monitor lets it go on"
     if lives is False:

@@ -249,10 +249,10 @@ class SourceSvsm:
             found = self._pending.pages.first(start, stop, look)
             if not found.size:
                 return Exported(0, 0, 0, more=False)
+            packager = self._packagers.take()
             # Taken at once, so that no other channel takes them; no epoch ends while something is being sealed.
             self._pending.pages.clear_gfns(as_run(found))
             self._sealing += 1
-            packager = self._packagers.take()
         sent = 0
         try:
             package = packager.package(found, capacity)
@@ -479,11 +479,14 @@ class SourceSvsm:
         # The vCPUs may be parked for another session by now, or for good: only the one that has the guest frees it.
         if not self._claimed:
             return
-        self._pending.stop()
-        self._gate.release()
-        self._claimed = False
-        self._released = True
-        self._disclaim()
+        try:
+            self._pending.stop()
+        except PagexferError as error:  # a tracker that fails keeps no guest parked
+            self.local_fault = self.local_fault or str(error)
+        finally:
+            self._gate.release()
+            self._claimed, self._released = False, True
+            self._disclaim()
 
     def _disclaim(self) -> None:
         """Let another session have the guest, once no thread of this one is still telling the tracker what it sent."""
