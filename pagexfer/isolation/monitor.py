@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
+from functools import partial
 from socket import socketpair
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -21,6 +22,7 @@ from ..engine.failure import (
     call_back_at_the_end,
     described,
     hypervisor_call,
+    hypervisor_thread,
     one_line,
     watch,
 )
@@ -349,19 +351,20 @@ class EngineProcess:
     async def _start_log(self, _payload: bytes) -> bytes:
         if self._hypervisor.dirty_log is not None:
             self.left.add(STOP_LOG)
-            await trio.to_thread.run_sync(self._hypervisor.dirty_log.start)
+            await hypervisor_thread("start its dirty log", self._hypervisor.dirty_log.start)
         return b""
 
     async def _collect_log(self, _payload: bytes) -> bytes:
         log = self._hypervisor.dirty_log
         if log is None:
             raise MalformedData("a dirty log was asked for where there is none")
-        bitmap = await trio.to_thread.run_sync(collected, log, self._ram_pages, "dirty log")
+        collect = partial(collected, log, self._ram_pages, "dirty log")
+        bitmap = await hypervisor_thread("read its dirty log", collect)
         return bitmap.words.tobytes()
 
     async def _stop_log(self, _payload: bytes) -> bytes:
         if self._hypervisor.dirty_log is not None:
-            await trio.to_thread.run_sync(self._hypervisor.dirty_log.stop)
+            await hypervisor_thread("stop its dirty log", self._hypervisor.dirty_log.stop)
             self.left.discard(STOP_LOG)
         return b""
 
