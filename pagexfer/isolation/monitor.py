@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from socket import socketpair
+from socket import socket, socketpair
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
@@ -104,15 +104,8 @@ class EngineProcess:
         nothing for too long, or spoke nonsense. A cancel is passed on, and the engine's answer to it is awaited.
         """
         self._stall_timeout_s, self._ram_pages = task.stall_timeout_s, task.ram_pages
-        ours, theirs = socketpair()
+        process, ours = await self._start()
         with ours:
-            with theirs:
-                process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", "pagexfer.isolation.engine_process", str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=sys.__stderr__,
-                    pass_fds=(theirs.fileno(),),
-                )
             link = Link(ours)
             try:
                 await self._converse(link, task)
@@ -125,6 +118,23 @@ class EngineProcess:
                     process.kill()
                     await process.wait()
         return self._result()
+
+    async def _start(self) -> tuple[trio.Process, socket]:
+        """The engine's process, and this end of the link. Raises UsageError where this process may have neither."""
+        try:
+            ours, theirs = socketpair()
+            with theirs, ExitStack() as undo:
+                undo.callback(ours.close)
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-m", "pagexfer.isolation.engine_process", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.__stderr__,
+                    pass_fds=(theirs.fileno(),),
+                )
+                undo.pop_all()
+        except OSError as error:
+            raise UsageError(f"the engine's process cannot be started: {error.strerror}") from None
+        return process, ours
 
     async def _converse(self, link: Link, task: Task) -> None:
         ended = trio.Event()
