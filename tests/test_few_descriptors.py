@@ -91,7 +91,7 @@ async def test_an_isolated_source_without_descriptors_is_bad_usage() -> None:
 
     await _end(send, 100)  # whatever is imported late
     before, lines = open_files(), set()
-    for count in range(25):
+    for count in range(18):
         _, line = await _end(send, count)
         lines.add(line.partition(":")[0])
         assert open_files() == before, (count, line)
