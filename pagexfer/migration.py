@@ -26,7 +26,7 @@ from .engine.source import SourceEngine, SourceOptions
 from .engine.steering import DOWNTIME_LIMIT_S, MigrationParameters, Steering
 from .engine.streams import STALL_TIMEOUT_S, listen
 from .engine.threads import most_threads
-from .errors import LedgerRefused, MalformedData, TransferAborted, UsageError
+from .errors import LedgerRefused, MalformedData, PagexferError, TransferAborted, UsageError
 from .guests.guest import GuestElsewhere
 from .isolation.sides import (
     BUFFER_BYTES,
@@ -51,6 +51,7 @@ from .wire.slot import CONTROL_SLOT, SlotGeometry, SlotMemory
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from .attestation import Attestor, Claims
@@ -182,55 +183,56 @@ async def send_guest(
     options = SourceOptions(channels, stall_timeout_s, audit, threads, compressor is not None)
     try:
         guest_id = guest_id_of(ledger) or secrets.token_bytes(GUEST_ID_BYTES)
+    except MalformedData as error:
+        raise _no_ledger(error) from None
+    with _kept(journal) as kept:
+        try:
+            svsm = SourceSvsm(
+                guest.memory,
+                guest.gate,
+                guest.tracker,
+                attestor,
+                guest_id,
+                audit=audit,
+                bundle_pages=bundle_pages,
+                compressor=compressor,
+                ledger=ledger,
+                journal=kept,
+            )
+        except (MalformedData, LedgerRefused) as error:
+            raise _no_ledger(error) from None
         steering.engage()  # after all else that is bad usage, so that it is still fresh for who mends that
-        kept = None if journal is None else FileJournal.for_session(journal)
-        svsm = SourceSvsm(
-            guest.memory,
-            guest.gate,
-            guest.tracker,
-            attestor,
-            guest_id,
-            audit=audit,
-            bundle_pages=bundle_pages,
-            compressor=compressor,
-            ledger=ledger,
-            journal=kept,
-        )
-    except (MalformedData, LedgerRefused) as error:
-        raise UsageError(f"what was given as ledger is not the ledger of a guest: {error}") from None
-    if isolated:
-        task = Task(
-            True,
-            host,
-            port,
-            guest.memory.pages,
-            guest.gate.vcpus,
-            guest.hypervisor.dirty_log is not None,
-            cpus,
-            stall_timeout_s,
-            options,
-            steering.parameters,
-            isinstance(guest.hypervisor, ThrottlingHypervisor),
-        )
-        with kept or nullcontext():
-            sending = partial(send_isolated, guest, svsm, task, steering, on_progress)
-            info = await _run(sending, svsm, guest.memory, guest.memory.map_ahead)
-            return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
-    engine = SourceEngine(
-        _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
-        [
-            _local_slot(channel, partial(source_channel, svsm=svsm, channel=channel, shared=False))
-            for channel in range(channels)
-        ],
-        guest.hypervisor,
-        guest.memory.pages,
-        guest.gate.vcpus,
-        options,
-        steering,
-        on_progress,
-    )
-    with kept or nullcontext():
-        info = await _run(partial(engine.run, host, port), svsm, guest.memory, guest.memory.map_ahead)
+        if isolated:
+            task = Task(
+                True,
+                host,
+                port,
+                guest.memory.pages,
+                guest.gate.vcpus,
+                guest.hypervisor.dirty_log is not None,
+                cpus,
+                stall_timeout_s,
+                options,
+                steering.parameters,
+                isinstance(guest.hypervisor, ThrottlingHypervisor),
+            )
+            move = partial(send_isolated, guest, svsm, task, steering, on_progress)
+        else:
+            engine = SourceEngine(
+                _local_slot(CONTROL_SLOT, partial(source_control, svsm=svsm, shared=False)),
+                [
+                    _local_slot(channel, partial(source_channel, svsm=svsm, channel=channel, shared=False))
+                    for channel in range(channels)
+                ],
+                guest.hypervisor,
+                guest.memory.pages,
+                guest.gate.vcpus,
+                options,
+                steering,
+                on_progress,
+            )
+            move = partial(engine.run, host, port)
+        info = await _run(move, svsm, guest.memory, guest.memory.map_ahead)
         return MigrationReport(info, svsm.freshness, svsm.peer, ledger)
 
 
@@ -281,61 +283,59 @@ async def receive_guest(
     if accept_compression:
         need_zstd()
     process = process_of(guest.process_id) if isinstance(guest, GuestElsewhere) else None
-    kept = None if journal is None else FileJournal.for_session(journal)
-    svsm = DestinationSvsm(
-        guest.memory,
-        guest.gate,
-        attestor,
-        accept_compression=accept_compression,
-        journal=kept,
-        process=process,
-        store=ledger_store,
-    )
-    if isolated:
-        task = Task(
-            False,
-            host,
-            port,
-            guest.memory.pages,
-            guest.gate.vcpus,
-            guest.hypervisor.dirty_log is not None,
-            cpus,
-            stall_timeout_s,
-            most_threads=_most_threads(channel_threads, _MOST_ISOLATED_ON_FEW, cpus),
+    with _kept(journal) as kept:
+        svsm = DestinationSvsm(
+            guest.memory,
+            guest.gate,
+            attestor,
+            accept_compression=accept_compression,
+            journal=kept,
+            process=process,
+            store=ledger_store,
         )
-        receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
-        with kept or nullcontext():
-            info = await _run(receiving, svsm, guest.memory, guest.memory.prefault)
-        return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
-
-    async def make_slots(count: int) -> list[Slot]:
-        return [
-            _local_slot(
-                channel,
-                partial(destination_channel, svsm=svsm, channel=channel, shared=False),
-                RECEIVING_BUFFER_BYTES,
+        if isolated:
+            task = Task(
+                False,
+                host,
+                port,
+                guest.memory.pages,
+                guest.gate.vcpus,
+                guest.hypervisor.dirty_log is not None,
+                cpus,
+                stall_timeout_s,
+                most_threads=_most_threads(channel_threads, _MOST_ISOLATED_ON_FEW, cpus),
             )
-            for channel in range(count)
-        ]
+            receiving = partial(receive_isolated, guest, svsm, task, on_progress, on_listening, on_stranger)
+            info = await _run(receiving, svsm, guest.memory, guest.memory.prefault)
+            return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
 
-    engine = DestinationEngine(
-        _local_slot(CONTROL_SLOT, partial(destination_control, svsm=svsm, shared=False)),
-        make_slots,
-        guest.hypervisor,
-        guest.memory.pages,
-        on_progress,
-        on_stranger,
-        stall_timeout_s,
-        _most_threads(channel_threads, _MOST_DESTINATION_ON_FEW),
-    )
-    with kept or nullcontext():
+        async def make_slots(count: int) -> list[Slot]:
+            return [
+                _local_slot(
+                    channel,
+                    partial(destination_channel, svsm=svsm, channel=channel, shared=False),
+                    RECEIVING_BUFFER_BYTES,
+                )
+                for channel in range(count)
+            ]
+
+        engine = DestinationEngine(
+            _local_slot(CONTROL_SLOT, partial(destination_control, svsm=svsm, shared=False)),
+            make_slots,
+            guest.hypervisor,
+            guest.memory.pages,
+            on_progress,
+            on_stranger,
+            stall_timeout_s,
+            _most_threads(channel_threads, _MOST_DESTINATION_ON_FEW),
+        )
         listener = await listen(host, port, stall_timeout_s)
         try:
             call_back(on_listening, listener.port)
             info = await _run(partial(engine.run, listener), svsm, guest.memory, guest.memory.prefault)
         finally:
             listener.close()
-    return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
+        return MigrationReport(info, svsm.freshness, svsm.peer, svsm.ledger)
 
 
 async def _run(
@@ -362,6 +362,15 @@ async def _run(
     if isinstance(end, (TransferAborted, UsageError)):
         raise end
     return end
+
+
+def _kept(journal: Path | None) -> AbstractContextManager[FileJournal | None]:
+    """The journal of a session that begins, where there is to be one, until the session's end."""
+    return nullcontext() if journal is None else FileJournal.for_session(journal)
+
+
+def _no_ledger(error: PagexferError) -> UsageError:
+    return UsageError(f"what was given as ledger is not the ledger of a guest: {error}")
 
 
 def _check_side(

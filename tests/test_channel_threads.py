@@ -19,12 +19,13 @@ from pagexfer.engine import source as source_engine
 from pagexfer.engine.streams import Connection
 from pagexfer.engine.threads import Interrupt, carrier, in_loop, in_thread, most_threads
 from pagexfer.errors import ChannelBroken, ChannelClosed, SvsmLost
-from pagexfer.migration import MigrationReport
+from pagexfer.migration import MigrationReport, receive_guest, send_guest
 from pagexfer.svsm.destination import DestinationSvsm
 from pagexfer.wire.framing import FrameHeader, FrameType, pack_barrier
 
+from .engine_guests import SmallMachine
 from .loopback import connection_and_peer, connections
-from .machines import HOST, PATIENCE_S, Machines, Side, goes_on, is_parked, receive
+from .machines import ATTESTOR, HOST, PATIENCE_S, Machines, Side, goes_on, is_parked, receive
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -214,14 +215,60 @@ def test_ctrl_c_waits_for_the_thread() -> None:
     assert let_go
 
 
-async def test_no_descriptor_is_a_broken_channel(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_descriptor_the_loop_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(*_: int) -> int:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    async with connections() as (ours, _):
+    async with connections() as (ours, theirs):
         monkeypatch.setattr(os, "eventfd", none_left)
-        with pytest.raises(ChannelBroken, match="Too many open files"):
-            await in_thread(ours, whereabouts)
+        assert await in_thread(ours, whereabouts) == threading.get_ident()
+        await _crosses(ours, theirs)
+
+
+async def test_without_a_thread_the_loop_does_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    _have_no_threads(monkeypatch)
+    async with connections() as (ours, theirs):
+        before = len(os.listdir("/proc/self/fd"))
+        assert await in_thread(ours, whereabouts) == threading.get_ident()
+        assert len(os.listdir("/proc/self/fd")) == before
+        await _crosses(ours, theirs)
+
+
+def _have_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(trio.lowlevel, "start_thread_soon", none_left)
+
+
+async def _crosses(ours: Connection, theirs: Connection) -> None:
+    """More than the kernels' buffers hold, so that both have to wait."""
+    view = memoryview(bytearray(_MANY))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(in_thread, ours, partial(ours.send, bytes(_MANY)))
+        await in_thread(theirs, partial(theirs.receive_into, view))
+
+
+async def test_a_migration_without_threads_for_its_channels_takes_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each try had a new connection, until the channel's key was used up."""
+    _have_no_threads(monkeypatch)
+    machine, reports = SmallMachine(), []
+
+    async def receive_it(task_status: trio.TaskStatus[int]) -> None:
+        listening = task_status.started
+        reports.append(
+            await receive_guest(
+                machine.destination, HOST, 0, ATTESTOR, channel_threads=True, on_listening=listening
+            )
+        )
+
+    async with trio.open_nursery() as nursery:
+        port = await nursery.start(receive_it)
+        reports.append(await send_guest(machine.source, HOST, port, ATTESTOR, channel_threads=True))
+    assert machine.moved()
+    assert [channel.replaced for channel in reports[0].info.channels] == [0, 0, 0, 0]
 
 
 async def test_a_wait_of_weeks_and_a_socket_that_is_closed() -> None:

@@ -22,6 +22,7 @@ from pagexfer import (
 from pagexfer.dirty import DirtyBitmap, SteppedTracker
 from pagexfer.errors import GuestError, LocalProtocolError, PageStateError
 from pagexfer.migration import receive_guest, send_guest
+from pagexfer.svsm.journal import FileJournal
 from pagexfer.svsm.memory import GuestMemory
 from pagexfer.svsm.sweep import Sweep
 from pagexfer.testing.tracker import SteppedMarks
@@ -33,6 +34,7 @@ from .small_guests import ATTESTOR, PAGES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -405,3 +407,22 @@ async def test_bad_usage_does_not_use_a_steering_up(machine: SmallMachine) -> No
         with pytest.raises(UsageError):
             await send_guest(machine.source, HOST, 1, ATTESTOR, steering=steering, **usage)
     assert isinstance((await move(machine, {"steering": steering}))[0], MigrationReport)
+
+
+async def test_bad_usage_leaves_the_journal_to_whoever_mends_it(tmp_path: Path) -> None:
+    _, received = await move(SmallMachine(), {})
+    assert isinstance(received, MigrationReport), received
+    forged = received.ledger[:-1] + bytes([received.ledger[-1] ^ 1])
+    steering, machine = Steering(), SmallMachine()
+    usage: dict[str, Any] = {"journal": tmp_path / "journal", "steering": steering}
+    with FileJournal(tmp_path / "journal"), pytest.raises(UsageError, match="in use"):
+        await send_guest(machine.source, HOST, 1, ATTESTOR, **usage)
+    with pytest.raises(UsageError, match="not the ledger of a guest"):
+        await send_guest(machine.source, HOST, 1, ATTESTOR, ledger=forged, **usage)
+    assert isinstance((await move(machine, usage))[0], MigrationReport)
+    # What was its steering's is bad usage too.
+    with pytest.raises(UsageError, match="this steering was"):
+        await send_guest(
+            SmallMachine().source, HOST, 1, ATTESTOR, steering=steering, journal=tmp_path / "other"
+        )
+    FileJournal(tmp_path / "other").close()

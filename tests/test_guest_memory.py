@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+import tempfile
 import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -192,6 +194,28 @@ def test_close_twice(memory: GuestMemory) -> None:
     memory.close()
     memory.close()
     assert memory.ram_fd == -1
+
+
+def test_ram_that_nobody_has_any_more_is_given_back() -> None:
+    memory = GuestMemory.allocate(PAGES * PAGE_SIZE)
+    ram_fd, status = memory.ram_fd, os.fstat(memory.ram_fd)
+    del memory
+    gc.collect()
+    with tempfile.TemporaryFile() as other:  # which may have the number by now
+        assert other.fileno() >= 0
+        with suppress(OSError):
+            assert not os.path.samestat(os.fstat(ram_fd), status)
+
+
+def test_what_was_closed_is_not_closed_again() -> None:
+    memory = GuestMemory.allocate(PAGES * PAGE_SIZE)
+    ram_fd = memory.ram_fd
+    memory.close()
+    with tempfile.TemporaryFile() as other:
+        assert other.fileno() == ram_fd
+        del memory
+        gc.collect()
+        assert os.fstat(ram_fd).st_size == 0
 
 
 _SOME_GFNS = st.lists(st.integers(0, 9), min_size=1, unique=True).map(sorted)

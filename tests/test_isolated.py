@@ -333,7 +333,8 @@ async def test_the_engine_has_neither_ram_nor_keys(
     assert isinstance(pair.sent.end, MigrationReport), pair.sent.end
     assert secrets
     assert set(found["maps"]) == {"memfd:mailbox"}
-    kinds = {re.sub(r"[\d\[\]]+$", "", file) for file in found["files"]}
+    # libffi keeps the file of its own code open.
+    kinds = {re.sub(r"[\d\[\]]+$", "", file) for file in found["files"] if "/libffi.so" not in file}
     assert kinds <= {
         "/dev/null",
         "pipe:",

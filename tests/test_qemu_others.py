@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from contextlib import asynccontextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -148,6 +149,35 @@ async def test_a_guest_is_parked_once_its_devices_are_done_and_not_before(tmp_pa
             assert guest.run_state == "paused"
             guest.gate.release()
             await goes_on(guest)
+
+
+async def test_a_guest_whose_monitor_is_lost_is_continued_all_the_same(tmp_path: Path) -> None:
+    with qemu(tmp_path) as monitor:
+        async with QemuGuest.attach(monitor) as guest:
+            for _ in range(3):
+                guest.gate.raise_flag()
+                await guest.hypervisor.stop()
+                link = guest.hypervisor._qmp._socket
+                assert link is not None
+                link.shutdown(socket.SHUT_RDWR)
+                guest.gate.release()
+                with trio.fail_after(20):
+                    await guest.hypervisor.resume()
+                assert guest.run_state == "running"
+                await goes_on(guest)
+            assert errors(guest) == 0
+
+
+async def test_a_guest_whose_qemu_is_gone_is_said_so(tmp_path: Path) -> None:
+    async with two_qemus(tmp_path) as (other, source, _):
+        source.gate.raise_flag()
+        await source.hypervisor.stop()
+        await other.execute("quit")
+        source.gate.release()
+        with pytest.raises(GuestError, match="QEMU has ended"), trio.fail_after(20):
+            await source.hypervisor.resume()
+        with pytest.raises(GuestError, match="QEMU has ended"), trio.fail_after(20):
+            await source.hypervisor.resume()
 
 
 # Others

@@ -139,8 +139,14 @@ class Server:
 
     async def accept(self, greeting: bytes = GREETING) -> dict[str, object]:
         """Negotiate with the next client; returns what it asked for."""
+        await self.arrival()
+        return await self.negotiate(greeting)
+
+    async def arrival(self) -> None:
         listener = trio.socket.from_stdlib_socket(self._listener)
         self.link, _ = await listener.accept()
+
+    async def negotiate(self, greeting: bytes = GREETING) -> dict[str, object]:
         await self.link.send(greeting)
         request = await self.request()
         await self.say({"return": {}, "id": request["id"]})
@@ -198,6 +204,29 @@ async def test_a_lost_connection_is_made_again_and_nothing_repeated(tmp_path: Pa
             await qmp.execute("query")
         nursery.cancel_scope.cancel()
     qmp.close()
+
+
+async def test_what_is_asked_before_a_new_connection_has_negotiated_is_refused_at_once(
+    tmp_path: Path,
+) -> None:
+    """QEMU's answer to it would be taken for one to the negotiation, and the command wait for its timeout."""
+    server = Server(tmp_path / "qmp")
+    reconnected = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.accept)
+        qmp = await QmpClient.connect(tmp_path / "qmp", on_reconnect=reconnected.set)
+        nursery.start_soon(qmp.run)
+        server.link.close()
+        with trio.fail_after(5):
+            await server.arrival()
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(QmpBroken, match="no connection"):
+                await qmp.execute("query-status")
+            assert (await server.negotiate())["execute"] == "qmp_capabilities"
+            await reconnected.wait()
+        nursery.cancel_scope.cancel()
+    qmp.close()
+    server.end()
 
 
 @pytest.mark.parametrize("able", [True, False])

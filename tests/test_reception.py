@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -331,12 +331,16 @@ async def _say_hello_and_go(port: int) -> None:
         assert await stranger.receive_some(1)  # it was answered
 
 
-async def test_those_that_say_nothing_keep_nobody_waiting() -> None:
+@pytest.mark.parametrize("said", [b"", _HELLO, _HELLO + _CONTROL], ids=["nothing", "half a hello", "hello"])
+async def test_those_that_say_no_more_keep_nobody_waiting(said: bytes) -> None:
     lines: list[str] = []
     machine = SmallMachine()
     with trio.fail_after(60):
         async with _destination(machine, lines, 50) as port:
             silent = [await trio.open_tcp_stream(HOST, port) for _ in range(3 * MAX_STRANGERS)]
+            for stream in silent:
+                with suppress(trio.BrokenResourceError):
+                    await stream.send_all(said)
             with trio.fail_after(9):  # less than a stranger's time to introduce itself
                 await _migrate(machine, port)
     for stream in silent:

@@ -153,6 +153,7 @@ class DestinationEngine:
         self._stall_timeout_s = stall_timeout_s
         self._most_threads = most_threads
         self._progress = Progress(ram_pages * PAGE_SIZE, trio.current_time())
+        self._heard: Callable[[Connection], None] = lambda _connection: None
         self._attempts = 0
         self._session = b""
         self._established_message = b""
@@ -179,6 +180,7 @@ class DestinationEngine:
         """
         patience = min(INTRODUCTION_TIMEOUT_S, self._stall_timeout_s)
         reception = Reception(listener, self._greet, self._attach, self._on_stranger, patience)
+        self._heard = reception.heard
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(reception.serve)
@@ -217,6 +219,7 @@ class DestinationEngine:
 
     async def _agree_with(self, control: Control, attempt: int) -> bool:
         hello = (await control.receive_first(Prepare)).handshake
+        self._heard(control.connection)
         try:
             _, reply = await self._control_slot.exchange(Command.PREPARE, attempt, hello)
             await control.send(Accept(reply))
@@ -246,6 +249,7 @@ class DestinationEngine:
         if hello.session != self._session or hello.channel >= len(self._slots):
             raise MalformedData("it names no channel of this migration")
         opening = await connection.receive_frame(FrameType.BUNDLE)
+        self._heard(connection)
         replaces = parse_header_untrusted(opening, len(opening)).incarnation > 0
         # One after the other, each in its turn: so nobody but its worker gives commands to the slot of a channel that is
         # attached, and a stranger, of whom nothing more is awaited, keeps the real one waiting for one refusal.

@@ -26,7 +26,7 @@ from ..wire.handshake import parse_hello_untrusted, split_reply_untrusted
 from .hypervisor import WatchedHypervisor
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Iterator
+    from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 
     from .control import Control
     from .hypervisor import Hypervisor
@@ -45,7 +45,12 @@ RESUME: Final = "resume"
 STOP_LOG: Final = "stop_dirty_log"
 THROTTLE: Final = "throttle"
 
-_STUCK: Final = "and the guest does not go on here"
+# What it says of each that could not be undone.
+_REMAINS: Final = {
+    RESUME: "and the guest does not go on here",
+    THROTTLE: "and the guest may stay slowed down",
+    STOP_LOG: "and the hypervisor may keep its dirty log on",
+}
 
 # For each coarse code: the machine-readable reason and what to tell a person.
 _REFUSALS: Final = {
@@ -168,26 +173,41 @@ def hypervisor_call(what: str) -> Iterator[None]:
         raise GuestError(f"the hypervisor did not {what} within {HYPERVISOR_TIMEOUT_S:g} s") from None
 
 
+async def hypervisor_thread(what: str, call: Callable[[], Value]) -> Value:
+    """As `hypervisor_call`, for a call that takes a thread: those of a dirty log do.
+
+    A cancel waits for it, so that no other call comes beside it. One that takes too long is left to itself.
+    """
+    with trio.CancelScope(shield=True), hypervisor_call(what):
+        value = await trio.to_thread.run_sync(call, abandon_on_cancel=True)
+    return value  # noqa: RET504 (to mypy, a scope may swallow what ends its block)
+
+
 async def let_go_on(
     hypervisor: Hypervisor, lift_throttle: Callable[[], Awaitable[None]], left: Collection[str]
-) -> GuestError | None:
-    """Undo at a source what this session had its hypervisor do. Returns why the guest does not run, where it does not.
+) -> dict[str, PagexferError]:
+    """Undo at a source what this session had its hypervisor do, as far as it can be. Returns what was not undone, and why.
 
     `left` names what is to be done: RESUME, STOP_LOG. A guest that this session did not stop may stand still for a
     reason of its own.
     """
-    log = hypervisor.dirty_log
-    try:
-        if RESUME in left:
-            with hypervisor_call("continue the guest"):
-                await hypervisor.resume()
-        await lift_throttle()
-        if log is not None and STOP_LOG in left:
-            with hypervisors_own("stop its dirty log"):
-                await trio.to_thread.run_sync(log.stop)
-    except GuestError as error:
-        return error
-    return None
+    log, failed = hypervisor.dirty_log, dict[str, PagexferError]()
+
+    async def resume() -> None:
+        with hypervisor_call("continue the guest"):
+            await hypervisor.resume()
+
+    async def stop_log() -> None:
+        if log is not None:
+            await hypervisor_thread("stop its dirty log", log.stop)
+
+    for name, undo in ((RESUME, resume), (THROTTLE, lift_throttle), (STOP_LOG, stop_log)):
+        if name in left or name == THROTTLE:  # which knows by itself whether there is one
+            try:
+                await undo()
+            except PagexferError as error:
+                failed[name] = error
+    return failed
 
 
 def is_disturbed(hypervisor: Hypervisor, error: BaseException) -> bool:
@@ -198,11 +218,15 @@ def is_disturbed(hypervisor: Hypervisor, error: BaseException) -> bool:
     )
 
 
-def stuck_at_source(aborted: TransferAborted, why: PagexferError) -> TransferAborted:
-    """`aborted` where the guest does not go on at the source either; an isolated engine may have said that too."""
-    if _STUCK in str(aborted):
-        return aborted
-    return TransferAborted(aborted.outcome, aborted.reason, f"{aborted}; {_STUCK}: {with_cause(why)}")
+def not_undone(aborted: TransferAborted, failed: Mapping[str, PagexferError]) -> TransferAborted:
+    """`aborted` where the source is not as it was: its guest may stand still. An isolated engine may have said that too."""
+    line = str(aborted)
+    news = [
+        f"{remains}: {with_cause(failed[name])}"
+        for name, remains in _REMAINS.items()
+        if name in failed and remains not in line
+    ]
+    return TransferAborted(aborted.outcome, aborted.reason, "; ".join([line, *news])) if news else aborted
 
 
 def stuck_at_destination(why: PagexferError) -> TransferAborted:

@@ -20,7 +20,10 @@ class Hypervisor(Protocol):
 
     @property
     def dirty_log(self) -> DirtyTracker | None:
-        """The hypervisor's own dirty log, or None where it keeps none and the SVSM tracks every write itself."""
+        """The hypervisor's own dirty log, or None where it keeps none and the SVSM tracks every write itself.
+
+        Its calls come from threads, one at a time; one that takes longer than any other call may is not waited for.
+        """
         ...
 
     async def stop(self) -> None:

@@ -30,7 +30,8 @@ class Reception:
     """Accepts connections, reads their hello, and passes them on to `control` or `channel`.
 
     Those are called in a task for each connection; they own it once they return True, and it is closed otherwise. What they
-    raise of ours is the stranger's fault and reported to `on_stranger` as one line.
+    raise of ours is the stranger's fault and reported to `on_stranger` as one line. They say `heard` once what comes right
+    after the hello has come.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class Reception:
         self._on_stranger = on_stranger
         self._timeout = timeout
         self._places = trio.Semaphore(MAX_STRANGERS)
-        self._silent: dict[Connection, trio.CancelScope] = {}  # those that sent nothing yet, the oldest first
+        # Those that have not even sent what whoever is one of ours sends at once, the oldest first.
+        self._silent: dict[Connection, trio.CancelScope] = {}
 
     async def serve(self) -> None:
         """Receive for ever."""
@@ -65,6 +67,10 @@ class Reception:
                     raise
                 nursery.start_soon(self._receive, connection)
 
+    def heard(self, connection: Connection) -> None:
+        """It has said what its peer has to answer: from here on others at the door do not cut it off."""
+        self._silent.pop(connection, None)
+
     async def _receive(self, connection: Connection) -> None:
         kept = False
         try:
@@ -77,20 +83,17 @@ class Reception:
                 connection.close()
 
     async def _introduce(self, connection: Connection) -> bool:
-        with trio.move_on_after(self._timeout):
-            hello = parse_connection_hello_untrusted(await self._first_frame(connection))
-            if hello.purpose is Purpose.CONTROL:
-                return await self._control(connection)
-            return await self._channel(connection, hello)
-        raise ChannelBroken(f"it did not introduce itself within {self._timeout:g} s")
-
-    async def _first_frame(self, connection: Connection) -> bytes:
         with trio.CancelScope() as silence:
             self._silent[connection] = silence
             try:
-                return await connection.receive_frame(FrameType.HELLO)
+                with trio.move_on_after(self._timeout):
+                    hello = parse_connection_hello_untrusted(await connection.receive_frame(FrameType.HELLO))
+                    if hello.purpose is Purpose.CONTROL:
+                        return await self._control(connection)
+                    return await self._channel(connection, hello)
+                raise ChannelBroken(f"it did not introduce itself within {self._timeout:g} s")
             finally:
-                self._silent.pop(connection, None)
+                self.heard(connection)
         raise ChannelBroken("it was silent while others waited at the door")
 
 

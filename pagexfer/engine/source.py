@@ -56,11 +56,11 @@ from .failure import (
     cause_of,
     first_failure,
     hypervisor_call,
-    hypervisors_own,
+    hypervisor_thread,
     is_disturbed,
     let_go_on,
+    not_undone,
     say_farewell,
-    stuck_at_source,
     svsm_lost,
     undecided,
     watch,
@@ -241,8 +241,7 @@ class SourceEngine:
         log = self._hypervisor.dirty_log
         if log is not None:
             self._left_at_hypervisor.add(STOP_LOG)
-            with hypervisors_own("start its dirty log"):
-                await trio.to_thread.run_sync(log.start)
+            await hypervisor_thread("start its dirty log", log.start)
         audit_s: float | None = None
         look_s = 0.0
         while True:
@@ -317,8 +316,8 @@ class SourceEngine:
         self._lost_pages = 0
         log = self._hypervisor.dirty_log
         if log is not None:
-            with hypervisors_own("read its dirty log"):
-                dirty = await trio.to_thread.run_sync(collected, log, self._ram_pages, "dirty log")
+            collect = partial(collected, log, self._ram_pages, "dirty log")
+            dirty = await hypervisor_thread("read its dirty log", collect)
             words = dirty.words.view(np.uint8).data
             for start in range(0, len(words), _HINT_BYTES):
                 await self._control_slot.exchange(
@@ -453,22 +452,22 @@ class SourceEngine:
         except PagexferError as refused:
             refusal = refused
         # A refused ABORT may have ended the session all the same, where a gate does not let its vCPUs go.
-        started = self._start_asked and self._control_slot.session is not SessionStatus.ABORTED
+        has_ended = refusal is None or self._control_slot.session is SessionStatus.ABORTED
         if is_disturbed(self._hypervisor, error):
             self._left_at_hypervisor.add(RESUME)
-        stuck: PagexferError | None = refusal if isinstance(refusal, SvsmRefused) else None
-        if refusal is None:
-            stuck = await let_go_on(self._hypervisor, self._course.lift_throttle, self._left_at_hypervisor)
+        failed: dict[str, PagexferError] = {}
+        if has_ended:
+            failed = await let_go_on(self._hypervisor, self._course.lift_throttle, self._left_at_hypervisor)
+        if isinstance(refusal, SvsmRefused):
+            failed[RESUME] = refusal
         failure = first_failure(error) or svsm_lost(refusal)
         aborted = self._cancelled if failure is None else as_aborted(failure)
         if control is not None and aborted.reason in SECOND_HAND:
             aborted = await control.last_words() or aborted
         if control is not None and not isinstance(aborted, PeerFailed):
             await say_farewell(control, aborted)
-        if refusal is not None and started:
-            aborted = undecided(aborted)
-        elif stuck is not None:
-            aborted = stuck_at_source(aborted, stuck)
+        in_doubt = self._start_asked and not has_ended
+        aborted = undecided(aborted) if in_doubt else not_undone(aborted, failed)
         self._finish(Status.CANCELLED if aborted is self._cancelled else Status.FAILED)
         if failure is None and aborted is self._cancelled:
             raise error

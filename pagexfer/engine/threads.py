@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 import trio
 
-from ..errors import ChannelBroken, ChannelClosed
+from ..errors import ChannelClosed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -64,9 +64,13 @@ async def in_thread(connection: Connection, work: Callable[[], Coroutine[object,
     A cancel that comes while `work` does what cannot be undone, such as a command to the SVSM, and ends before it waits for
     the peer again, changes nothing: what it did counts, and the cancel takes effect at the caller's next wait.
 
-    Raises ChannelBroken where the system gives no thread.
+    Where the system has no thread, or no file to wake it by, the work is done here: another connection would not help.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
+    try:
+        interrupt = Interrupt()
+    except OSError:
+        return await work()
     home = trio.lowlevel.current_trio_token()
     done = trio.Event()
     outcomes: list[Outcome[Result]] = []
@@ -75,21 +79,18 @@ async def in_thread(connection: Connection, work: Callable[[], Coroutine[object,
         outcomes.append(outcome)
         home.run_sync_soon(done.set)
 
-    with _interrupt() as interrupt, connection.lent_to(interrupt):
-        try:
-            trio.lowlevel.start_thread_soon(partial(_drive, work), deliver)
-        except RuntimeError as error:
-            raise ChannelBroken(f"no thread for a channel: {error}") from None
-        try:
-            await done.wait()
-        except BaseException as reason:
-            interrupt.set()
-            # Whatever it holds, a slot's buffer or the connection, is its own until it is done.
-            with trio.CancelScope(shield=True):
+    with interrupt, connection.lent_to(interrupt):
+        if _has_started(partial(_drive, work), deliver):
+            try:
                 await done.wait()
-            if interrupt.was_heard or not isinstance(reason, trio.Cancelled):
-                raise
-    return outcomes[0].unwrap()
+            except BaseException as reason:
+                interrupt.set()
+                # Whatever it holds, a slot's buffer or the connection, is its own until it is done.
+                with trio.CancelScope(shield=True):
+                    await done.wait()
+                if interrupt.was_heard or not isinstance(reason, trio.Cancelled):
+                    raise
+    return outcomes[0].unwrap() if outcomes else await work()
 
 
 class Interrupt:
@@ -137,11 +138,13 @@ class Interrupt:
         return bool(ready)
 
 
-def _interrupt() -> Interrupt:
+def _has_started(work: Callable[[], Result], deliver: Callable[[Outcome[Result]], None]) -> bool:
+    """Have a thread do `work`; False where there is none to be had."""
     try:
-        return Interrupt()
-    except OSError as error:
-        raise ChannelBroken(f"no descriptor for a channel's thread: {error.strerror}") from None
+        trio.lowlevel.start_thread_soon(work, deliver)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _drive(work: Callable[[], Coroutine[object, object, Result]]) -> Result:

@@ -28,6 +28,8 @@ END_TIMEOUT_S: Final = 5.0
 class Mailbox:
     """`count` slots of one geometry, which `open` fills in order. A context manager that ends their handlers.
 
+    Raises UsageError where this process may not have the memory.
+
     At its end a handler may still be at a command; it serves none after that.
     """
 
@@ -47,19 +49,22 @@ class Mailbox:
         self._bells: list[int] = []
         self._stopped = False
         self.handlers: list[Handler] = []
-        self.memory_fd = os.memfd_create("mailbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self.memory_fd, count * self._slot_bytes)
-            fcntl.fcntl(self.memory_fd, fcntl.F_ADD_SEALS, _SEALS)
-            self._memory = memoryview(mmap.mmap(self.memory_fd, count * self._slot_bytes))
-        except BaseException:
-            os.close(self.memory_fd)
-            raise
+            self.memory_fd = os.memfd_create("mailbox", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            try:
+                os.ftruncate(self.memory_fd, count * self._slot_bytes)
+                fcntl.fcntl(self.memory_fd, fcntl.F_ADD_SEALS, _SEALS)
+                self._memory = memoryview(mmap.mmap(self.memory_fd, count * self._slot_bytes))
+            except BaseException:
+                os.close(self.memory_fd)
+                raise
+        except OSError as error:
+            raise UsageError(f"no memory for the mailbox: {error.strerror}; see 'ulimit -n'") from None
 
     def open(self, slot_id: int, serve: Callable[[SlotMemory], SlotService]) -> list[int]:
         """Lay out the next slot and have it served; returns its doorbells, to the SVSM and to the host.
 
-        Raises UsageError where this process may not have as many files.
+        Raises UsageError where this process may not have as many files or threads.
         """
         start = len(self.handlers) * self._slot_bytes
         memory = self._memory[start : start + self._slot_bytes]
@@ -70,8 +75,11 @@ class Mailbox:
             handler = Handler(slot, serve(slot), to_svsm, to_host, self._on_death, cpu)
         except OSError as error:
             raise UsageError(f"no doorbell for slot {slot_id}: {error.strerror}; see 'ulimit -n'") from None
+        try:
+            handler.start()
+        except RuntimeError as error:
+            raise UsageError(f"no thread for slot {slot_id}: {error}; see 'ulimit -u'") from None
         self.handlers.append(handler)
-        handler.start()
         return [to_svsm, to_host]
 
     def stop(self, timeout_s: float = END_TIMEOUT_S) -> list[str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
-from socket import socketpair
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from socket import socket, socketpair
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
@@ -21,6 +22,7 @@ from ..engine.failure import (
     call_back_at_the_end,
     described,
     hypervisor_call,
+    hypervisor_thread,
     one_line,
     watch,
 )
@@ -102,15 +104,8 @@ class EngineProcess:
         nothing for too long, or spoke nonsense. A cancel is passed on, and the engine's answer to it is awaited.
         """
         self._stall_timeout_s, self._ram_pages = task.stall_timeout_s, task.ram_pages
-        ours, theirs = socketpair()
+        process, ours = await self._start()
         with ours:
-            with theirs:
-                process = await trio.lowlevel.open_process(
-                    [sys.executable, "-m", "pagexfer.isolation.engine_process", str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    stdout=sys.__stderr__,
-                    pass_fds=(theirs.fileno(),),
-                )
             link = Link(ours)
             try:
                 await self._converse(link, task)
@@ -123,6 +118,23 @@ class EngineProcess:
                     process.kill()
                     await process.wait()
         return self._result()
+
+    async def _start(self) -> tuple[trio.Process, socket]:
+        """The engine's process, and this end of the link. Raises UsageError where this process may have neither."""
+        try:
+            ours, theirs = socketpair()
+            with theirs, ExitStack() as undo:
+                undo.callback(ours.close)
+                process = await trio.lowlevel.open_process(
+                    [sys.executable, "-m", "pagexfer.isolation.engine_process", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=sys.__stderr__,
+                    pass_fds=(theirs.fileno(),),
+                )
+                undo.pop_all()
+        except OSError as error:
+            raise UsageError(f"the engine's process cannot be started: {error.strerror}") from None
+        return process, ours
 
     async def _converse(self, link: Link, task: Task) -> None:
         ended = trio.Event()
@@ -349,19 +361,20 @@ class EngineProcess:
     async def _start_log(self, _payload: bytes) -> bytes:
         if self._hypervisor.dirty_log is not None:
             self.left.add(STOP_LOG)
-            await trio.to_thread.run_sync(self._hypervisor.dirty_log.start)
+            await hypervisor_thread("start its dirty log", self._hypervisor.dirty_log.start)
         return b""
 
     async def _collect_log(self, _payload: bytes) -> bytes:
         log = self._hypervisor.dirty_log
         if log is None:
             raise MalformedData("a dirty log was asked for where there is none")
-        bitmap = await trio.to_thread.run_sync(collected, log, self._ram_pages, "dirty log")
+        collect = partial(collected, log, self._ram_pages, "dirty log")
+        bitmap = await hypervisor_thread("read its dirty log", collect)
         return bitmap.words.tobytes()
 
     async def _stop_log(self, _payload: bytes) -> bytes:
         if self._hypervisor.dirty_log is not None:
-            await trio.to_thread.run_sync(self._hypervisor.dirty_log.stop)
+            await hypervisor_thread("stop its dirty log", self._hypervisor.dirty_log.stop)
             self.left.discard(STOP_LOG)
         return b""
 

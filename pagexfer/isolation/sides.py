@@ -22,15 +22,22 @@ from ..engine.failure import (
     first_failure,
     hypervisor_call,
     let_go_on,
+    not_undone,
     one_line,
     stuck_at_destination,
-    stuck_at_source,
     undecided,
 )
 from ..engine.hypervisor import ThrottlingHypervisor
 from ..engine.progress import Progress, Status
 from ..engine.steering import Steering
-from ..errors import GuestError, LocalProtocolError, Outcome, TransferAborted, UsageError
+from ..errors import (
+    GuestError,
+    LocalProtocolError,
+    Outcome,
+    PagexferError,
+    TransferAborted,
+    UsageError,
+)
 from ..svsm.commands import destination_channel, destination_control, source_channel, source_control
 from ..wire.constants import MAX_CHANNELS, PAGE_SIZE
 from ..wire.slot import CONTROL_SLOT, SessionStatus
@@ -104,15 +111,17 @@ async def send_isolated(
         )
         info, error = await _run(engine, task)
         with trio.CancelScope(shield=True):
-            held_up = await trio.to_thread.run_sync(_settle, mailbox, svsm, abort)
+            held_up, refusal = await trio.to_thread.run_sync(_settle, mailbox, svsm, abort)
     # No slot is served any more: the state is the last one, unless a command is still under way.
     with trio.CancelScope(shield=True):
         steering.waits(paused=False)
-        stuck: GuestError | None = None
+        failed: dict[str, PagexferError] = {}
         if svsm.state not in _DECIDED and (held_up is None or held_up.outcome is Outcome.ENDED):
             # An engine that died undid nothing.
             lift_throttle = partial(_lift_throttle, guest.hypervisor, engine.left)
-            stuck = await let_go_on(guest.hypervisor, lift_throttle, engine.left)
+            failed = await let_go_on(guest.hypervisor, lift_throttle, engine.left)
+            if refusal is not None:
+                failed[RESUME] = refusal
     if svsm.state is SessionStatus.FINISHED:
         return _completed(engine, info, task, on_progress)
     if svsm.state is SessionStatus.STARTED:
@@ -121,8 +130,9 @@ async def send_isolated(
         raise undecided(_cause(error)) from error
     if held_up is not None:
         raise held_up from error
-    if stuck is not None:
-        raise stuck_at_source(_cause(error), stuck) from cause_of(stuck, error or stuck)
+    if failed:
+        first = next(iter(failed.values()))
+        raise not_undone(_cause(error), failed) from cause_of(first, error or first)
     raise _failure(error)
 
 
@@ -166,7 +176,7 @@ async def receive_isolated(
         )
         info, error = await _run(engine, task)
         with trio.CancelScope(shield=True):
-            held_up = await trio.to_thread.run_sync(_settle, mailbox, svsm, fail)
+            held_up, _ = await trio.to_thread.run_sync(_settle, mailbox, svsm, fail)
     # No slot is served any more: the state is the last one, unless a command is still under way.
     with trio.CancelScope(shield=True):
         if svsm.state is SessionStatus.RUNNING:
@@ -185,24 +195,27 @@ async def receive_isolated(
 
 def _settle(
     mailbox: Mailbox, svsm: SourceSvsm | DestinationSvsm, end_session: Callable[[], None]
-) -> TransferAborted | None:
+) -> tuple[TransferAborted | None, PagexferError | None]:
     """Serve no slot any more, and end the session unless it is decided; commands that are under way are waited for first.
 
     In a thread, so that the program's event loop does not stand still for the guest's own code, say its gate. Returns how
-    this side ends where a command does not end, and keeps the SVSM.
+    this side ends where a command does not end, and keeps the SVSM; and why the guest was not let go, where a gate refuses.
     """
     unfinished = mailbox.stop(HYPERVISOR_TIMEOUT_S)
     if not svsm.lock.acquire(timeout=_LOCK_TIMEOUT_S):
-        return None if svsm.state in _DECIDED else _held_up(svsm.state, unfinished)
+        return None if svsm.state in _DECIDED else _held_up(svsm.state, unfinished), None
+    refusal: PagexferError | None = None
     try:
         end_session()
+    except PagexferError as error:
+        refusal = error
     finally:
         svsm.lock.release()
     if unfinished:
         _LOG.warning(
             "the session has ended, and %s did not: a call of the guest's own", ", ".join(unfinished)
         )
-    return None
+    return None, refusal
 
 
 def _held_up(state: SessionStatus, handlers: list[str]) -> TransferAborted:

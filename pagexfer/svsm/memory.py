@@ -16,6 +16,7 @@ import mmap
 import operator
 import os
 import threading
+import weakref
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
@@ -44,7 +45,8 @@ class GuestMemory:
     """RAM of one guest, gfn 0 to `pages` - 1, and the state word of each page.
 
     `words` is RAM as uint64 of shape (pages, 512), `states` the uint32 state words (`wire.page_state`), `ram_fd` the
-    memfd behind the RAM, which other mappings of the same RAM (vCPUs) are made from.
+    memfd behind the RAM, which other mappings of the same RAM (vCPUs) are made from. One that `allocate` made ends with
+    this object at the latest, as a file's does: who forgets `close` does not keep the RAM for good.
     """
 
     def __init__(self, ram_fd: int, ram_bytes: int) -> None:
@@ -73,6 +75,7 @@ class GuestMemory:
         self._claiming = threading.Lock()
         self._claimed = False
         self._sessions = 0
+        self._end: weakref.finalize[[int], GuestMemory] | None = None
 
     @classmethod
     def allocate(cls, ram_bytes: int, name: str = "guest-ram") -> GuestMemory:
@@ -81,7 +84,10 @@ class GuestMemory:
         Raises PageStateError where the size is not whole pages, GuestError where this machine cannot have so much.
         """
         ram_bytes = _whole_pages(ram_bytes)
-        ram_fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        try:
+            ram_fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        except OSError as error:
+            raise GuestError(f"this machine cannot provide RAM: {error.strerror}") from None
         try:
             os.ftruncate(ram_fd, ram_bytes)
             memory = cls(ram_fd, ram_bytes)
@@ -91,6 +97,7 @@ class GuestMemory:
         except BaseException:
             os.close(ram_fd)
             raise
+        memory._end = weakref.finalize(memory, os.close, ram_fd)
         # Fresh RAM is known to be zero, so a zero page costs nothing until its page has been written.
         memory._populated.clear()
         return memory
@@ -170,9 +177,11 @@ class GuestMemory:
 
     def close(self) -> None:
         """Give the memfd back; the mapping itself ends with the last array that looks at it."""
-        if self.ram_fd >= 0:
+        if self._end is not None:
+            self._end()  # which does it once
+        elif self.ram_fd >= 0:
             os.close(self.ram_fd)
-            self.ram_fd = -1
+        self.ram_fd = -1
 
     def prefault(self, start: int, length: int) -> bool:
         """Have the kernel provide pages for `length` bytes of RAM from byte `start` on, before they are written.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -16,10 +16,10 @@ import trio
 
 from ...errors import GuestError, MalformedData
 from .qmp import QmpBroken
-from .values import record
+from .values import record, records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
 
     from .backends import Backend
     from .gate import CpuModel
@@ -34,11 +34,15 @@ _MAGIC: Final = 0x554D_4551
 _VERSION: Final = 2
 
 MAX_STREAM_BYTES: Final = 256 << 20
+# States of QEMU's own migration in which there is none.
+OVER: Final = (None, "none", "completed", "cancelled", "failed")
 _FD_NAME: Final = "pagexfer-devices"
 _RECEIVE_BYTES: Final = 1 << 18
 # QEMU's default of 128 MiB/s would make video memory alone a good part of the black-out.
 _BANDWIDTH: Final = 1 << 40
 _POLL_S: Final = 0.002
+# A QEMU that was told to cancel needs moments, and its guest waits to be continued.
+_CANCEL_TIMEOUT_S: Final = 5.0
 _IGNORE_SHARED: Final = "x-ignore-shared"
 _LATE_BLOCK_ACTIVATE: Final = "late-block-activate"
 _NOT_TAKEN: Final = (
@@ -107,23 +111,22 @@ async def save_stream(qmp: QmpClient, on_begun: Callable[[], None]) -> bytes:
 
     Calls `on_begun` once QEMU has begun to save: from then on it may be "postmigrate".
     """
-    settings = record(await qmp.execute("query-migrate-parameters"))
-    await _set_capabilities(qmp, _IGNORE_SHARED, on=True)
-    try:
-        await qmp.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
-        with await _hand_over(qmp) as link:
-            await qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
-            on_begun()
-            stream = await _receive_all(link)
-        await _wait_completed(qmp)
-    except BaseException:
-        with trio.CancelScope(shield=True), suppress(GuestError):
-            await qmp.execute("migrate_cancel")
-        raise
-    finally:
-        with trio.CancelScope(shield=True), suppress(GuestError):
-            await qmp.execute("migrate-set-parameters", {"max-bandwidth": settings.get("max-bandwidth")})
-            await _set_capabilities(qmp, _IGNORE_SHARED, on=False)
+    bandwidth = record(await qmp.execute("query-migrate-parameters")).get("max-bandwidth")
+    async with _capabilities_on(qmp, _IGNORE_SHARED):
+        try:
+            await qmp.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
+            with await _hand_over(qmp) as link:
+                await qmp.execute("migrate", {"uri": f"fd:{_FD_NAME}"})
+                on_begun()
+                stream = await _receive_all(link)
+            await _wait_completed(qmp)
+        except BaseException:
+            with trio.CancelScope(shield=True), suppress(GuestError):
+                await _cancel(qmp)
+            raise
+        finally:
+            with trio.CancelScope(shield=True), suppress(GuestError):
+                await qmp.execute("migrate-set-parameters", {"max-bandwidth": bandwidth})
     return stream
 
 
@@ -132,21 +135,46 @@ async def load_stream(qmp: QmpClient, stream: bytes) -> None:
 
     It does not open disks for writing before it runs, so that the source can have them back where it never does.
     """
-    await _set_capabilities(qmp, _IGNORE_SHARED, _LATE_BLOCK_ACTIVATE, on=True)
-    with await _hand_over(qmp) as link:
-        await qmp.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
-        try:
-            sent = 0
-            while sent < len(stream):
-                sent += await link.send(stream[sent:])
-            link.shutdown(socket.SHUT_WR)
-        except OSError as error:
-            raise GuestError(f"{_NOT_TAKEN}: {error.strerror}") from error
-        try:
-            await _wait_completed(qmp)
-        except QmpBroken as error:  # it ends where it meets anything that it does not have
-            raise GuestError(f"{_NOT_TAKEN}: {error}") from error
-    await _set_capabilities(qmp, _IGNORE_SHARED, on=False)
+    async with _capabilities_on(qmp, _IGNORE_SHARED, _LATE_BLOCK_ACTIVATE):
+        with await _hand_over(qmp) as link:
+            await qmp.execute("migrate-incoming", {"uri": f"fd:{_FD_NAME}"})
+            try:
+                sent = 0
+                while sent < len(stream):
+                    sent += await link.send(stream[sent:])
+                link.shutdown(socket.SHUT_WR)
+            except OSError as error:
+                raise GuestError(f"{_NOT_TAKEN}: {error.strerror}") from error
+            try:
+                await _wait_completed(qmp)
+            except QmpBroken as error:  # it ends where it meets anything that it does not have
+                raise GuestError(f"{_NOT_TAKEN}: {error}") from error
+
+
+@asynccontextmanager
+async def _capabilities_on(qmp: QmpClient, *names: str) -> AsyncIterator[None]:
+    """For the time of the block QEMU's own migration has these on; then they are as they were, however the block ended."""
+    were_on = {
+        capability.get("capability")
+        for capability in records(await qmp.execute("query-migrate-capabilities"))
+        if capability.get("state") is True
+    }
+    changed = [name for name in names if name not in were_on]
+    try:
+        await _set_capabilities(qmp, *changed, on=True)
+        yield
+    finally:
+        # Also where it is not known whether they were switched on: QEMU may do what nobody waits for any more.
+        with trio.CancelScope(shield=True), suppress(GuestError):
+            await _set_capabilities(qmp, *changed, on=False)
+
+
+async def _cancel(qmp: QmpClient) -> None:
+    """End an outgoing migration. Before its end QEMU refuses to have its capabilities changed."""
+    await qmp.execute("migrate_cancel")
+    with trio.move_on_after(_CANCEL_TIMEOUT_S):
+        while record(await qmp.execute("query-migrate")).get("status") not in OVER:  # noqa: ASYNC110 (it has no event)
+            await trio.sleep(_POLL_S)
 
 
 async def _set_capabilities(qmp: QmpClient, *names: str, on: bool) -> None:

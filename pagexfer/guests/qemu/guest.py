@@ -13,7 +13,7 @@ from ...errors import GuestError
 from ...svsm.memory import GuestMemory
 from ...svsm.page_digest import fresh_digest
 from .backends import close_backends, data_gfns, find_backends, map_backends, writer
-from .device_state import Platform
+from .device_state import OVER, Platform
 from .gate import CpuModel, QemuGate
 from .hypervisor import QemuHypervisor
 from .machine import QemuMachine
@@ -39,7 +39,6 @@ _UNFIT_CAPABILITIES: Final = (
     "switchover-ack",
     "x-colo",
 )
-_IDLE_MIGRATION: Final = (None, "none", "completed", "cancelled", "failed")
 
 
 class QemuGuest:
@@ -141,7 +140,7 @@ async def _check_idle(qmp: QmpClient, machine: QemuMachine, *, incoming: bool) -
     migration = record(await qmp.execute("query-migrate"))
     if "socket-address" in migration:
         raise GuestError("this QEMU listens for a migration of its own: start it with -incoming defer")
-    if migration.get("status") not in _IDLE_MIGRATION:
+    if migration.get("status") not in OVER:
         raise GuestError(f"QEMU is in a migration of its own already: {migration.get('status')}")
     blocked = migration.get("blocked-reasons")
     if isinstance(blocked, list) and blocked:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 import trio
 
 from ...errors import GuestError
+from .qmp import QmpBroken
 from .values import record, text
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class QemuMachine:
         """QEMU is gone for good."""
         self.status = "gone"
         self.interfere("QEMU has ended, or its monitor takes nobody any more")
+        self._begin()
 
     def wake(self) -> None:
         """Somebody's wish has changed."""
@@ -105,11 +107,12 @@ class QemuMachine:
             self._work = trio.Event()
             try:
                 await self._settle(qmp)
+            except QmpBroken:
+                continue  # it begins again with the next connection, or fails at the end of all
             except GuestError as error:
                 self.fault = error
                 self._tell()
-                if not qmp.gone:
-                    await trio.sleep(_RETRY_S)
+                await trio.sleep(_RETRY_S)
 
     async def wait_settled(self) -> None:
         """Until QEMU is as it is wanted. Raises GuestError where that fails, or is not this side's to do."""
@@ -135,7 +138,8 @@ class QemuMachine:
             await self.refresh(qmp)
         while not self._settled():
             if trouble := self._trouble():
-                raise GuestError("QEMU is left as it is" if self._may_run() else trouble)
+                is_left = self._may_run() and self.status != "gone"
+                raise GuestError("QEMU is left as it is" if is_left else trouble)
             if self._may_run():
                 await self._continue(qmp)
             else:

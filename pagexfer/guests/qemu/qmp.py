@@ -66,6 +66,7 @@ class QmpClient:
         self._on_event = on_event
         self._on_reconnect = on_reconnect
         self._socket: trio.socket.SocketType | None = None
+        self._negotiated = False
         self._received = bytearray()
         self._calls: dict[int, _Call] = {}
         self._last_id = 0
@@ -172,12 +173,13 @@ class QmpClient:
         self._last_id += 1
         wanted = ["oob"] if self._out_of_band else []
         request = {"execute": "qmp_capabilities", "id": self._last_id, "arguments": {"enable": wanted}}
-        await self._send(json.dumps(request).encode() + b"\n", ())
+        await self._send(json.dumps(request).encode() + b"\n", (), negotiates=True)
         while True:
             answer = parse_message_untrusted(await self._line())
             if isinstance(answer, QmpEvent):
                 self._on_event(answer)
-            elif isinstance(answer, Reply) and answer.id == self._last_id:
+            elif isinstance(answer, Reply) and answer.id == request["id"]:
+                self._negotiated = True
                 return
             else:
                 raise MalformedData("it refuses to negotiate")
@@ -242,11 +244,12 @@ class QmpClient:
         del self._received[: end + 1]
         return line
 
-    async def _send(self, data: bytes, descriptors: tuple[int, ...]) -> None:
+    async def _send(self, data: bytes, descriptors: tuple[int, ...], *, negotiates: bool = False) -> None:
         rights = array.array("i", descriptors)
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights.tobytes())] if descriptors else []
         async with self._sending:
-            link = self._connected()
+            # Before the end of negotiations QEMU takes nothing else, and nobody would hear of its answer.
+            link = self._socket if negotiates and self._socket is not None else self._connected()
             try:
                 sent = await link.sendmsg([data], ancillary)
                 while sent < len(data):
@@ -255,7 +258,7 @@ class QmpClient:
                 raise QmpBroken(f"the connection to QEMU's monitor broke: {error.strerror}") from error
 
     def _connected(self) -> trio.socket.SocketType:
-        if self._socket is None:
+        if self._socket is None or not self._negotiated:
             raise QmpBroken(
                 "QEMU has ended, or its monitor takes nobody" if self.gone else "no connection to QEMU"
             )
@@ -270,4 +273,4 @@ class QmpClient:
 
     def _abandon(self, link: trio.socket.SocketType) -> None:
         link.close()
-        self._socket = None
+        self._socket, self._negotiated = None, False

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -50,11 +51,17 @@ class SimulatedGuest:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._bells: list[socket.socket] = []
         self._lifelines: list[int] = []
+        self._marks_fd = -1
         self.memory = GuestMemory.allocate(ram_bytes)
-        self._marks_fd = os.memfd_create("guest-dirty-map", os.MFD_CLOEXEC)
-        self._control = ControlPage.create(vcpus, write_rate_bytes)
-        os.ftruncate(self._marks_fd, self.memory.pages)
-        marks = np.frombuffer(mmap.mmap(self._marks_fd, self.memory.pages, mmap.MAP_SHARED), dtype=np.uint8)
+        try:
+            self._marks_fd = os.memfd_create("guest-dirty-map", os.MFD_CLOEXEC)
+            os.ftruncate(self._marks_fd, self.memory.pages)
+            mapping = mmap.mmap(self._marks_fd, self.memory.pages, mmap.MAP_SHARED)
+            self._control = ControlPage.create(vcpus, write_rate_bytes)
+        except OSError as error:
+            self._close_memory()
+            raise GuestError(f"a simulated guest cannot have its memory: {error.strerror}") from error
+        marks = np.frombuffer(mapping, dtype=np.uint8)
         self.tracker = ByteMapTracker(marks)
         self.gate = SimulatedGate(self._control, self._bells, self.memory.pages)
         self.hypervisor = SimulatedHypervisor(self._control, self._processes)
@@ -132,10 +139,13 @@ class SimulatedGuest:
             bell.close()
         while self._lifelines:
             os.close(self._lifelines.pop())
+        self._control.close()
+        self._close_memory()
+
+    def _close_memory(self) -> None:
         if self._marks_fd >= 0:
             os.close(self._marks_fd)
             self._marks_fd = -1
-        self._control.close()
         self.memory.close()
 
     def __enter__(self) -> Self:
@@ -166,32 +176,32 @@ class SimulatedGuest:
             process.send_signal(signal.SIGSTOP)
 
     def _spawn(self, vcpu: int) -> None:
-        bell, vcpu_bell = socket.socketpair()
-        self._bells.append(bell)
-        lifeline_end, lifeline = os.pipe()
-        self._lifelines.append(lifeline)
-        inherited = (
-            self.memory.ram_fd,
-            self._marks_fd,
-            self._control.fd,
-            vcpu_bell.fileno(),
-            lifeline_end,
-        )
-        arguments = [str(number) for number in (vcpu, *inherited)]
-        try:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "pagexfer.guests.simulated_vcpu", *arguments],
-                pass_fds=inherited,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=_environment(),
-                process_group=0,  # Ctrl-C at a terminal is for the parent, which closes its guests
-            )
-        except OSError as error:
-            raise GuestError(f"the process of vCPU {vcpu} cannot be started: {error}") from error
-        finally:
-            vcpu_bell.close()
-            os.close(lifeline_end)
+        with ExitStack() as its_ends:
+            try:
+                bell, vcpu_bell = socket.socketpair()
+                its_ends.callback(vcpu_bell.close)
+                self._bells.append(bell)
+                lifeline_end, lifeline = os.pipe()
+                its_ends.callback(os.close, lifeline_end)
+                self._lifelines.append(lifeline)
+                inherited = (
+                    self.memory.ram_fd,
+                    self._marks_fd,
+                    self._control.fd,
+                    vcpu_bell.fileno(),
+                    lifeline_end,
+                )
+                arguments = [str(number) for number in (vcpu, *inherited)]
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "pagexfer.guests.simulated_vcpu", *arguments],
+                    pass_fds=inherited,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env=_environment(),
+                    process_group=0,  # Ctrl-C at a terminal is for the parent, which closes its guests
+                )
+            except OSError as error:
+                raise GuestError(f"the process of vCPU {vcpu} cannot be started: {error}") from error
         self._processes.append(process)
 
 
