@@ -31,7 +31,7 @@ from .qemu import qemu_monitor, refuse_qemu, with_qemu
 from .recover import recover
 from .sides import receive_side, send_side
 from .steering import ControlSocket, control, steering_arguments, steering_options
-from .values import Address, Compression, Cpus, Seconds, Size
+from .values import Address, Compression, Cpus, Ram, Seconds, Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +94,7 @@ def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--vcpus", type=click.IntRange(1, 32), default=2, show_default=True, help="vCPUs of a test guest."
         ),
-        click.option("--ram", type=Size(), default="512MiB", show_default=True, help="RAM of a test guest."),
+        click.option("--ram", type=Ram(), default="512MiB", show_default=True, help="RAM of a test guest."),
         click.option(
             "--guest",
             "kind",
