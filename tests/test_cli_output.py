@@ -110,6 +110,12 @@ def test_help_that_cannot_be_written(kind: str, arguments: list[str]) -> None:
     assert (code, lines) == (2, ["pagexfer: cannot write to standard output"])
 
 
+@pytest.mark.parametrize("group", [[], ["attest"], ["ledger"]])
+def test_the_list_of_commands_is_not_cut_short(group: list[str]) -> None:
+    lines = run(*group, "--help").stdout.split("Commands:\n")[1].splitlines()
+    assert [line for line in lines if line.endswith("...") and "recover" not in line] == []
+
+
 @pytest.mark.parametrize("kind", UNWRITABLE)
 def test_an_answer_that_cannot_be_written_is_none(tmp_path: Path, kind: str) -> None:
     ledger, psk = tmp_path / "ledger", tmp_path / "psk"
