@@ -132,7 +132,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text()
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read: {error}") from None
+        raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 QEMU: Final = "qemu-system-x86_64"
 _ROUNDS: Final = 20
+_MIN_RAM_MIB: Final = 96
 _PATIENCE_S: Final = 60.0
 _COMPARED_BYTES: Final = 1 << 22
 
@@ -221,6 +222,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.channels < 1:
         parser.error("--channels: one or more")
+    if options.ram < _MIN_RAM_MIB:
+        parser.error(f"--ram: {_MIN_RAM_MIB} or more, for Linux has to boot in it")
     report: dict[str, object] = {"status": "failed"}
     code = pagexfer.Outcome.ENDED
     memory = Path("/dev/shm")

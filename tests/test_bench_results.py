@@ -9,6 +9,8 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 from bench import report
 from bench.__main__ import main
 from bench.files import digest
@@ -17,8 +19,6 @@ from bench.pair import Watch, children
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import pytest
 
 
 def test_a_spread_has_all_values_and_of_one_value_none_is_shown() -> None:
@@ -164,3 +164,11 @@ def test_what_a_result_lacks_is_on_the_page(tmp_path: Path) -> None:
     )
     assert main(["report", *arguments]) == 0
     assert "Incomplete: exit code 1: no plot." in page.read_text()
+
+
+def test_a_result_file_that_is_not_there_is_named_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        report.main([str(tmp_path / "none.json")])
+    assert f"{tmp_path}/none.json cannot be read: No such file or directory\n" in capfd.readouterr().err

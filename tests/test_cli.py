@@ -332,7 +332,8 @@ def test_a_hangup_that_is_ignored_cancels_nothing(psk: str) -> None:
     ("arguments", "word"),
     [
         (["demo", "--ram", "12 parrots"], "512MiB"),
-        (["demo", "--ram", "100"], "RAM"),
+        (["demo", "--ram", "100"], "write it like 512MiB"),
+        (["demo", "--ram", "4096"], "write it like 512MiB"),
         (["demo", "--ram", "0", "--guest", "simulated"], "RAM"),
         (["demo", "--channels", "0"], "--channels"),
         (["demo", "--write-rate", "50"], "128KiB or more for 2 vCPUs"),
@@ -474,6 +475,9 @@ def test_addresses(text: str, address: tuple[str, int]) -> None:
         (Address(), ":80"),
         (Address(), "host:"),
         (Address(), "host:-1"),
+        (Address(), "2001:db8::7"),
+        (Address(), "2001:db8::7:4455"),
+        (Address(), "[2001:db8::7:4455"),
     ],
 )
 def test_bad_values(kind: click.ParamType[Any], text: str) -> None:

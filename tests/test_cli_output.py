@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import termios
@@ -109,6 +110,12 @@ def test_help_that_cannot_be_written(kind: str, arguments: list[str]) -> None:
     assert (code, lines) == (2, ["pagexfer: cannot write to standard output"])
 
 
+@pytest.mark.parametrize("group", [[], ["attest"], ["ledger"]])
+def test_the_list_of_commands_is_not_cut_short(group: list[str]) -> None:
+    lines = run(*group, "--help").stdout.split("Commands:\n")[1].splitlines()
+    assert [line for line in lines if line.endswith("...") and "recover" not in line] == []
+
+
 @pytest.mark.parametrize("kind", UNWRITABLE)
 def test_an_answer_that_cannot_be_written_is_none(tmp_path: Path, kind: str) -> None:
     ledger, psk = tmp_path / "ledger", tmp_path / "psk"
@@ -123,6 +130,22 @@ def test_an_answer_that_cannot_be_written_is_none(tmp_path: Path, kind: str) -> 
 
 
 # Standard error
+
+
+def test_an_interrupt_of_a_demo_shows_no_traceback() -> None:
+    # As a terminal sends it: to the children as well, of which the source has hardly begun.
+    with subprocess.Popen(
+        [*COMMAND, "demo", *GUEST], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, process_group=0
+    ) as process:
+        assert process.stderr is not None
+        assert "listening" in process.stderr.readline()
+        time.sleep(0.15)
+        os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "KeyboardInterrupt" not in errors
+    assert errors.splitlines()[-1] == "pagexfer: interrupted"
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200, 0])

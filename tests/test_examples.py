@@ -98,6 +98,7 @@ def test_an_address_that_is_none_is_bad_usage(example: str, option: str, wrong: 
         ("vmm_pagemap", ["--to", "127.0.0.1:1", "--psk-file", "psk", "--vcpus", "0"]),
         ("vmm_pagemap", ["--to", "127.0.0.1:1", "--psk-file", "psk", "--ram", "1"]),
         ("qemu_live", ["--channels", "0"]),
+        ("qemu_live", ["--ram", "1"]),
     ],
 )
 def test_numbers_that_cannot_be_are_bad_usage(example: str, arguments: list[str]) -> None:

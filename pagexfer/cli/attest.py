@@ -155,9 +155,9 @@ def show(report: Path, as_json: bool) -> int:
     help="What the emulated processors are.",
 )
 def make_test_ca(file: Path, product: str) -> int:
-    """Make a certificate authority for emulated reports, which prove nothing, for --attest emulated.
+    """Make a test CA for --attest emulated, which proves nothing.
 
-    Both sides need the same file. It is valid for a year.
+    It signs emulated reports. Both sides need the same file. It is valid for a year.
     """
     EmulatedAuthority.generate(Product(product), now=datetime.now(UTC)).save(file)
     note(f"made {file}: give it to both sides, for tests only")

@@ -31,7 +31,7 @@ from .qemu import qemu_monitor, refuse_qemu, with_qemu
 from .recover import recover
 from .sides import receive_side, send_side
 from .steering import ControlSocket, control, steering_arguments, steering_options
-from .values import Address, Compression, Cpus, Seconds, Size
+from .values import Address, Compression, Cpus, Ram, Seconds, Size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +94,7 @@ def _guest_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--vcpus", type=click.IntRange(1, 32), default=2, show_default=True, help="vCPUs of a test guest."
         ),
-        click.option("--ram", type=Size(), default="512MiB", show_default=True, help="RAM of a test guest."),
+        click.option("--ram", type=Ram(), default="512MiB", show_default=True, help="RAM of a test guest."),
         click.option(
             "--guest",
             "kind",
@@ -212,7 +212,7 @@ def send(
     as_json: bool,
     **files: Path | None,
 ) -> int:
-    """Boot a test guest, or take a running QEMU's, and migrate it to a destination.
+    """Migrate a test guest, or a running QEMU's, to a destination.
 
     Exit code 0: the guest runs there. 1: it goes on here. 2: bad usage. 3: authentication or policy refused, it goes
     on here. 4: undecided, it stays parked here; 'pagexfer recover' says what to do.
@@ -300,7 +300,9 @@ def receive(
     as_json: bool,
     **files: Path | None,
 ) -> int:
-    """Receive one test guest, let it run on, and check its whole RAM; or one into a QEMU that waits for it.
+    """Receive a test guest and check it, or one into a waiting QEMU.
+
+    A test guest runs on for a while, then its whole RAM is checked.
 
     Exit code 0: the guest runs here. 1: it does not. 2: bad usage. 3: authentication or policy refused. 4: it came, and
     is not as it should be.
@@ -354,7 +356,9 @@ def demo(
     isolated: bool,
     as_json: bool,
 ) -> int:
-    """Migrate a busy guest between two processes on this machine, and check that it goes on.
+    """Migrate a busy guest on this machine, and check that it goes on.
+
+    Source and destination are two processes, joined by loopback.
 
     Exit code 0 only if it does. Otherwise that of the side that failed: see 'send --help' and 'receive --help'.
     """

@@ -276,6 +276,9 @@ def _bound(path: Path) -> socket.socket:
         listening.bind(os.fspath(path))
         listening.listen()
         listening.setblocking(False)
+    except UsageError:
+        listening.close()
+        raise
     except OSError as error:
         listening.close()
         raise UsageError(f"cannot listen at {path}: {error.strerror or error}") from None
@@ -286,7 +289,7 @@ def _clear(path: Path) -> None:
     """Take away what a `send` that was killed left behind; anything else stays."""
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
-            return
+            raise UsageError(f"cannot listen at {path}: there is a file that is no socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             probe.connect(os.fspath(path))
     except FileNotFoundError:

@@ -8,12 +8,14 @@ from typing import Final
 import click
 
 from ..svsm.compression import DEFAULT_LEVEL, MAX_LEVEL, MIN_LEVEL
+from ..wire.constants import PAGE_SIZE
 
 _SIZE: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(|B|[KMGT]i?B?)(?:/s)?", re.IGNORECASE)
 _TIME: Final = re.compile(r"(\d+(?:\.\d+)?)\s*(s|ms)", re.IGNORECASE)
 _COMPRESSION: Final = re.compile(r"zstd(?::(\d{1,2}))?")
 _CPUS: Final = re.compile(r"(\d{1,5})(?:-(\d{1,5}))?")
 _MAX_CPUS: Final = 8192
+_MIN_RAM_BYTES: Final = 1 << 20
 _UNITS: Final = {"": 1, "b": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _MAX_SECONDS: Final = 10**9  # thirty years; what has a bound of its own says so itself
 _MAX_BYTES: Final = 2**52  # all that x86-64 can address
@@ -32,6 +34,20 @@ class Size(click.ParamType[int]):
         if size < 0 or size != int(size) or size > _MAX_BYTES:
             self.fail(f"{value!r} is not a size: write it like 512MiB or 2GiB", param, ctx)
         return int(size)
+
+
+class Ram(Size):
+    """RAM of a guest. A number without its unit is bytes as anywhere, hence never what was meant."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        size_bytes = super().convert(value, param, ctx)
+        if size_bytes < _MIN_RAM_BYTES or size_bytes % PAGE_SIZE:
+            self.fail(
+                f"{str(value)!r} is no RAM of a guest: write it like 512MiB, 1MiB or more in whole pages",
+                param,
+                ctx,
+            )
+        return size_bytes
 
 
 class Seconds(click.ParamType[float]):
@@ -80,7 +96,16 @@ class Address(click.ParamType[tuple[str, int]]):
             return value
         host, colon, port = str(value).rpartition(":")
         bare = host.removeprefix("[").removesuffix("]")
-        if not colon or not bare or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+        # The last part of an IPv6 address without a port would be taken for one.
+        bracketed = host == f"[{bare}]" if ":" in host else host == bare
+        if (
+            not colon
+            or not bare
+            or not bracketed
+            or not port.isascii()
+            or not port.isdecimal()
+            or int(port) > 65535
+        ):
             self.fail(
                 f"{value!r} is not HOST:PORT: write it like 192.0.2.7:4455 or [2001:db8::7]:4455", param, ctx
             )
