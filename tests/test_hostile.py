@@ -205,6 +205,13 @@ def test_the_command_prints_what_was_tried(
     assert printed.rstrip().endswith("seeds 7 to 46")
 
 
+def test_no_schedules_at_all_are_bad_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["hostile", "--schedules", "0"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+
+
 def test_shrinking_leaves_nothing_out_that_is_needed() -> None:
     def fails(schedule: Schedule) -> bool:
         kinds = [step.act for step in schedule.steps]

@@ -137,6 +137,11 @@ def test_a_file_that_is_not_understood_is_refused(change: dict[str, object], why
         parse_policies(MINIMAL | change)
 
 
+def test_a_file_without_a_version_is_refused() -> None:
+    with pytest.raises(UsageError, match="version is missing: it is 1"):
+        parse_policies({})
+
+
 GENOA_LIMIT: dict[str, object] = {"product": "Genoa", **TCB_KEYS}
 TURIN_CHIP, OTHER_CHIP = "ab" * 8, "cd" * 64
 

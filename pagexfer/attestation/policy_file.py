@@ -43,7 +43,9 @@ def load_policies(path: Path) -> Policies:
 def parse_policies(values: dict[str, object]) -> Policies:
     """The policies of a decoded file. Raises UsageError, which names the key."""
     common = {key: value for key, value in values.items() if key not in ("version", *_ROLES)}
-    if _integer(values.get("version"), "version", 1 << 16) != POLICY_VERSION:
+    if "version" not in values:
+        raise UsageError(f"version is missing: it is {POLICY_VERSION}")
+    if _integer(values["version"], "version", 1 << 16) != POLICY_VERSION:
         raise UsageError(f"version is {values['version']}, this pagexfer knows {POLICY_VERSION}")
     policies = {role: _policy({**common, **_table(values.get(role, {}), role)}, role) for role in _ROLES}
     for policy in policies.values():

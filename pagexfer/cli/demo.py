@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
@@ -126,19 +125,14 @@ class _Child:
     """One side as a process. Its standard error is passed on line by line, its standard output is the report."""
 
     def __init__(self, arguments: list[str]) -> None:
-        # A terminal sends an interrupt to children, too, and one that still imports answers with a traceback. They are
-        # ended here, so they are born deaf to it.
-        ours = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "pagexfer", *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            )
-        finally:
-            signal.signal(signal.SIGINT, ours)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pagexfer", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            process_group=0,  # Ctrl-C at a terminal is for the parent, which ends its sides
+        )
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         self._said: list[str] = []

@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def recover(journals: tuple[Path, ...], ledger: Path | None, *, abandon: bool, as_json: bool) -> int:
-    """Say who may run a guest whose move was cut off, from one side's JOURNALS file or from both sides'.
+    """Say who may run a guest whose move was cut off.
+
+    JOURNALS is the file of one side, or those of both.
 
     Exit code 0: decided. 4: undecided, do what it says and ask again. 2: not the journals of one move.
     """

@@ -225,11 +225,11 @@ async def connect(host: str, port: int, stall_timeout: float = STALL_TIMEOUT_S) 
         with trio.fail_after(CONNECT_TIMEOUT_S):
             stream = await trio.open_tcp_stream(host, port)
     except trio.TooSlowError:
-        raise ChannelBroken(f"{host}:{port} does not answer within {CONNECT_TIMEOUT_S:g} s") from None
+        raise ChannelBroken(f"{_shown(host, port)} does not answer within {CONNECT_TIMEOUT_S:g} s") from None
     except OSError as error:
-        raise ChannelBroken(f"cannot connect to {host}:{port}: {_reason(error)}") from None
+        raise ChannelBroken(f"cannot connect to {_shown(host, port)}: {_reason(error)}") from None
     except UnicodeError:
-        raise ChannelBroken(f"cannot connect to {host}:{port}: {_NO_NAME}") from None
+        raise ChannelBroken(f"cannot connect to {_shown(host, port)}: {_NO_NAME}") from None
     return Connection(_detached(stream.socket), stall_timeout)
 
 
@@ -289,9 +289,9 @@ async def listen(host: str, port: int, stall_timeout: float = STALL_TIMEOUT_S) -
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)
     except OSError as error:
-        raise UsageError(f"cannot listen at {host}:{port}: {_reason(error)}") from None
+        raise UsageError(f"cannot listen at {_shown(host, port)}: {_reason(error)}") from None
     except UnicodeError:
-        raise UsageError(f"cannot listen at {host}:{port}: {_NO_NAME}") from None
+        raise UsageError(f"cannot listen at {_shown(host, port)}: {_NO_NAME}") from None
     return Listener([listener.socket for listener in listeners], stall_timeout)
 
 
@@ -310,6 +310,10 @@ def _peer_name(sock: socket.socket) -> str:
         host, port = sock.getpeername()[:2]
     except OSError:
         return "the peer"
+    return _shown(host, port)
+
+
+def _shown(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

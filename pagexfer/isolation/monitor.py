@@ -130,6 +130,7 @@ class EngineProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=sys.__stderr__,
                     pass_fds=(theirs.fileno(),),
+                    process_group=0,  # Ctrl-C at a terminal is for this process, which cancels
                 )
                 undo.pop_all()
         except OSError as error:

@@ -30,6 +30,8 @@ def main() -> int:
     parser.add_argument("--schedules", type=int, default=5000, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of the first schedule, the next has one more")
     options = parser.parse_args()
+    if options.schedules < 1:
+        parser.error(f"--schedules is 1 or more, not {options.schedules}")
     host = HostileHost()
     began = time.monotonic()
     violation: Violation | None = None
