@@ -49,7 +49,9 @@ def test_a_migration() -> None:
     report = json.loads(done.stdout)
     assert set(keys(report)) <= section("send, receive, demo")
     assert set(report["attestation"]) <= section("send, receive, demo")
-    failed = run("demo", "--json", *GUEST, "--write-rate", "1TiB", "--downtime-limit", "1ms")
+    failed = run(
+        "demo", "--json", *GUEST, "--write-rate", "1TiB", "--downtime-limit", "1ms", "--timeout", "500ms"
+    )
     assert set(keys(json.loads(failed.stdout))) <= section("send, receive, demo")
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -125,25 +126,34 @@ class _Child:
     """One side as a process. Its standard error is passed on line by line, its standard output is the report."""
 
     def __init__(self, arguments: list[str]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pagexfer", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-            process_group=0,  # Ctrl-C at a terminal is for the parent, which ends its sides
-        )
-        assert self._process.stdout is not None
-        assert self._process.stderr is not None
-        self._said: list[str] = []
-        self._news = threading.Condition()
-        self._output = bytearray()
-        self._readers = [
-            threading.Thread(target=self._listen, args=(self._process.stderr,)),
-            threading.Thread(target=self._collect, args=(self._process.stdout,)),
-        ]
-        for reader in self._readers:
-            reader.start()
+        # An interrupt in the middle of this would leave a child that nobody knows.
+        interrupted = threading.Event()
+        ours = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pagexfer", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                process_group=0,  # Ctrl-C at a terminal is for the parent, which ends its sides
+            )
+            assert self._process.stdout is not None
+            assert self._process.stderr is not None
+            self._said: list[str] = []
+            self._news = threading.Condition()
+            self._output = bytearray()
+            self._readers = [
+                threading.Thread(target=self._listen, args=(self._process.stderr,)),
+                threading.Thread(target=self._collect, args=(self._process.stdout,)),
+            ]
+            for reader in self._readers:
+                reader.start()
+        finally:
+            signal.signal(signal.SIGINT, ours)
+        if interrupted.is_set() and ours is not signal.SIG_IGN:
+            self.__exit__()
+            raise KeyboardInterrupt
 
     def __enter__(self) -> _Child:
         return self
