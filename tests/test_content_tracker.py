@@ -485,5 +485,5 @@ def test_no_write_of_other_processes_is_lost(tmp_path: Path, workers: int) -> No
                 writing = bool((shared.finished < round_).any())
                 sendings += send(tracker, shared.ram, target) > 0
             assert np.array_equal(target, shared.ram), f"round {round_}: the copy lacks writes"
-    # Otherwise nothing ran against the writers, and the test says nothing.
-    assert sendings > 2 * ROUNDS
+    # Each round has a last one: otherwise nothing ran against the writers, and the test says nothing.
+    assert sendings > ROUNDS
